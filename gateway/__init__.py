@@ -1,0 +1,1 @@
+"""Where clients come in; owns the transcript of every request."""

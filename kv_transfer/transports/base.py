@@ -1,0 +1,118 @@
+"""The seam of every KV transport.
+
+A worker has one KV pool: ``num_blocks`` rows of ``block_bytes`` bytes. A ``Receiver`` lets peers write into reserved rows
+of it; a ``Sender`` pushes rows of it into a peer's. Both work in the background and report through ``on_event``, which may
+be called from any thread. The decisions (when to push what, whom to believe) stand in ``kv_transfer.core.session``.
+
+Contract:
+
+- ``Sender.push`` never blocks on the peer. It is answered by exactly one ``Pushed`` or ``PushFailed``, unless the key is
+  cancelled first. Pushes of one key keep their order.
+- ``Sender.cancel(key)`` is answered by exactly one ``Cancelled``: from then on nothing is written for that key.
+- The caller keeps the pushed source blocks unchanged until then.
+- A two-sided receiver (``one_sided = False``) writes itself: it drops whatever comes for a key that is not open, and
+  after ``close(key)`` has returned nothing lands for that key. It reports each arrival with ``Landed``.
+- A one-sided receiver (``one_sided = True``) does not see the writes: no ``Landed``; what was pushed before the peer's
+  end message has landed when that message arrives. After ``close`` a late writer could still write, so the caller must
+  keep the blocks in quarantine until the sender has confirmed, or is gone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messages.common import KVEndpoint
+from messages.ids import Attempt, RequestId
+
+Blocks = NDArray[np.int32]
+"""Block numbers, in the order of the sequence."""
+Pool = NDArray[np.uint8]
+"""``[num_blocks, block_bytes]``, C-contiguous: one worker's KV cache as bytes."""
+
+
+class TransferKey(NamedTuple):
+    """Names one transfer; a new attempt is another transfer."""
+
+    request: RequestId
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """The blocks at ``first .. first + count`` of the sequence have left the sender's pool."""
+
+    key: TransferKey
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushFailed:
+    """The peer cannot be written to."""
+
+    key: TransferKey
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Nothing is being written for this key any more, and nothing will be."""
+
+    key: TransferKey
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Blocks at ``indices`` (int32, within the sequence) have been written into the receiver's pool."""
+
+    key: TransferKey
+    indices: Blocks
+
+
+TransportEvent = Pushed | PushFailed | Cancelled | Landed
+OnEvent = Callable[[TransportEvent], None]
+
+
+class Receiver(Protocol):
+    """Lets peers write into this worker's pool."""
+
+    one_sided: bool
+    endpoint: KVEndpoint
+    """What a sender needs to know."""
+
+    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
+        """From now on the sequence's block ``first + i`` may land in pool block ``blocks[i]``."""
+
+    def close(self, key: TransferKey) -> None:
+        """Nothing more shall land for ``key``; unknown keys are ignored."""
+
+    def shutdown(self) -> None:
+        """Stop receiving; joins threads and closes sockets."""
+
+
+class Sender(Protocol):
+    """Pushes blocks of this worker's pool into a peer's."""
+
+    def push(self, key: TransferKey, to: KVEndpoint, first: int, source: Blocks, target: Blocks) -> None:
+        """Copy pool block ``source[i]`` into the peer's block ``target[i]``: the sequence's block ``first + i``."""
+
+    def cancel(self, key: TransferKey) -> None:
+        """Stop pushing for ``key``; pushes not yet begun are dropped."""
+
+    def forget(self, to: KVEndpoint) -> None:
+        """The peer is gone: let go of its socket or mapping."""
+
+    def shutdown(self) -> None:
+        """Stop sending; joins threads, closes sockets, unmaps peers."""
+
+
+class PoolMemory(Protocol):
+    """The bytes behind a pool: allocated once, reused for every sequence."""
+
+    pool: Pool
+
+    def release(self) -> None:
+        """Give the memory back; nobody may touch ``pool`` afterwards."""

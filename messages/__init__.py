@@ -1,0 +1,1 @@
+"""The vocabulary of Baton and the typed messages between its processes."""

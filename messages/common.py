@@ -1,0 +1,137 @@
+"""Parts that several messages share."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from messages.codec import Tokens, count_tokens, unpack_tokens
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.sampling import MAX_LOGPROBS, SamplingParams
+
+MAX_SEQUENCE = 2**22
+"""Tokens in one sequence that the protocol can name; the model's context is far below."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Detail = Annotated[str, Meta(max_length=2_000)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+PackedTokens = Annotated[Tokens, Meta(max_length=4 * MAX_SEQUENCE)]
+PackedBlocks = Annotated[bytes, Meta(max_length=4 * MAX_SEQUENCE)]
+
+
+class Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A message between two processes: tagged with its own name, unknown fields refused."""
+
+
+class Part(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A piece of a message, encoded without field names."""
+
+
+class Role(StrEnum):
+    """What a worker's pool is sent. Every worker has the same engine."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+    """Prefill and decode in one worker, no hand-over."""
+
+
+class KVEndpoint(Part):
+    """Where one tensor-parallel rank of a worker receives KV."""
+
+    transport: Name
+    address: Name
+    """What the transport's sender needs: a shared-memory name, a ZeroMQ endpoint."""
+    layout: Name
+    """Fingerprint of the KV layout; pools of different layouts do not pair."""
+    num_blocks: Count
+
+
+class WorkerAddress(Part):
+    """One incarnation of a worker, and how to reach it."""
+
+    worker: WorkerId
+    epoch: Epoch
+    mailbox: Address
+    kv: tuple[KVEndpoint, ...] = ()
+    """One for each tensor-parallel rank; empty where a worker receives no KV."""
+
+
+class Generation(Part):
+    """The work itself: everything that any worker needs to start or to resume a sequence."""
+
+    prompt: PackedTokens
+    sampling: SamplingParams
+    generated: PackedTokens = b""
+    """Tokens that earlier attempts delivered; they count as output, not as prompt."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt holds no token")
+        unpack_tokens(self.prompt), unpack_tokens(self.generated)
+
+    @property
+    def num_tokens(self) -> int:
+        return count_tokens(self.prompt) + count_tokens(self.generated)
+
+    def extended_by(self, token: int) -> "Generation":
+        """The same work with one more generated token."""
+        return msgspec.structs.replace(self, generated=self.generated + token.to_bytes(4, "little"))
+
+
+class Ticket(Part):
+    """The router's word that this attempt may move KV from ``prefill`` to ``decode``; see ``messages.tickets``."""
+
+    prefill: WorkerId
+    prefill_epoch: Epoch
+    decode: WorkerId
+    decode_epoch: Epoch
+    mac: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Logprobs(Part):
+    """Log-probabilities of consecutive tokens, one entry a token."""
+
+    sampled: tuple[float, ...]
+    """Of the token itself, natural logarithm."""
+    ranks: tuple[int, ...]
+    """1 is the likeliest token."""
+    top_ids: tuple[Annotated[tuple[int, ...], Meta(max_length=MAX_LOGPROBS)], ...]
+    top_logprobs: tuple[Annotated[tuple[float, ...], Meta(max_length=MAX_LOGPROBS)], ...]
+
+
+class BlockCounts(Part):
+    """A block pool's accounting: ``free + held + cached == total``."""
+
+    free: Count
+    held: Count
+    cached: Count
+    total: Count
+
+
+class FailReason(StrEnum):
+    """Why a worker gave up an attempt."""
+
+    REFUSED = "refused"
+    """The decode worker did not take the hand-over (layout, ticket, capacity)."""
+    TRANSFER = "transfer"
+    """The KV did not arrive whole in time."""
+    CAPACITY = "capacity"
+    """The sequence can never fit this worker's pool."""
+    ENGINE = "engine"
+    """The engine could not compute this request; others go on."""
+    STOPPING = "stopping"
+    """The worker is shutting down."""
+
+    @property
+    def retryable(self) -> bool:
+        """Whether another attempt on other workers may succeed."""
+        return self not in (FailReason.CAPACITY, FailReason.ENGINE)
+
+
+class AttemptMessage(Message):
+    """Every message about a request names its attempt, so that a newer one can fence it."""
+
+    request: RequestId
+    attempt: Annotated[Attempt, Meta(ge=1, le=2**31)]

@@ -1,0 +1,36 @@
+"""The receiving side of a KV transfer."""
+
+from messages.common import AttemptMessage, Count, Detail, PackedBlocks
+
+
+class TransferAccepted(AttemptMessage):
+    """Blocks are reserved: push the sequence's blocks ``cached_blocks``, ... into these, in order."""
+
+    blocks: PackedBlocks
+    """Block numbers in decode's pool, packed int32."""
+    cached_blocks: Count
+    """Leading blocks of the sequence that decode already has."""
+
+
+class TransferRefused(AttemptMessage):
+    """No room is reserved, and none will be: another pair, or none, must run this request."""
+
+    retryable: bool
+    detail: Detail
+
+
+class TransferAcked(AttemptMessage):
+    """Everything landed and was verified: the sender may free its blocks."""
+
+
+class BlocksWanted(AttemptMessage):
+    """Push these again: missing, or their digest is wrong."""
+
+    indices: PackedBlocks
+    """Indices within the sequence's blocks, packed int32."""
+
+
+class CancelTransfer(AttemptMessage):
+    """The receiver wants no more of this: stop writing, free, and say so with ``TransferClosed``."""
+
+    detail: Detail

@@ -1,0 +1,34 @@
+"""What a gateway sends to prefill and decode workers."""
+
+from messages.common import AttemptMessage, Count, Generation, Ticket, WorkerAddress
+from messages.ids import Address
+
+
+class Prefill(AttemptMessage):
+    """Compute the prompt's KV and the first token, then hand the KV over to ``decode``."""
+
+    gateway: Address
+    generation: Generation
+    decode: WorkerAddress
+    ticket: Ticket
+
+
+class Generate(AttemptMessage):
+    """Run the whole sequence on one worker, without a hand-over."""
+
+    gateway: Address
+    generation: Generation
+
+
+class Abort(AttemptMessage):
+    """Stop this attempt and all older ones, and free what they hold. No answer."""
+
+
+class EndAck(AttemptMessage):
+    """The gateway has every token up to the end: the worker may forget the request."""
+
+
+class TokensWanted(AttemptMessage):
+    """Send again from output token ``index``: some were lost on the way."""
+
+    index: Count

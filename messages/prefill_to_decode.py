@@ -1,0 +1,42 @@
+"""The sending side of a KV transfer. Each message is idempotent and sent again until it is answered."""
+
+from messages.common import AttemptMessage, Count, Generation, KVEndpoint, Logprobs, Part, Ticket, WorkerAddress
+from messages.common import PackedBlocks as PackedDigests
+from messages.ids import Address
+
+
+class FirstToken(Part):
+    """The token that the prefill worker sampled; decode goes on from it."""
+
+    token: Count
+    logprobs: Logprobs | None = None
+
+
+class OpenTransfer(AttemptMessage):
+    """Reserve room for the KV of ``generation``. Answered by ``TransferAccepted`` or ``TransferRefused``."""
+
+    prefill: WorkerAddress
+    gateway: Address
+    generation: Generation
+    transport: str
+    layout: str
+    """Fingerprint of the sender's KV layout."""
+    sources: tuple[KVEndpoint, ...]
+    """Where pulls could read from, one for each rank; pushing transports leave it empty."""
+    ticket: Ticket
+
+
+class EndTransfer(AttemptMessage):
+    """Every block has been pushed. Answered by ``TransferAcked``, or ``BlocksWanted`` where some are bad."""
+
+    first: FirstToken
+    num_blocks: Count
+    """Blocks pushed: all of the sequence's but those that decode had cached."""
+    digests: PackedDigests
+    """8 bytes a block, in the order of the sequence; see ``kv_transfer.core.digest``."""
+
+
+class TransferClosed(AttemptMessage):
+    """The sender will write no more for this attempt (and all older ones), whoever ended it."""
+
+    reason: str

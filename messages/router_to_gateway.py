@@ -1,0 +1,53 @@
+"""What the router answers and announces to gateways."""
+
+from messages.common import AttemptMessage, BlockCounts, Count, Detail, Message, Part, Role, Ticket, WorkerAddress
+from messages.ids import Epoch, WorkerId
+
+
+class Placed(AttemptMessage):
+    """``prefill`` is None where the decode worker does both (a colocated pool)."""
+
+    prefill: WorkerAddress | None
+    decode: WorkerAddress
+    ticket: Ticket | None
+
+
+class Rejected(AttemptMessage):
+    """Not placed. ``retry_after`` (seconds) is None where asking again cannot help."""
+
+    detail: Detail
+    retry_after: float | None
+
+
+class WorkerLost(Message):
+    """This incarnation of the worker has left the membership: its attempts need new ones."""
+
+    worker: WorkerId
+    epoch: Epoch
+    detail: Detail
+
+
+class WorkerState(Part):
+    """What the router knows of a worker."""
+
+    worker: WorkerId
+    epoch: Epoch
+    role: Role
+    alive: bool
+    running: Count
+    waiting: Count
+    steps: Count
+    blocks: BlockCounts
+    kv_bytes_sent: Count
+    kv_bytes_received: Count
+    transfers: Count
+    assigned: Count
+    """Requests that the router has placed there and not yet seen finished."""
+
+
+class ClusterState(Message):
+    workers: tuple[WorkerState, ...]
+    queued: Count
+    """Requests waiting for a placement."""
+    ready: bool
+    """Whether every role that a request needs has a live worker."""

@@ -1,0 +1,41 @@
+"""What prefill and decode workers send straight to the gateway, never through the router."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from messages.common import AttemptMessage, Count, Detail, FailReason, Logprobs, Message, PackedTokens, Part
+from messages.ids import Attempt, RequestId, WorkerId
+from messages.sampling import FinishReason
+
+
+class TokenChunk(Part):
+    """Consecutive output tokens of one attempt."""
+
+    request: RequestId
+    attempt: Annotated[Attempt, Meta(ge=1, le=2**31)]
+    index: Count
+    """Output position of the first token, those of earlier attempts counted in."""
+    tokens: PackedTokens
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    """With the first chunk only: entries for prompt tokens 1, 2, ..."""
+    finish: FinishReason | None = None
+    """Set on the last chunk: these are all the tokens. Sent again until an ``EndAck`` comes."""
+    kv_bytes: Count = 0
+    """KV bytes that moved for this attempt, with the first chunk that decode sends."""
+
+
+class TokenBatch(Message):
+    """What one step of a worker made for the requests of one gateway."""
+
+    worker: WorkerId
+    chunks: tuple[TokenChunk, ...]
+
+
+class AttemptFailed(AttemptMessage):
+    """The worker gives this attempt up and has freed what it held."""
+
+    worker: WorkerId
+    reason: FailReason
+    detail: Detail

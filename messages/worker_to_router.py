@@ -1,0 +1,45 @@
+"""What workers, and whoever watches them, tell the router."""
+
+from messages.common import BlockCounts, Count, Detail, Message, Role, WorkerAddress
+from messages.ids import Epoch, WorkerId
+
+
+class Register(Message):
+    """A worker enters the membership, or renews its place in a restarted router."""
+
+    address: WorkerAddress
+    role: Role
+    max_num_seqs: Count
+    max_model_len: Count
+
+
+class Report(Message):
+    """Every 100 ms from the step loop: a worker lives while its loop turns, not while its process exists."""
+
+    worker: WorkerId
+    epoch: Epoch
+    number: Count
+    """Counts up; an older report that arrives late is dropped."""
+    steps: Count
+    running: Count
+    waiting: Count
+    blocks: BlockCounts
+    kv_bytes_sent: Count
+    kv_bytes_received: Count
+    transfers: Count
+
+
+class WorkerDied(Message):
+    """Ray, or the controller, says that this incarnation is dead."""
+
+    worker: WorkerId
+    epoch: Epoch | None
+    """None: whichever incarnation is known."""
+    detail: Detail
+
+
+class Leaving(Message):
+    """The worker stops in good order: place nothing on it any more."""
+
+    worker: WorkerId
+    epoch: Epoch

@@ -1,0 +1,1 @@
+"""The first leg: chunked prefill, then the hand-over of the KV."""

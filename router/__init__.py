@@ -1,0 +1,1 @@
+"""Assigns each request to a prefill and a decode worker."""

@@ -1,0 +1,1 @@
+"""What the shells of all processes share: mailboxes, clocks, loops."""

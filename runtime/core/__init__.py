@@ -1,0 +1,1 @@
+"""Decisions that prefill and decode workers share."""

@@ -1,0 +1,169 @@
+"""Typed messages between processes over ZeroMQ: one PULL socket a process, one PUSH socket a peer.
+
+A send never blocks and promises nothing (a dead link swallows hundreds of messages): whoever needs an answer has a
+deadline and asks again. Sockets bind to the host that they are given, never to a wildcard.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from messages.codec import BadMessage, Decode, encode
+from messages.ids import Address
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 32 << 20
+"""Above the largest message of the protocol (a prompt of 4 Mi tokens with its output); libzmq drops peers that send more."""
+QUEUED_MESSAGES = 10_000
+"""Messages that wait for one peer, at each end, before further ones are dropped and counted."""
+MESSAGES_A_TURN = 256
+"""Messages taken at once, so that a flood cannot keep a step loop from its step."""
+
+
+class Outbox:
+    """Sends messages to peers by address. Belongs to one thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._peers: dict[Address, zmq.Socket[bytes]] = {}
+        self.dropped = 0
+        """Messages that found a peer's queue full."""
+
+    def send(self, to: Address, message: msgspec.Struct) -> None:
+        """Queue ``message`` for the process that listens at ``to``."""
+        peer = self._peers.get(to)
+        if peer is None:
+            peer = self._context.socket(zmq.PUSH)
+            peer.set(zmq.SNDHWM, QUEUED_MESSAGES)
+            peer.connect(to)
+            self._peers[to] = peer
+        try:
+            peer.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped += 1
+
+    def forget(self, address: Address) -> None:
+        """Close the socket to a peer that is gone; what still waited for it is lost."""
+        peer = self._peers.pop(address, None)
+        if peer is not None:
+            peer.close(linger=0)
+
+    def close(self, linger_ms: int = 200) -> None:
+        """Close every socket, giving what was sent last this long to leave."""
+        for peer in self._peers.values():
+            peer.close(linger=linger_ms)
+        self._peers.clear()
+
+
+class Mailbox:
+    """What one process receives, and where it sends from. Belongs to one thread, but for ``post``."""
+
+    def __init__(self, host: str, decode: Decode) -> None:
+        """Bind to a free port of ``host`` (an IP address or a name of this machine)."""
+        self._context = zmq.Context()
+        self._decode = decode
+        self._socket = bind_pull(self._context, host)
+        self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
+        wake = f"inproc://wake-{id(self)}"
+        self._socket.bind(wake)
+        self._waker = self._context.socket(zmq.PUSH)
+        self._waker.connect(wake)
+        self._waker_lock = threading.Lock()
+        self._posted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.outbox = Outbox(self._context)
+        self.malformed = 0
+        """Frames that were no message for this process; dropped."""
+
+    def post(self, event: object) -> None:
+        """Put an event of this process, from any thread, among what ``receive`` returns."""
+        self._posted.put(event)
+        with self._waker_lock, contextlib.suppress(zmq.Again, zmq.ZMQError):  # closed: nobody listens any more
+            self._waker.send(b"", zmq.NOBLOCK)
+
+    def send(self, to: Address, message: msgspec.Struct) -> None:
+        self.outbox.send(to, message)
+
+    def receive(self, timeout: float | None) -> list[Any]:
+        """Messages and posted events in order of arrival; waits up to ``timeout`` seconds (None: for ever) for the first."""
+        wait = None if timeout is None else max(0, round(timeout * 1000))
+        if not self._socket.poll(wait):
+            return []
+        return list(self._waiting())
+
+    def _waiting(self) -> Iterator[Any]:
+        for _ in range(MESSAGES_A_TURN):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if not frame:
+                yield self._posted.get_nowait()
+                continue
+            try:
+                yield self._decode(frame)
+            except BadMessage as error:
+                self.malformed += 1
+                log.warning("dropped a malformed frame of %d bytes: %s", len(frame), error)
+
+    def close(self) -> None:
+        self.outbox.close()
+        with self._waker_lock:
+            self._waker.close(linger=0)
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncMailbox:
+    """The same for a process that runs on asyncio: ``await receive()``, send without waiting."""
+
+    def __init__(self, host: str, decode: Decode) -> None:
+        self._context: Any = zmq.asyncio.Context()
+        self._decode = decode
+        self._socket: Any = bind_pull(self._context, host)
+        self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
+        self.outbox = Outbox(zmq.Context(self._context))
+        self.malformed = 0
+
+    def send(self, to: Address, message: msgspec.Struct) -> None:
+        self.outbox.send(to, message)
+
+    async def receive(self) -> Any:
+        """The next message."""
+        while True:
+            frame = await self._socket.recv()
+            try:
+                return self._decode(frame)
+            except BadMessage as error:
+                self.malformed += 1
+                log.warning("dropped a malformed frame of %d bytes: %s", len(frame), error)
+
+    def close(self) -> None:
+        self.outbox.close()
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+def bind_pull(context: Any, host: str) -> Any:
+    """A bounded PULL socket on a free port of ``host``."""
+    socket = context.socket(zmq.PULL)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.set(zmq.RCVHWM, QUEUED_MESSAGES)
+    if ":" in host:
+        socket.set(zmq.IPV6, 1)
+        host = f"[{host}]"
+    socket.bind(f"tcp://{host}:*")
+    return socket
