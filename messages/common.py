@@ -120,14 +120,14 @@ class FailReason(StrEnum):
     CAPACITY = "capacity"
     """The sequence can never fit this worker's pool."""
     ENGINE = "engine"
-    """The engine could not compute this request; others go on."""
+    """The engine failed in a step that this sequence was part of; alone or elsewhere it may succeed."""
     STOPPING = "stopping"
     """The worker is shutting down."""
 
     @property
     def retryable(self) -> bool:
         """Whether another attempt on other workers may succeed."""
-        return self not in (FailReason.CAPACITY, FailReason.ENGINE)
+        return self is not FailReason.CAPACITY
 
 
 class AttemptMessage(Message):

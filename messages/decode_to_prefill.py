@@ -1,6 +1,7 @@
 """The receiving side of a KV transfer."""
 
 from messages.common import AttemptMessage, Count, Detail, PackedBlocks
+from messages.ids import Address
 
 
 class TransferAccepted(AttemptMessage):
@@ -33,4 +34,6 @@ class BlocksWanted(AttemptMessage):
 class CancelTransfer(AttemptMessage):
     """The receiver wants no more of this: stop writing, free, and say so with ``TransferClosed``."""
 
+    mailbox: Address
+    """The receiver's, for a sender that has forgotten the transfer."""
     detail: Detail

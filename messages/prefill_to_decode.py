@@ -10,6 +10,7 @@ class FirstToken(Part):
 
     token: Count
     logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 class OpenTransfer(AttemptMessage):
@@ -29,6 +30,8 @@ class OpenTransfer(AttemptMessage):
 class EndTransfer(AttemptMessage):
     """Every block has been pushed. Answered by ``TransferAcked``, or ``BlocksWanted`` where some are bad."""
 
+    mailbox: Address
+    """The sender's, for a receiver that has forgotten the transfer."""
     first: FirstToken
     num_blocks: Count
     """Blocks pushed: all of the sequence's but those that decode had cached."""

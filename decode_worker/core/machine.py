@@ -1,0 +1,269 @@
+"""The decode worker: the rest of the relay, and the whole of it in a colocated pool.
+
+1. ``OpenTransfer`` arrives from a prefill worker. Its ticket and layout are checked, and blocks are promised to it
+   (``reservation.py``), now or when some become free.
+2. The KV lands and is verified; the sequence joins the running batch with everything but its last token computed.
+3. Each step's tokens go straight to the gateways, one batch each.
+4. At the end the gateway acks; until then its tokens are kept here.
+
+``Generate`` (a colocated pool) starts at 3, with nothing computed. A newer attempt of a request, or ``Abort``, ends an
+older one wherever it stands; an older one that comes late is dropped.
+"""
+
+from dataclasses import dataclass
+
+from engine.core.blocks import BlockPool
+from engine.core.outputs import StepOutput
+from engine.core.scheduler import Progress, Scheduler, StepPlan
+from engine.core.sequence import Sequence
+from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
+from kv_transfer.core.session import Digested
+from kv_transfer.transports.base import Landed
+from messages.codec import count_tokens
+from messages.common import FailReason, Generation, Role, WorkerAddress
+from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
+from messages.ids import Address, Attempt, RequestId
+from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed
+from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.tickets import valid
+from messages.worker_to_gateway import AttemptFailed
+from runtime.core.actions import Send
+from runtime.core.deliveries import Deliveries
+from runtime.core.fences import Fences
+from runtime.core.membership import Membership
+from runtime.core.work import block_counts, misfit, sequence, wire_logprobs
+
+Messages = (
+    Generate, Abort, EndAck, TokensWanted, OpenTransfer, EndTransfer, TransferClosed, RegisterWanted, PeerLost,
+)  # fmt: skip
+"""What a decode worker's mailbox takes."""
+
+Event = (
+    Generate | Abort | EndAck | TokensWanted | OpenTransfer | EndTransfer | TransferClosed
+    | RegisterWanted | PeerLost | Landed | Digested
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSettings:
+    """What the machine needs to know of its worker."""
+
+    address: WorkerAddress
+    role: Role
+    router: Address
+    cluster_key: bytes
+    layout: str
+    """Fingerprint of the KV layout; a sender must have the same."""
+    block_bytes: int
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """One attempt in the running batch."""
+
+    attempt: Attempt
+    gateway: Address
+    seq: Sequence
+
+
+class DecodeMachine:
+    """``handle``, ``schedule`` and ``update`` take the time and return actions; the shell performs them."""
+
+    def __init__(
+        self, settings: DecodeSettings, scheduler: Scheduler, pool: BlockPool, reservations: Reservations
+    ) -> None:
+        self._settings = settings
+        self._scheduler = scheduler
+        self._pool = pool
+        self._reservations = reservations
+        self._runs: dict[RequestId, _Run] = {}
+        self._fences = Fences()
+        self._deliveries = Deliveries(settings.address.worker)
+        self.membership = Membership(
+            settings.address, settings.role, settings.router,
+            max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
+        )  # fmt: skip
+
+    @property
+    def wake_at(self) -> float:
+        """When ``tick`` has something to do at the latest."""
+        return min(self.membership.report_at, self._deliveries.wake_at, self._reservations.wake_at)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """One message, or one answer of the transport."""
+        match event:
+            case OpenTransfer():
+                return self._opened(event, now)
+            case Generate():
+                return self._generate(event, now)
+            case EndTransfer() | TransferClosed() | Landed() | Digested():
+                return self._settle(self._reservations.handle(event, now))
+            case Abort():
+                return self._stop(event.request, event.attempt, "the gateway wants no more of it", now)
+            case EndAck():
+                self._deliveries.close(event.request, event.attempt)
+                return []
+            case TokensWanted():
+                return [*self._deliveries.resend(event.request, event.attempt, event.index)]
+            case RegisterWanted():
+                return [*self.membership.wanted(event)]
+            case PeerLost():
+                return self._settle(self._reservations.peer_lost(event.worker, event.epoch))
+
+    def tick(self, now: float) -> list[Action]:
+        """What is due by the clock."""
+        actions = self._settle(self._reservations.tick(now))
+        actions += self._deliveries.tick(now)
+        waiting = self._reservations.num_waiting + len(self._reservations) + self._scheduler.num_waiting
+        actions += self.membership.report(
+            block_counts(self._pool), running=self._scheduler.num_running, waiting=waiting, now=now
+        )
+        return actions
+
+    def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
+        """The next step. Sequences already here come first; what they leave is promised to those that knock."""
+        plan = self._scheduler.schedule()
+        if self._scheduler.num_waiting:
+            return plan, []
+        room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
+        return plan, self._settle(self._reservations.admit(room, now))
+
+    def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
+        """The step has run: deliver its tokens."""
+        self.membership.steps += 1
+        for progress in self._scheduler.update(plan, output):
+            if progress.token is not None or progress.finish_reason is not None:
+                self._deliver(progress)
+        return [*self._deliveries.flush(now)]
+
+    def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Action]:
+        """The step could not run: its sequences' attempts fail, the worker goes on."""
+        return [self._fail(RequestId(seq.seq_id), FailReason.ENGINE, detail) for seq in plan.sequences]
+
+    def leave(self, now: float) -> list[Action]:
+        """Out of the membership; every attempt goes back to its gateway."""
+        detail = "the worker is shutting down"
+        failed = [self._fail(request, FailReason.STOPPING, detail) for request in [*self._runs]]
+        return [self.membership.leave(), *failed, *self._settle(self._reservations.give_up_all(detail, now))]
+
+    def check_integrity(self) -> None:
+        """Every held block belongs to a run or to a reservation."""
+        self._pool.check_integrity()
+        self._scheduler.check_integrity()
+        held = sum(len(run.seq.block_table) for run in self._runs.values()) + self._reservations.blocks_held
+        assert held == self._pool.counts().held, f"{held} blocks have an owner, {self._pool.counts().held} are held"
+
+    def inspect(self) -> dict[str, int]:
+        """What is here now, for status pages and tests."""
+        return {"runs": len(self._runs), "reservations": len(self._reservations), "deliveries": len(self._deliveries)}
+
+    def _opened(self, order: OpenTransfer, now: float) -> list[Action]:
+        if not self._fences.admits(order.request, order.attempt):
+            return self._settle(self._reservations.repeated(order, now))
+        refusal, retryable = self._refusal(order)
+        if refusal:
+            return [self._reservations.refuse(order, refusal, retryable=retryable)]
+        actions = self._stop(order.request, order.attempt, "a newer attempt has come", now)
+        return [*actions, *self._settle(self._reservations.opened(order, now))]
+
+    def _refusal(self, order: OpenTransfer) -> tuple[str, bool]:
+        """Why there will be no room for ``order``, and whether another pair may have some."""
+        ticket, own = order.ticket, self._settings.address
+        genuine = valid(self._settings.cluster_key, ticket, order.request, order.attempt)
+        parties = (ticket.prefill, ticket.prefill_epoch, ticket.decode, ticket.decode_epoch)
+        if not genuine or parties != (order.prefill.worker, order.prefill.epoch, own.worker, own.epoch):
+            return "the ticket is not for this transfer", True
+        if order.layout != self._settings.layout:
+            return f"KV layout {order.layout} cannot land in a pool of layout {self._settings.layout}", True
+        return self._misfit(order.generation), False
+
+    def _generate(self, order: Generate, now: float) -> list[Action]:
+        if not self._fences.admits(order.request, order.attempt):
+            return []
+        actions = self._stop(order.request, order.attempt, "a newer attempt has come", now)
+        reason = self._misfit(order.generation)
+        if reason:
+            return [*actions, self._failed(order.request, order.attempt, order.gateway, FailReason.CAPACITY, reason)]
+        start = count_tokens(order.generation.generated)
+        self._deliveries.open(order.request, order.attempt, order.gateway, start)
+        self._start(order.attempt, order.gateway, sequence(order.request, order.generation))
+        return actions
+
+    def _misfit(self, generation: Generation) -> str:
+        return misfit(generation, self._pool, self._settings.vocab_size, self._settings.max_model_len)
+
+    def _start(self, attempt: Attempt, gateway: Address, seq: Sequence) -> None:
+        self._runs[RequestId(seq.seq_id)] = _Run(attempt, gateway, seq)
+        self._scheduler.add(seq)
+
+    def _landed(self, landed: KVLanded) -> None:
+        """Go on from the first token, which the gateway has from the prefill worker."""
+        order, first = landed.order, landed.first
+        kv_bytes = len(landed.blocks) * self._settings.block_bytes
+        self.membership.transfers += 1
+        self.membership.kv_bytes_received += kv_bytes
+        start = count_tokens(order.generation.generated)
+        self._deliveries.open(order.request, order.attempt, order.gateway, start, kv_bytes=kv_bytes)
+        if first.prompt_logprobs is not None:
+            self._deliveries.add_prompt_logprobs(order.request, first.prompt_logprobs, deliver=False)
+        self._deliveries.add(order.request, first.token, first.logprobs, deliver=False)
+        seq = sequence(
+            order.request,
+            order.generation.extended_by(first.token),
+            blocks=landed.blocks,
+            num_computed_tokens=order.generation.num_tokens,
+        )
+        self._start(order.attempt, order.gateway, seq)
+
+    def _deliver(self, progress: Progress) -> None:
+        request = RequestId(progress.seq.seq_id)
+        prompt_logprobs = wire_logprobs(progress.prompt_logprobs)
+        if prompt_logprobs is not None:
+            self._deliveries.add_prompt_logprobs(request, prompt_logprobs)
+        if progress.token is not None:
+            logprobs = None if progress.logprobs is None else wire_logprobs([progress.logprobs])
+            self._deliveries.add(request, progress.token, logprobs)
+        if progress.finish_reason is not None:
+            self._deliveries.finish(request, progress.finish_reason)
+            del self._runs[request]
+
+    def _stop(self, request: RequestId, attempt: Attempt, detail: str, now: float) -> list[Action]:
+        """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""
+        self._fences.raise_to(request, attempt)
+        self._deliveries.fence(request, attempt)
+        run = self._runs.get(request)
+        if run is not None and run.attempt <= attempt:
+            self._drop(request)
+        return self._settle(self._reservations.give_up(request, attempt, detail, now))
+
+    def _drop(self, request: RequestId) -> _Run:
+        run = self._runs.pop(request)
+        self._scheduler.remove(request)
+        self._pool.free(run.seq.block_table)
+        return run
+
+    def _fail(self, request: RequestId, reason: FailReason, detail: str) -> Send:
+        run = self._drop(request)
+        self._deliveries.close(request)
+        return self._failed(request, run.attempt, run.gateway, reason, detail)
+
+    def _failed(
+        self, request: RequestId, attempt: Attempt, gateway: Address, reason: FailReason, detail: str
+    ) -> Send:
+        failed = AttemptFailed(
+            request=request, attempt=attempt, worker=self._settings.address.worker, reason=reason, detail=detail[:2000]
+        )
+        return Send(gateway, failed)
+
+    def _settle(self, steps: list[Step]) -> list[Action]:
+        """Pass actions on; start what has landed."""
+        actions: list[Action] = []
+        for step in steps:
+            if isinstance(step, KVLanded):
+                self._landed(step)
+            else:
+                actions.append(step)
+        return actions

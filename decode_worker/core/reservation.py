@@ -1,0 +1,198 @@
+"""Blocks promised to attempts whose KV is on its way, and the queue of attempts that wait for such a promise.
+
+Promised blocks are held in the pool. They become a sequence's own when the KV is verified, and go back to the pool when the
+transfer ends otherwise; those that a one-sided writer could still reach stay in quarantine until it has confirmed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.core.blocks import BlockPool
+from kv_transfer.core.session import (
+    CloseLanding,
+    Digested,
+    Ended,
+    OpenLanding,
+    Outcome,
+    ReceiveSession,
+    TakeDigests,
+    TransferTimeouts,
+)
+from kv_transfer.core.session import Action as SessionAction
+from kv_transfer.transports.base import Blocks, Landed, TransferKey
+from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
+from runtime.core.actions import Send
+
+MAX_WAITING = 4096
+"""Opens that wait for blocks; further ones are refused."""
+REMEMBERED = 4096
+"""Finished transfers whose end is acked again should the ack have been lost."""
+
+
+class KVLanded(NamedTuple):
+    """The KV of ``order`` stands verified in ``blocks``, which are the caller's from now on."""
+
+    order: OpenTransfer
+    blocks: Blocks
+    first: FirstToken
+
+
+Action = Send | OpenLanding | CloseLanding | TakeDigests
+Step = Action | KVLanded
+
+
+@dataclass(slots=True)
+class _Reservation:
+    order: OpenTransfer
+    session: ReceiveSession
+
+
+class Reservations:
+    """All incoming transfers of one decode worker."""
+
+    def __init__(self, mailbox: Address, pool: BlockPool, *, one_sided: bool, timeouts: TransferTimeouts) -> None:
+        self._mailbox = mailbox
+        self._pool = pool
+        self._one_sided = one_sided
+        self._timeouts = timeouts
+        self._open: dict[TransferKey, _Reservation] = {}
+        self._waiting: deque[tuple[float, OpenTransfer]] = deque()
+        self._landed: dict[TransferKey, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def blocks_held(self) -> int:
+        return sum(len(reservation.session.blocks) for reservation in self._open.values())
+
+    @property
+    def wake_at(self) -> float:
+        sessions = min((reservation.session.wake_at for reservation in self._open.values()), default=float("inf"))
+        return min(sessions, self._waiting[0][0] if self._waiting else float("inf"))
+
+    def opened(self, order: OpenTransfer, now: float) -> list[Step]:
+        """A sender asks for room. It waits its turn; ``admit`` gives it."""
+        if len(self._waiting) == MAX_WAITING:
+            return [self.refuse(order, "too many transfers wait for blocks")]
+        self._waiting.append((now + self._timeouts.open, order))
+        return []
+
+    def repeated(self, order: OpenTransfer, now: float) -> list[Step]:
+        """A sender asks again, or late."""
+        key = TransferKey(order.request, order.attempt)
+        if key in self._open:
+            return self._steps(key, self._open[key].session.handle(order, now))
+        if any(TransferKey(waiting.request, waiting.attempt) == key for _, waiting in self._waiting):
+            return []
+        return [self.refuse(order, "this attempt is over")]
+
+    def refuse(self, order: OpenTransfer, detail: str, *, retryable: bool = True) -> Send:
+        refused = TransferRefused(
+            request=order.request, attempt=order.attempt, retryable=retryable, detail=detail[:2000]
+        )
+        return Send(order.prefill.mailbox, refused)
+
+    def admit(self, room: int, now: float) -> list[Step]:
+        """Promise blocks to those that wait, in order, at most ``room`` of them and while the pool has blocks."""
+        steps: list[Step] = []
+        while self._waiting and room > 0:
+            _, order = self._waiting[0]
+            blocks = self._pool.allocate(-(-order.generation.num_tokens // self._pool.block_size))
+            if blocks is None:
+                break
+            self._waiting.popleft()
+            key = TransferKey(order.request, order.attempt)
+            session = ReceiveSession(key, self._mailbox, blocks, 0, self._one_sided, self._timeouts)
+            self._open[key] = _Reservation(order, session)
+            steps += self._steps(key, session.accept(now))
+            room -= 1
+        return steps
+
+    def handle(self, event: EndTransfer | TransferClosed | Landed | Digested, now: float) -> list[Step]:
+        """A message of the sender, or an answer of the transport."""
+        key = event.key if isinstance(event, Landed | Digested) else TransferKey(event.request, event.attempt)
+        if key in self._open:
+            return self._steps(key, self._open[key].session.handle(event, now))
+        match event:
+            case TransferClosed():
+                self._forget_waiting(lambda order: (order.request, order.attempt) == key)
+            case EndTransfer() if key in self._landed:  # the ack was lost
+                return [Send(event.mailbox, TransferAcked(request=key.request, attempt=key.attempt))]
+            case EndTransfer():
+                detail = "no such transfer"
+                cancel = CancelTransfer(
+                    request=key.request, attempt=key.attempt, mailbox=self._mailbox, detail=detail
+                )
+                return [Send(event.mailbox, cancel)]
+        return []
+
+    def give_up(self, request: RequestId, attempt: Attempt, detail: str, now: float) -> list[Step]:
+        """End the transfers of every attempt of ``request`` up to ``attempt``."""
+        self._forget_waiting(lambda order: order.request == request and order.attempt <= attempt)
+        keys = [key for key in self._open if key.request == request and key.attempt <= attempt]
+        return [step for key in keys for step in self._steps(key, self._open[key].session.give_up(detail, now=now))]
+
+    def give_up_all(self, detail: str, now: float) -> list[Step]:
+        """End every transfer; those that wait are refused."""
+        refusals: list[Step] = [self.refuse(order, detail) for _, order in self._waiting]
+        self._waiting.clear()
+        return refusals + [
+            step for key in list(self._open) for step in self._steps(key, self._open[key].session.give_up(detail, now=now))
+        ]
+
+    def peer_lost(self, worker: WorkerId, epoch: Epoch) -> list[Step]:
+        """A prefill worker is gone: nothing of it will land, and its quarantined blocks are safe."""
+        self._forget_waiting(lambda order: (order.prefill.worker, order.prefill.epoch) == (worker, epoch))
+        lost = [
+            key
+            for key, reservation in self._open.items()
+            if (reservation.order.prefill.worker, reservation.order.prefill.epoch) == (worker, epoch)
+        ]
+        return [step for key in lost for step in self._steps(key, self._open[key].session.peer_lost())]
+
+    def tick(self, now: float) -> list[Step]:
+        """Refuse those that have waited too long; let the sessions see the time."""
+        steps: list[Step] = []
+        while self._waiting and self._waiting[0][0] <= now:
+            _, order = self._waiting.popleft()
+            steps.append(self.refuse(order, "no KV blocks became free in time"))
+        due = [key for key, reservation in self._open.items() if reservation.session.wake_at <= now]
+        for key in due:
+            steps += self._steps(key, self._open[key].session.tick(now))
+        return steps
+
+    def _forget_waiting(self, gone: Callable[[OpenTransfer], bool]) -> None:
+        self._waiting = deque(entry for entry in self._waiting if not gone(entry[1]))
+
+    def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
+        reservation = self._open[key]
+        steps: list[Step] = []
+        for action in actions:
+            match action:
+                case Ended(outcome=Outcome.DONE):
+                    del self._open[key]
+                    self._remember(key)
+                    assert reservation.session.first is not None
+                    steps.append(KVLanded(reservation.order, reservation.session.blocks, reservation.session.first))
+                case Ended():
+                    del self._open[key]
+                    self._pool.free(reservation.session.blocks)
+                case OpenLanding() | CloseLanding() | TakeDigests():
+                    steps.append(action)
+                case message:
+                    steps.append(Send(reservation.order.prefill.mailbox, message))  # type: ignore[arg-type]
+        return steps
+
+    def _remember(self, key: TransferKey) -> None:
+        self._landed[key] = None
+        if len(self._landed) > REMEMBERED:
+            del self._landed[next(iter(self._landed))]

@@ -1,0 +1,478 @@
+"""Both ends of one hand-over, as two state machines without I/O.
+
+The life of a transfer:
+
+1. The prefill worker opens it when the first chunk of the prompt is scheduled (``SendSession.open``).
+2. The decode worker reserves blocks and accepts, or refuses (``ReceiveSession`` is made with the blocks).
+3. While later chunks compute, blocks whose KV is final are pushed and their digests taken (``SendSession.computed``).
+4. With the first token the sender ends the transfer: count and digest of every block (``SendSession.end``).
+5. When all has landed, the receiver takes digests of what stands in its own pool; what is missing or differs is asked for
+   again, and what is right is acked. Only then may decode read the blocks, and only then may prefill free its own.
+6. Either side may give up at any point. The sender confirms with ``TransferClosed`` that it writes no more; until then
+   the blocks of a one-sided receiver stay in quarantine.
+
+Every message is idempotent and is sent again until it is answered, so a lossy link costs time only.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+import numpy as np
+
+from kv_transfer.core.digest import DIGEST_BYTES, mismatches
+from kv_transfer.transports.base import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
+from messages.codec import pack_tokens, unpack_tokens
+from messages.common import KVEndpoint
+from messages.ids import Address
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
+
+Reply = OpenTransfer | EndTransfer | TransferClosed | TransferAccepted | TransferAcked | BlocksWanted | CancelTransfer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferTimeouts:
+    """Seconds."""
+
+    resend: float = 0.5
+    """An unanswered message is sent again after this."""
+    open: float = 30.0
+    """The receiver may let an open wait this long for free blocks."""
+    lease: float = 120.0
+    """A landing that hears nothing for this long is given up: the sender may be computing, but not for ever."""
+    progress: float = 10.0
+    """After this long without progress the transfer has failed."""
+
+
+# Actions beside Reply, which goes to the peer's mailbox.
+
+
+class Push(NamedTuple):
+    """Give these to the transport's sender."""
+
+    key: TransferKey
+    to: KVEndpoint
+    first: int
+    source: Blocks
+    target: Blocks
+
+
+class CancelPushes(NamedTuple):
+    """Stop the transport's sender; it answers ``Cancelled``."""
+
+    key: TransferKey
+
+
+class TakeDigests(NamedTuple):
+    """Hash blocks of the own pool; answered by ``Digested``."""
+
+    key: TransferKey
+    first: int
+    blocks: Blocks
+
+
+class OpenLanding(NamedTuple):
+    """Let the transport's receiver write the sequence's blocks ``first``, ... into ``blocks``."""
+
+    key: TransferKey
+    first: int
+    blocks: Blocks
+
+
+class CloseLanding(NamedTuple):
+    """Nothing more shall land for the key."""
+
+    key: TransferKey
+
+
+class Outcome(Enum):
+    """How a session ended; its blocks belong to the caller again."""
+
+    DONE = auto()
+    """Sender: acked, the source may be freed. Receiver: verified, the blocks may be read."""
+    REFUSED = auto()
+    FAILED = auto()
+    CLOSED = auto()
+    """The caller, or the peer, gave it up."""
+
+
+class Ended(NamedTuple):
+    """Given exactly once by each session: no one touches its blocks any more."""
+
+    key: TransferKey
+    outcome: Outcome
+    detail: str = ""
+    retryable: bool = True
+
+
+class Digested(NamedTuple):
+    """Event: the digests that ``TakeDigests`` asked for."""
+
+    key: TransferKey
+    first: int
+    digests: bytes
+
+
+Action = Reply | Push | CancelPushes | TakeDigests | OpenLanding | CloseLanding | Ended
+
+
+class SendState(Enum):
+    IDLE = auto()
+    OPENING = auto()
+    PUSHING = auto()
+    ENDING = auto()
+    CLOSING = auto()
+    """Given up; waits until the transport writes no more."""
+    CLOSED = auto()
+
+
+_SEND_MOVES = {
+    SendState.IDLE: {SendState.OPENING, SendState.CLOSED},
+    SendState.OPENING: {SendState.PUSHING, SendState.CLOSED},
+    SendState.PUSHING: {SendState.ENDING, SendState.CLOSING},
+    SendState.ENDING: {SendState.PUSHING, SendState.CLOSING, SendState.CLOSED},
+    SendState.CLOSING: {SendState.CLOSED},
+    SendState.CLOSED: set(),
+}
+
+
+class SendSession:
+    """The prefill worker's end. ``blocks`` may grow in ``computed``; the caller keeps them unchanged until ``Ended``."""
+
+    def __init__(
+        self, key: TransferKey, open_message: OpenTransfer, to: KVEndpoint, timeouts: TransferTimeouts
+    ) -> None:
+        self.key = key
+        self.state = SendState.IDLE
+        self._open_message = open_message
+        self._to = to
+        self._timeouts = timeouts
+        self._target: Blocks = np.empty(0, np.int32)
+        self._cached = 0
+        self._source: Blocks = np.empty(0, np.int32)
+        self._ready = 0  # leading blocks of the sequence whose KV is final
+        self._asked = 0  # leading blocks whose push has been asked for
+        self._unpushed = 0  # blocks asked for and not yet reported
+        self._digests: dict[int, bytes] = {}  # by first block
+        self._digested = 0
+        self._first: FirstToken | None = None
+        self._resend_at = float("inf")
+        self._deadline = float("inf")
+        self._detail = ""
+        self._outcome = Outcome.CLOSED
+
+    def _move(self, state: SendState) -> None:
+        if state not in _SEND_MOVES[self.state]:
+            raise AssertionError(f"transfer {self.key} cannot go from {self.state.name} to {state.name}")
+        self.state = state
+
+    def open(self, now: float) -> list[Action]:
+        """Ask the decode worker for room."""
+        self._move(SendState.OPENING)
+        self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.open
+        return [self._open_message]
+
+    def computed(self, blocks: Blocks, ready: int, now: float) -> list[Action]:
+        """The sequence owns ``blocks``, and the KV of the leading ``ready`` of them is final."""
+        self._source, self._ready = blocks, ready
+        return self._push_ready(now)
+
+    def end(self, first: FirstToken, now: float) -> list[Action]:
+        """The prompt is computed, and this is the token after it."""
+        self._first = first
+        return self._end_if_pushed(now)
+
+    def handle(
+        self,
+        event: TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer | Pushed | PushFailed
+        | Cancelled | Digested,
+        now: float,
+    ) -> list[Action]:  # fmt: skip
+        """One event of this transfer; whatever comes too late or twice changes nothing."""
+        match event:
+            case TransferAccepted() if self.state is SendState.OPENING:
+                return self._accepted(event, now)
+            case TransferRefused() if self.state is SendState.OPENING:
+                return self._close(Outcome.REFUSED, event.detail, retryable=event.retryable)
+            case TransferAcked() if self.state is SendState.ENDING:
+                return self._close(Outcome.DONE, "")
+            case BlocksWanted() if self.state is SendState.ENDING:
+                return self._push_again(unpack_tokens(event.indices), now)
+            case CancelTransfer():
+                return self._cancelled_by_peer(event)
+            case Pushed() if self.state is SendState.PUSHING:
+                self._unpushed -= event.count
+                self._deadline = now + self._timeouts.progress if self._unpushed else float("inf")
+                return self._end_if_pushed(now)
+            case PushFailed() if self.state is SendState.PUSHING:
+                return self.give_up(event.detail, Outcome.FAILED)
+            case Digested() if self.state is SendState.PUSHING:
+                self._digests[event.first] = event.digests
+                self._digested += len(event.digests) // DIGEST_BYTES
+                return self._end_if_pushed(now)
+            case Cancelled() if self.state is SendState.CLOSING:
+                return self._close(self._outcome, self._detail)
+        return []
+
+    def tick(self, now: float) -> list[Action]:
+        """Send again what is unanswered, or give up."""
+        if self.state in (SendState.IDLE, SendState.CLOSING, SendState.CLOSED):
+            return []
+        if now >= self._deadline:
+            return self.give_up(f"no progress while {self.state.name.lower()}", Outcome.FAILED)
+        if now < self._resend_at:
+            return []
+        self._resend_at = now + self._timeouts.resend
+        if self.state is SendState.OPENING:
+            return [self._open_message]
+        return [self._end_message()] if self.state is SendState.ENDING else []
+
+    @property
+    def wake_at(self) -> float:
+        """When ``tick`` has something to do at the latest."""
+        if self.state in (SendState.IDLE, SendState.CLOSING, SendState.CLOSED):
+            return float("inf")
+        return min(self._resend_at, self._deadline)
+
+    def give_up(self, detail: str, outcome: Outcome = Outcome.CLOSED) -> list[Action]:
+        """Stop, from whatever state; ``Ended`` follows at once or when the transport has stopped."""
+        if self.state in (SendState.CLOSING, SendState.CLOSED):
+            return []
+        self._outcome, self._detail = outcome, detail
+        if self.state in (SendState.IDLE, SendState.OPENING):
+            return self._close(outcome, detail)
+        self._move(SendState.CLOSING)
+        return [CancelPushes(self.key)]
+
+    def _accepted(self, event: TransferAccepted, now: float) -> list[Action]:
+        self._target, self._cached = unpack_tokens(event.blocks), event.cached_blocks
+        self._asked = self._digested = self._cached
+        self._move(SendState.PUSHING)
+        self._resend_at, self._deadline = float("inf"), float("inf")  # compute sets the pace until the end
+        return self._push_ready(now) or self._end_if_pushed(now)
+
+    def _push_ready(self, now: float) -> list[Action]:
+        if self.state is not SendState.PUSHING or self._ready <= self._asked:
+            return []
+        first, self._asked = self._asked, self._ready
+        source = self._source[first : self._asked]
+        target = self._target[first - self._cached : self._asked - self._cached]
+        if len(target) != len(source):
+            return self.give_up(f"decode reserved {len(self._target)} blocks, too few", Outcome.FAILED)
+        self._unpushed += len(source)
+        self._deadline = now + self._timeouts.progress
+        return [Push(self.key, self._to, first, source, target), TakeDigests(self.key, first, source)]
+
+    def _push_again(self, indices: Blocks, now: float) -> list[Action]:
+        wanted = np.unique(indices)
+        if not len(wanted) or wanted[0] < self._cached or wanted[-1] >= self._asked:
+            return self.give_up("decode asked for blocks that are not part of the transfer", Outcome.FAILED)
+        self._move(SendState.PUSHING)
+        self._unpushed += len(wanted)
+        self._deadline = now + self._timeouts.progress
+        # One push a run of consecutive indices; a digest fails rarely, so this list is short.
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        return [
+            Push(self.key, self._to, int(run[0]), self._source[run], self._target[run - self._cached]) for run in runs
+        ]
+
+    def _end_if_pushed(self, now: float) -> list[Action]:
+        complete = self._unpushed == 0 and self._asked == self._digested == self._ready
+        if self._first is None or self.state is not SendState.PUSHING or not complete:
+            return []
+        self._move(SendState.ENDING)
+        self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.progress
+        return [self._end_message()]
+
+    def _end_message(self) -> EndTransfer:
+        assert self._first is not None
+        return EndTransfer(
+            request=self.key.request,
+            attempt=self.key.attempt,
+            mailbox=self._open_message.prefill.mailbox,
+            first=self._first,
+            num_blocks=self._asked - self._cached,
+            digests=b"".join(self._digests[first] for first in sorted(self._digests)),
+        )
+
+    def _cancelled_by_peer(self, event: CancelTransfer) -> list[Action]:
+        if self.state is SendState.CLOSED:
+            return [self._closed_message(event.detail)]
+        return self.give_up(event.detail or "decode cancelled the transfer", Outcome.FAILED)
+
+    def _closed_message(self, detail: str) -> TransferClosed:
+        return TransferClosed(request=self.key.request, attempt=self.key.attempt, reason=detail)
+
+    def _close(self, outcome: Outcome, detail: str, *, retryable: bool = True) -> list[Action]:
+        told = self.state is not SendState.IDLE and outcome not in (Outcome.DONE, Outcome.REFUSED)
+        self._move(SendState.CLOSED)
+        ended = Ended(self.key, outcome, detail, retryable)
+        return [self._closed_message(detail), ended] if told else [ended]
+
+
+class ReceiveState(Enum):
+    LANDING = auto()
+    VERIFYING = auto()
+    QUARANTINED = auto()
+    """Given up; a one-sided writer could still write."""
+    CLOSED = auto()
+
+
+_RECEIVE_MOVES = {
+    ReceiveState.LANDING: {ReceiveState.VERIFYING, ReceiveState.QUARANTINED, ReceiveState.CLOSED},
+    ReceiveState.VERIFYING: {ReceiveState.LANDING, ReceiveState.QUARANTINED, ReceiveState.CLOSED},
+    ReceiveState.QUARANTINED: {ReceiveState.CLOSED},
+    ReceiveState.CLOSED: set(),
+}
+MAX_REPAIRS = 2
+"""Times that bad blocks are asked for again before the transfer has failed."""
+
+
+@dataclass(slots=True)
+class ReceiveSession:
+    """The decode worker's end: ``blocks`` are reserved for the sequence's blocks ``cached``, ``cached + 1``, ..."""
+
+    key: TransferKey
+    mailbox: Address
+    """The receiver's own."""
+    blocks: Blocks
+    cached: int
+    one_sided: bool
+    timeouts: TransferTimeouts
+    state: ReceiveState = ReceiveState.LANDING
+    first: FirstToken | None = None
+    repairs: int = 0
+    _end: EndTransfer | None = None
+    _deadline: float = float("inf")
+    _resend_at: float = float("inf")
+    _outcome: Outcome = Outcome.CLOSED
+    _detail: str = ""
+    _landed: np.ndarray[tuple[int], np.dtype[np.bool_]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._landed = np.zeros(len(self.blocks), np.bool_)
+
+    def _move(self, state: ReceiveState) -> None:
+        if state not in _RECEIVE_MOVES[self.state]:
+            raise AssertionError(f"landing {self.key} cannot go from {self.state.name} to {state.name}")
+        self.state = state
+
+    def accept(self, now: float) -> list[Action]:
+        """Open the landing and say so; repeated for a repeated ``OpenTransfer``."""
+        self._deadline = now + self.timeouts.lease
+        return [OpenLanding(self.key, self.cached, self.blocks), self._accepted()]
+
+    def handle(self, event: OpenTransfer | EndTransfer | TransferClosed | Landed | Digested, now: float) -> list[Action]:
+        """One event of this transfer; whatever comes too late or twice changes nothing."""
+        if self.state in (ReceiveState.LANDING, ReceiveState.VERIFYING):
+            self._deadline = now + self.timeouts.lease
+        match event:
+            case OpenTransfer() if self.state is ReceiveState.LANDING:
+                return [self._accepted()]
+            case Landed() if self.state is ReceiveState.LANDING:
+                self._landed[event.indices - self.cached] = True
+                return self._verify_if_landed()
+            case EndTransfer() if self.state is ReceiveState.LANDING:
+                return self._ended_by_peer(event, now)
+            case Digested() if self.state is ReceiveState.VERIFYING:
+                return self._verified(event.digests, now)
+            case TransferClosed() if self.state is not ReceiveState.CLOSED:
+                if self.state is not ReceiveState.QUARANTINED:
+                    self._outcome, self._detail = Outcome.CLOSED, event.reason
+                return self._close()
+        return []
+
+    def peer_lost(self) -> list[Action]:
+        """The sender is gone for good: nothing can write any more."""
+        if self.state is ReceiveState.CLOSED:
+            return []
+        if self.state is not ReceiveState.QUARANTINED:
+            self._outcome, self._detail = Outcome.FAILED, "the prefill worker was lost"
+        return self._close()
+
+    def give_up(self, detail: str, outcome: Outcome = Outcome.CLOSED, *, now: float) -> list[Action]:
+        """Stop, from whatever state; ``Ended`` follows at once, or when a one-sided sender has confirmed."""
+        if self.state in (ReceiveState.QUARANTINED, ReceiveState.CLOSED):
+            return []
+        self._outcome, self._detail = outcome, detail
+        if not self.one_sided:
+            return [*self._close(), self._cancel()]
+        self._move(ReceiveState.QUARANTINED)
+        self._resend_at, self._deadline = now + self.timeouts.resend, float("inf")
+        return [CloseLanding(self.key), self._cancel()]
+
+    def tick(self, now: float) -> list[Action]:
+        """Give up a transfer that stands still; ask again for the confirmation that ends a quarantine."""
+        if now >= self._deadline:
+            return self.give_up("no progress while landing", Outcome.FAILED, now=now)
+        if now < self._resend_at:
+            return []
+        if self.state is ReceiveState.QUARANTINED:
+            self._resend_at = now + self.timeouts.resend
+            return [self._cancel()]
+        self._resend_at = float("inf")
+        missing = np.flatnonzero(~self._landed)
+        return self._repair(missing, now) if len(missing) and self._end is not None else []
+
+    @property
+    def wake_at(self) -> float:
+        """When ``tick`` has something to do at the latest."""
+        return min(self._resend_at, self._deadline)
+
+    def _ended_by_peer(self, event: EndTransfer, now: float) -> list[Action]:
+        if event.num_blocks != len(self.blocks) or len(event.digests) != len(self.blocks) * DIGEST_BYTES:
+            detail = f"the end names {event.num_blocks} blocks where {len(self.blocks)} were reserved"
+            return self.give_up(detail, Outcome.FAILED, now=now)
+        if self._end is None and not self._landed.all():
+            self._resend_at = now + self.timeouts.resend  # data may still be behind the end
+        self._end = event
+        if self.one_sided:
+            self._landed[:] = True
+        return self._verify_if_landed()
+
+    def _verify_if_landed(self) -> list[Action]:
+        if self._end is None or not self._landed.all():
+            return []
+        self._move(ReceiveState.VERIFYING)
+        self._resend_at = float("inf")
+        return [TakeDigests(self.key, self.cached, self.blocks)]
+
+    def _verified(self, digests: bytes, now: float) -> list[Action]:
+        assert self._end is not None
+        bad = mismatches(self._end.digests, digests)
+        if len(bad):
+            self._move(ReceiveState.LANDING)
+            return self._repair(bad, now)
+        self.first, self._outcome = self._end.first, Outcome.DONE
+        acked = TransferAcked(request=self.key.request, attempt=self.key.attempt)
+        return [acked, *self._close()]
+
+    def _repair(self, places: Blocks | Seq[int], now: float) -> list[Action]:
+        if self.repairs == MAX_REPAIRS:
+            return self.give_up(f"{len(places)} blocks are still bad or missing", Outcome.FAILED, now=now)
+        self.repairs += 1
+        self._landed[places] = False
+        self._end = None  # the sender ends again when it has pushed them
+        indices = np.asarray(places, np.int32) + self.cached
+        wanted = BlocksWanted(request=self.key.request, attempt=self.key.attempt, indices=pack_tokens(indices))
+        return [wanted]
+
+    def _accepted(self) -> TransferAccepted:
+        return TransferAccepted(
+            request=self.key.request,
+            attempt=self.key.attempt,
+            blocks=pack_tokens(self.blocks),
+            cached_blocks=self.cached,
+        )
+
+    def _cancel(self) -> CancelTransfer:
+        return CancelTransfer(
+            request=self.key.request, attempt=self.key.attempt, mailbox=self.mailbox, detail=self._detail
+        )
+
+    def _close(self) -> list[Action]:
+        self._move(ReceiveState.CLOSED)
+        self._resend_at = self._deadline = float("inf")
+        return [CloseLanding(self.key), Ended(self.key, self._outcome, self._detail)]

@@ -1,0 +1,151 @@
+"""Hand-overs under way: blocks pinned for a peer until it acks, or until nothing reads them any more."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.core.blocks import BlockPool
+from engine.core.sequence import Sequence
+from kv_transfer.core.session import (
+    CancelPushes,
+    Digested,
+    Ended,
+    Outcome,
+    Push,
+    SendSession,
+    TakeDigests,
+    TransferTimeouts,
+)
+from kv_transfer.core.session import Action as SessionAction
+from kv_transfer.transports.base import Cancelled, Pushed, PushFailed, TransferKey
+from messages.common import WorkerAddress
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.gateway_to_worker import Prefill
+from messages.ids import Attempt, Epoch, RequestId, WorkerId
+from messages.prefill_to_decode import FirstToken, OpenTransfer
+from runtime.core.actions import Send
+
+PeerMessage = TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
+TransportAnswer = Pushed | PushFailed | Cancelled | Digested
+
+
+class HandoffEnded(NamedTuple):
+    """The blocks are free again; the machine tells the gateway where it ended badly."""
+
+    order: Prefill
+    outcome: Outcome
+    detail: str
+    retryable: bool
+
+
+Action = Send | Push | CancelPushes | TakeDigests
+Step = Action | HandoffEnded
+
+
+@dataclass(slots=True)
+class _Handoff:
+    order: Prefill
+    seq: Sequence
+    session: SendSession
+
+
+class Handoffs:
+    """All hand-overs of one prefill worker, by attempt."""
+
+    def __init__(
+        self, address: WorkerAddress, layout: str, transport: str, pool: BlockPool, timeouts: TransferTimeouts
+    ) -> None:
+        self._address = address
+        self._layout = layout
+        self._transport = transport
+        self._pool = pool
+        self._timeouts = timeouts
+        self._open: dict[TransferKey, _Handoff] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, key: TransferKey) -> bool:
+        return key in self._open
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks that wait for an ack or for the transport."""
+        return sum(len(handoff.seq.block_table) for handoff in self._open.values())
+
+    @property
+    def wake_at(self) -> float:
+        return min((handoff.session.wake_at for handoff in self._open.values()), default=float("inf"))
+
+    def open(self, order: Prefill, seq: Sequence, now: float) -> list[Step]:
+        """Ask decode for room; from here on the sequence's blocks are freed by the hand-over's end."""
+        key = TransferKey(order.request, order.attempt)
+        message = OpenTransfer(
+            request=order.request,
+            attempt=order.attempt,
+            prefill=self._address,
+            gateway=order.gateway,
+            generation=order.generation,
+            transport=self._transport,
+            layout=self._layout,
+            sources=(),
+            ticket=order.ticket,
+        )
+        # One rank for now: tensor parallelism pairs each rank's endpoint with its own session.
+        session = SendSession(key, message, order.decode.kv[0], self._timeouts)
+        self._open[key] = _Handoff(order, seq, session)
+        return self._steps(key, session.open(now))
+
+    def computed(self, key: TransferKey, ready: int, now: float) -> list[Step]:
+        """The KV of the sequence's leading ``ready`` blocks is final."""
+        handoff = self._open[key]
+        return self._steps(key, handoff.session.computed(handoff.seq.block_table, ready, now))
+
+    def end(self, key: TransferKey, first: FirstToken, now: float) -> list[Step]:
+        """The prompt is computed."""
+        return self._steps(key, self._open[key].session.end(first, now))
+
+    def give_up(self, key: TransferKey, detail: str) -> list[Step]:
+        return self._steps(key, self._open[key].session.give_up(detail))
+
+    def peer_lost(self, worker: WorkerId, epoch: Epoch) -> list[Step]:
+        """A decode worker is gone: every hand-over to it fails."""
+        lost = [
+            (key, handoff.session)
+            for key, handoff in self._open.items()
+            if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch)
+        ]
+        return [
+            step
+            for key, session in lost
+            for step in self._steps(key, session.give_up("the decode worker was lost", Outcome.FAILED))
+        ]
+
+    def handle(self, event: PeerMessage | TransportAnswer, now: float) -> list[Step]:
+        """An answer of the peer or of the transport; one that comes too late is dropped."""
+        key = event.key if isinstance(event, TransportAnswer) else TransferKey(event.request, event.attempt)
+        handoff = self._open.get(key)
+        return [] if handoff is None else self._steps(key, handoff.session.handle(event, now))
+
+    def tick(self, now: float) -> list[Step]:
+        due = [(key, handoff.session) for key, handoff in self._open.items() if handoff.session.wake_at <= now]
+        return [step for key, session in due for step in self._steps(key, session.tick(now))]
+
+    def older_than(self, request: RequestId, attempt: Attempt) -> list[TransferKey]:
+        """Hand-overs of attempts of ``request`` up to and including ``attempt``."""
+        return [key for key in self._open if key.request == request and key.attempt <= attempt]
+
+    def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
+        handoff = self._open[key]
+        steps: list[Step] = []
+        for action in actions:
+            match action:
+                case Ended():
+                    del self._open[key]
+                    self._pool.free(handoff.seq.block_table)
+                    steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable))
+                case Push() | CancelPushes() | TakeDigests():
+                    steps.append(action)
+                case message:
+                    steps.append(Send(handoff.order.decode.mailbox, message))  # type: ignore[arg-type]
+        return steps

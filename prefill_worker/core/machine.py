@@ -1,0 +1,299 @@
+"""The prefill worker: the first leg of a request.
+
+1. ``Prefill`` arrives. It is checked, and waits until the pool has blocks for the whole prompt.
+2. When its first chunk is scheduled, a transfer to the decode worker is opened.
+3. After each chunk the blocks that are complete are pushed, while the next chunk computes.
+4. The first token goes straight to the gateway; the transfer ends with it.
+5. The blocks stay pinned until decode's ack (``handoff.py``); then nothing of the request is left here.
+
+A newer attempt of a request, or ``Abort``, ends an older one wherever it stands; an older one that comes late is dropped.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from engine.core.blocks import BlockPool
+from engine.core.outputs import StepOutput
+from engine.core.scheduler import Progress, Scheduler, StepPlan
+from engine.core.sequence import Sequence
+from kv_transfer.core.session import Digested, Outcome
+from kv_transfer.transports.base import Cancelled, Pushed, PushFailed, TransferKey
+from messages.codec import count_tokens
+from messages.common import FailReason, Role, WorkerAddress
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.gateway_to_worker import Abort, EndAck, Prefill, TokensWanted
+from messages.ids import Address, Attempt, RequestId
+from messages.prefill_to_decode import FirstToken, TransferClosed
+from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.worker_to_gateway import AttemptFailed
+from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
+from runtime.core.actions import Send
+from runtime.core.deliveries import Deliveries
+from runtime.core.fences import Fences
+from runtime.core.membership import Membership
+from runtime.core.work import block_counts, misfit, sequence, wire_logprobs
+
+Messages = (
+    Prefill, Abort, EndAck, TokensWanted,
+    TransferAccepted, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer,
+    RegisterWanted, PeerLost,
+)  # fmt: skip
+"""What a prefill worker's mailbox takes."""
+
+TransferEvent = (
+    TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
+    | Pushed | PushFailed | Cancelled | Digested
+)  # fmt: skip
+Event = Prefill | Abort | EndAck | TokensWanted | TransferEvent | RegisterWanted | PeerLost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSettings:
+    """What the machine needs to know of its worker."""
+
+    address: WorkerAddress
+    router: Address
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class _Leg:
+    """One attempt between its arrival and its first token."""
+
+    order: Prefill
+    seq: Sequence | None = None
+    """None while it waits for blocks."""
+    opened: bool = False
+    """Whether the hand-over has been opened, which frees the blocks from then on."""
+
+    @property
+    def key(self) -> TransferKey:
+        return TransferKey(self.order.request, self.order.attempt)
+
+    @property
+    def single_token(self) -> bool:
+        """Whether the first token is the last in any case: nothing is handed over."""
+        generation = self.order.generation
+        return generation.sampling.max_tokens <= count_tokens(generation.generated) + 1
+
+
+class PrefillMachine:
+    """``handle``, ``schedule`` and ``update`` take the time and return actions; the shell performs them."""
+
+    def __init__(self, settings: PrefillSettings, scheduler: Scheduler, pool: BlockPool, handoffs: Handoffs) -> None:
+        self._settings = settings
+        self._scheduler = scheduler
+        self._pool = pool
+        self._handoffs = handoffs
+        self._legs: dict[RequestId, _Leg] = {}
+        self._waiting: deque[RequestId] = deque()
+        self._fences = Fences()
+        self._deliveries = Deliveries(settings.address.worker)
+        self.membership = Membership(
+            settings.address, Role.PREFILL, settings.router,
+            max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
+        )  # fmt: skip
+
+    @property
+    def wake_at(self) -> float:
+        """When ``tick`` has something to do at the latest."""
+        return min(self.membership.report_at, self._deliveries.wake_at, self._handoffs.wake_at)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """One message, or one answer of the transport."""
+        match event:
+            case Prefill():
+                return self._arrived(event)
+            case Abort():
+                self._fences.raise_to(event.request, event.attempt)
+                self._deliveries.fence(event.request, event.attempt)
+                return self._stop(event.request, event.attempt, "the gateway wants no more of it")
+            case EndAck():
+                self._deliveries.close(event.request, event.attempt)
+                return []
+            case TokensWanted():
+                return [*self._deliveries.resend(event.request, event.attempt, event.index)]
+            case RegisterWanted():
+                return [*self.membership.wanted(event)]
+            case PeerLost():
+                return self._settle(self._handoffs.peer_lost(event.worker, event.epoch))
+            case CancelTransfer() if TransferKey(event.request, event.attempt) not in self._handoffs:
+                closed = TransferClosed(request=event.request, attempt=event.attempt, reason="nothing is being sent")
+                return [Send(event.mailbox, closed)]
+            case _:
+                return self._settle(self._handoffs.handle(event, now))
+
+    def tick(self, now: float) -> list[Action]:
+        """What is due by the clock."""
+        actions = self._settle(self._handoffs.tick(now))
+        actions += self._deliveries.tick(now)
+        waiting = len(self._waiting) + self._scheduler.num_waiting
+        actions += self.membership.report(
+            block_counts(self._pool), running=self._scheduler.num_running, waiting=waiting, now=now
+        )
+        return actions
+
+    def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
+        """The next step, and the transfers to open before it runs."""
+        self._admit()
+        plan = self._scheduler.schedule()
+        actions: list[Action] = []
+        for seq in plan.sequences if plan is not None else ():
+            leg = self._legs[RequestId(seq.seq_id)]
+            if not leg.opened and not leg.single_token:
+                leg.opened = True
+                actions += self._settle(self._handoffs.open(leg.order, seq, now))
+        return plan, actions
+
+    def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
+        """The step has run: push what is complete, deliver first tokens."""
+        self.membership.steps += 1
+        steps: list[Step] = []
+        handed_over: list[RequestId] = []
+        for progress in self._scheduler.update(plan, output):
+            leg = self._legs[RequestId(progress.seq.seq_id)]
+            if progress.handed_over or progress.finish_reason is not None:
+                del self._legs[leg.order.request]
+                steps += self._arrive(leg, progress, now)
+                if progress.handed_over:
+                    handed_over.append(leg.order.request)
+            elif leg.opened:
+                ready = progress.num_computed_tokens // self._pool.block_size
+                steps += self._handoffs.computed(leg.key, ready, now)
+        actions: list[Action] = [*self._deliveries.flush(now)]
+        for request in handed_over:
+            self._deliveries.close(request)  # decode has the first token too, and answers for it from here
+        return actions + self._settle(steps)
+
+    def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Action]:
+        """The step could not run: its sequences' attempts fail, the worker goes on."""
+        legs = [self._legs[RequestId(seq.seq_id)] for seq in plan.sequences]
+        return [action for leg in legs for action in self._fail(leg, FailReason.ENGINE, detail)]
+
+    def leave(self, now: float) -> list[Action]:
+        """Out of the membership; every attempt goes back to its gateway."""
+        actions: list[Action] = [self.membership.leave()]
+        for leg in list(self._legs.values()):
+            actions += self._fail(leg, FailReason.STOPPING, "the worker is shutting down")
+        return actions
+
+    def check_integrity(self) -> None:
+        """Every held block belongs to a leg here or to a hand-over."""
+        self._pool.check_integrity()
+        self._scheduler.check_integrity()
+        owned = [len(leg.seq.block_table) for leg in self._legs.values() if leg.seq is not None and not leg.opened]
+        held = sum(owned) + self._handoffs.blocks_held
+        assert held == self._pool.counts().held, f"{held} blocks have an owner, {self._pool.counts().held} are held"
+
+    def inspect(self) -> dict[str, int]:
+        """What is here now, for status pages and tests."""
+        return {"legs": len(self._legs), "handoffs": len(self._handoffs), "deliveries": len(self._deliveries)}
+
+    def _arrived(self, order: Prefill) -> list[Action]:
+        if not self._fences.admits(order.request, order.attempt):
+            return []  # asked again, or late
+        actions = self._stop(order.request, order.attempt, "a newer attempt has come")
+        reason = misfit(order.generation, self._pool, self._settings.vocab_size, self._settings.max_model_len)
+        if not order.decode.kv:
+            reason = f"{order.decode.worker} has no KV endpoint"
+        if reason:
+            return [*actions, self._failed(order, FailReason.CAPACITY, reason)]
+        self._fences.raise_to(order.request, order.attempt)
+        self._legs[order.request] = _Leg(order)
+        self._waiting.append(order.request)
+        return actions
+
+    def _admit(self) -> None:
+        """Start waiting requests, in order, that the pool has room for.
+
+        The whole prompt's blocks are taken at once: a sequence whose blocks are being pushed must not be preempted.
+        """
+        while self._waiting:
+            leg = self._legs[self._waiting[0]]
+            blocks = self._pool.allocate(-(-leg.order.generation.num_tokens // self._pool.block_size))
+            if blocks is None:
+                return
+            leg.seq = sequence(leg.order.request, leg.order.generation, blocks=blocks, hand_over=True)
+            self._scheduler.add(leg.seq)
+            self._waiting.popleft()
+
+    def _arrive(self, leg: _Leg, progress: Progress, now: float) -> list[Step]:
+        """The leg's sequence is through: deliver the first token, end the hand-over or drop it."""
+        order = leg.order
+        logprobs = None if progress.logprobs is None else wire_logprobs([progress.logprobs])
+        prompt_logprobs = wire_logprobs(progress.prompt_logprobs)
+        start = count_tokens(order.generation.generated)
+        self._deliveries.open(order.request, order.attempt, order.gateway, start)
+        if prompt_logprobs is not None:
+            self._deliveries.add_prompt_logprobs(order.request, prompt_logprobs)
+        if progress.token is not None:
+            self._deliveries.add(order.request, progress.token, logprobs)
+        if progress.finish_reason is not None:
+            self._deliveries.finish(order.request, progress.finish_reason)
+            if leg.opened:
+                return self._handoffs.give_up(leg.key, "the first token was the last")
+            self._pool.free(progress.seq.block_table)
+            return []
+        assert progress.token is not None
+        blocks = len(progress.seq.block_table)
+        self.membership.transfers += 1
+        return [
+            *self._handoffs.computed(leg.key, blocks, now),
+            *self._handoffs.end(leg.key, FirstToken(progress.token, logprobs, prompt_logprobs), now),
+        ]
+
+    def _stop(self, request: RequestId, attempt: Attempt, detail: str) -> list[Action]:
+        """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""
+        actions: list[Action] = []
+        leg = self._legs.get(request)
+        if leg is not None and leg.order.attempt <= attempt:
+            actions += self._drop(leg, detail)
+        for key in self._handoffs.older_than(request, attempt):
+            actions += self._settle(self._handoffs.give_up(key, detail))
+        return actions
+
+    def _drop(self, leg: _Leg, detail: str) -> list[Action]:
+        """Take a leg out of the queue, the engine and its hand-over."""
+        del self._legs[leg.order.request]
+        if leg.seq is None:
+            self._waiting.remove(leg.order.request)
+            return []
+        self._scheduler.remove(leg.seq.seq_id)
+        if leg.key in self._handoffs:
+            return self._settle(self._handoffs.give_up(leg.key, detail))
+        if not leg.opened:
+            self._pool.free(leg.seq.block_table)
+        return []
+
+    def _fail(self, leg: _Leg, reason: FailReason, detail: str) -> list[Action]:
+        return [*self._drop(leg, detail), self._failed(leg.order, reason, detail)]
+
+    def _failed(self, order: Prefill, reason: FailReason, detail: str) -> Send:
+        failed = AttemptFailed(
+            request=order.request, attempt=order.attempt, worker=self._settings.address.worker,
+            reason=reason, detail=detail[:2000],
+        )  # fmt: skip
+        return Send(order.gateway, failed)
+
+    def _settle(self, steps: list[Step]) -> list[Action]:
+        """Pass actions on; where a hand-over ended badly, its attempt ends with it."""
+        actions: list[Action] = []
+        for step in steps:
+            if not isinstance(step, HandoffEnded):
+                actions.append(step)
+                continue
+            leg = self._legs.get(step.order.request)
+            if leg is not None and leg.order.attempt == step.order.attempt:
+                del self._legs[step.order.request]
+                self._scheduler.remove(step.order.request)
+            if step.outcome in (Outcome.REFUSED, Outcome.FAILED):
+                actions.append(self._failed(step.order, _reason(step), step.detail))
+        return actions
+
+
+def _reason(ended: HandoffEnded) -> FailReason:
+    if not ended.retryable:
+        return FailReason.CAPACITY
+    return FailReason.REFUSED if ended.outcome is Outcome.REFUSED else FailReason.TRANSFER

@@ -1,0 +1,22 @@
+"""Actions that every state machine asks of its shell."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from messages.ids import Address
+
+
+class Send(NamedTuple):
+    """Send ``message`` to the process at ``to``; nothing is promised about its arrival."""
+
+    to: Address
+    message: msgspec.Struct
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Call ``handle`` with a tick at or soon after ``time`` (seconds of the shell's monotonic clock)."""
+
+    time: float

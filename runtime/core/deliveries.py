@@ -1,0 +1,154 @@
+"""A worker's tokens on their way to the gateways.
+
+Tokens that a step made leave in one ``TokenBatch`` a gateway. Every token of a request is kept until the gateway has acked
+its end: a gateway that missed some asks again, and a last chunk that is not acked is sent again.
+"""
+
+from dataclasses import dataclass, field
+
+from messages.codec import pack_tokens
+from messages.common import Logprobs
+from messages.ids import Address, Attempt, RequestId, WorkerId
+from messages.sampling import FinishReason
+from messages.worker_to_gateway import TokenBatch, TokenChunk
+from runtime.core.actions import Send
+
+RESEND_AFTER = 0.5
+"""Seconds after which an end that is not acked is sent again."""
+FORGET_AFTER = 60.0
+"""Seconds after which the gateway of an unacked end is taken for dead."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    attempt: Attempt
+    gateway: Address
+    start: int
+    """Output position of the first token that this worker has."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs | None] = field(default_factory=list)
+    prompt_logprobs: Logprobs | None = None
+    finish: FinishReason | None = None
+    kv_bytes: int = 0
+    sent: int = 0
+    resend_at: float = float("inf")
+    forget_at: float = float("inf")
+
+
+class Deliveries:
+    """The token streams of one worker, at most one a request."""
+
+    def __init__(self, worker: WorkerId) -> None:
+        self._worker = worker
+        self._streams: dict[RequestId, _Stream] = {}
+        self._dirty: dict[RequestId, None] = {}  # in the order in which they got tokens
+        self._ended: dict[RequestId, None] = {}  # finished, not acked
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, request: RequestId, attempt: Attempt, gateway: Address, start: int, *, kv_bytes: int = 0) -> None:
+        """A stream whose first token will have output position ``start``; replaces that of an older attempt."""
+        self.close(request)
+        self._streams[request] = _Stream(attempt, gateway, start, kv_bytes=kv_bytes)
+
+    def add(
+        self, request: RequestId, token: int, logprobs: Logprobs | None = None, *, deliver: bool = True
+    ) -> None:
+        """The stream's next token. ``deliver=False``: the gateway has it from another worker."""
+        stream = self._streams[request]
+        stream.tokens.append(token)
+        stream.logprobs.append(logprobs)
+        if deliver:
+            self._dirty[request] = None
+        else:
+            stream.sent = len(stream.tokens)
+
+    def add_prompt_logprobs(self, request: RequestId, logprobs: Logprobs, *, deliver: bool = True) -> None:
+        self._streams[request].prompt_logprobs = logprobs
+        if deliver:
+            self._dirty[request] = None
+
+    def finish(self, request: RequestId, reason: FinishReason) -> None:
+        """The tokens added so far are all."""
+        self._streams[request].finish = reason
+        self._dirty[request] = None
+
+    def flush(self, now: float) -> list[Send]:
+        """What was added since the last time: one batch a gateway."""
+        batches: dict[Address, list[TokenChunk]] = {}
+        for request in self._dirty:
+            stream = self._streams.get(request)
+            if stream is not None:
+                batches.setdefault(stream.gateway, []).append(self._chunk(request, stream, stream.sent))
+                stream.sent = len(stream.tokens)
+                if stream.finish is not None:
+                    self._ended[request] = None
+                    stream.resend_at, stream.forget_at = now + RESEND_AFTER, now + FORGET_AFTER
+        self._dirty.clear()
+        return [Send(gateway, TokenBatch(self._worker, tuple(chunks))) for gateway, chunks in batches.items()]
+
+    def resend(self, request: RequestId, attempt: Attempt, index: int) -> list[Send]:
+        """Everything sent so far from output position ``index`` on, as far as this worker has it."""
+        stream = self._streams.get(request)
+        if stream is None or stream.attempt != attempt:
+            return []
+        return [self._send(request, stream, max(0, index - stream.start))]
+
+    def tick(self, now: float) -> list[Send]:
+        """Send ends again that were not acked in time, with all their tokens."""
+        sends = []
+        for request in list(self._ended):
+            stream = self._streams[request]
+            if now >= stream.forget_at:
+                self.close(request)
+            elif now >= stream.resend_at:
+                stream.resend_at = now + RESEND_AFTER
+                sends.append(self._send(request, stream, 0))
+        return sends
+
+    @property
+    def wake_at(self) -> float:
+        """When ``tick`` has something to do at the latest."""
+        return min((self._streams[request].resend_at for request in self._ended), default=float("inf"))
+
+    def close(self, request: RequestId, attempt: Attempt | None = None) -> None:
+        """The gateway has it all, or wants no more (of this attempt, where one is named)."""
+        stream = self._streams.get(request)
+        if stream is not None and attempt in (None, stream.attempt):
+            del self._streams[request]
+            self._dirty.pop(request, None)
+            self._ended.pop(request, None)
+
+    def fence(self, request: RequestId, attempt: Attempt) -> None:
+        """Nothing of attempts up to ``attempt`` is wanted any more."""
+        stream = self._streams.get(request)
+        if stream is not None and stream.attempt <= attempt:
+            self.close(request)
+
+    def _send(self, request: RequestId, stream: _Stream, first: int) -> Send:
+        return Send(stream.gateway, TokenBatch(self._worker, (self._chunk(request, stream, first),)))
+
+    def _chunk(self, request: RequestId, stream: _Stream, first: int) -> TokenChunk:
+        return TokenChunk(
+            request=request,
+            attempt=stream.attempt,
+            index=stream.start + first,
+            tokens=pack_tokens(stream.tokens[first:]),
+            logprobs=_joined(stream.logprobs[first:]),
+            prompt_logprobs=stream.prompt_logprobs if first == 0 else None,
+            finish=stream.finish,
+            kv_bytes=stream.kv_bytes if first <= 1 else 0,
+        )
+
+
+def _joined(parts: list[Logprobs | None]) -> Logprobs | None:
+    present = [part for part in parts if part is not None]
+    if not present or len(present) != len(parts):
+        return None
+    return Logprobs(
+        sampled=tuple(value for part in present for value in part.sampled),
+        ranks=tuple(value for part in present for value in part.ranks),
+        top_ids=tuple(value for part in present for value in part.top_ids),
+        top_logprobs=tuple(value for part in present for value in part.top_logprobs),
+    )

@@ -1,0 +1,57 @@
+"""How a worker stays known to the router: it registers, then reports from its step loop."""
+
+from messages.common import BlockCounts, Role, WorkerAddress
+from messages.ids import Address
+from messages.router_to_worker import RegisterWanted
+from messages.worker_to_router import Leaving, Register, Report
+from runtime.core.actions import Send
+
+REPORT_EVERY = 0.1
+"""Seconds."""
+
+
+class Membership:
+    """One worker's standing with the router. A lost ``Register`` mends itself: the next report is answered by
+    ``RegisterWanted``."""
+
+    def __init__(
+        self, address: WorkerAddress, role: Role, router: Address, *, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self.address = address
+        self._router = router
+        self._register = Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self._number = 0
+        self.report_at = 0.0
+        self.kv_bytes_sent = 0
+        self.kv_bytes_received = 0
+        self.transfers = 0
+        self.steps = 0
+
+    def register(self) -> Send:
+        return Send(self._router, self._register)
+
+    def leave(self) -> Send:
+        return Send(self._router, Leaving(worker=self.address.worker, epoch=self.address.epoch))
+
+    def wanted(self, event: RegisterWanted) -> list[Send]:
+        return [self.register()] if event.epoch == self.address.epoch else []
+
+    def report(self, blocks: BlockCounts, *, running: int, waiting: int, now: float) -> list[Send]:
+        """A report, if one is due."""
+        if now < self.report_at:
+            return []
+        self.report_at = now + REPORT_EVERY
+        self._number += 1
+        report = Report(
+            worker=self.address.worker,
+            epoch=self.address.epoch,
+            number=self._number,
+            steps=self.steps,
+            running=running,
+            waiting=waiting,
+            blocks=blocks,
+            kv_bytes_sent=self.kv_bytes_sent,
+            kv_bytes_received=self.kv_bytes_received,
+            transfers=self.transfers,
+        )
+        return [Send(self._router, report)]

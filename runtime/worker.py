@@ -1,0 +1,145 @@
+"""The shell of every worker: a thread that turns messages into events, steps into model calls, and actions into bytes.
+
+What the machine decides is performed before it is asked again, so that a landing is closed before its blocks can be given
+to another sequence.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from engine.core.outputs import StepOutput
+from engine.core.scheduler import StepPlan
+from kv_transfer.core.digest import digests
+from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, OpenLanding, Push, TakeDigests
+from kv_transfer.transports.base import Pool, Receiver, Sender
+from runtime.core.actions import Send
+from runtime.core.membership import Membership
+from runtime.mailbox import Mailbox
+
+log = logging.getLogger(__name__)
+
+Perform = Callable[[Iterable[Any]], None]
+
+
+class Machine(Protocol):
+    """What prefill and decode machines have in common."""
+
+    membership: Membership
+
+    @property
+    def wake_at(self) -> float: ...
+    def handle(self, event: Any, now: float) -> list[Any]: ...
+    def tick(self, now: float) -> list[Any]: ...
+    def schedule(self, now: float) -> tuple[StepPlan | None, list[Any]]: ...
+    def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Any]: ...
+    def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Any]: ...
+    def leave(self, now: float) -> list[Any]: ...
+    def check_integrity(self) -> None: ...
+    def inspect(self) -> dict[str, int]: ...
+
+
+class Runner(Protocol):
+    """One rank's model; see ``engine.runner``."""
+
+    def run(self, plan: StepPlan) -> StepOutput: ...
+
+
+class KVPort:
+    """A worker's KV pool and its ways in and out of the process."""
+
+    def __init__(self, pool: Pool, sender: Sender | None, receiver: Receiver | None) -> None:
+        self.pool = pool
+        self.sender = sender
+        self.receiver = receiver
+
+    def close(self) -> None:
+        if self.sender is not None:
+            self.sender.shutdown()
+        if self.receiver is not None:
+            self.receiver.shutdown()
+
+
+class WorkerLoop:
+    """Runs one machine until it is stopped; made and run in one thread, stopped from another."""
+
+    def __init__(self, machine: Machine, runner: Runner, mailbox: Mailbox, port: KVPort) -> None:
+        self._machine = machine
+        self._runner = runner
+        self._mailbox = mailbox
+        self._port = port
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Until ``stop``: take what has come, schedule, run, update."""
+        machine, now = self._machine, time.monotonic
+        self._perform([machine.membership.register()])
+        busy = False
+        while not self._stopping.is_set():
+            for event in self._mailbox.receive(0.0 if busy else max(0.0, machine.wake_at - now())):
+                self._perform(self._handle(event))
+            self._perform(machine.tick(now()))
+            plan, actions = machine.schedule(now())
+            self._perform(actions)
+            busy = plan is not None
+            if plan is not None:
+                self._perform(self._step(plan))
+        self._perform(machine.leave(now()))
+        self._hasher.shutdown()
+
+    def stop(self) -> None:
+        """Ask the loop to end, from any thread."""
+        self._stopping.set()
+        self._mailbox.post(None)
+
+    def ask(self, question: Callable[[Machine], None]) -> None:
+        """Have ``question`` answered between two turns of the loop, from any thread."""
+        self._mailbox.post(question)
+
+    def _handle(self, event: Any) -> list[Any]:
+        if event is None:
+            return []
+        if callable(event):
+            event(self._machine)
+            return []
+        return self._machine.handle(event, time.monotonic())
+
+    def _step(self, plan: StepPlan) -> list[Any]:
+        try:
+            output = self._runner.run(plan)
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # torch raises these; none may end the loop
+            log.exception("a step of %d sequences failed", len(plan.sequences))
+            return self._machine.fail_step(plan, f"{type(error).__name__} in the engine", time.monotonic())
+        return self._machine.update(plan, output, time.monotonic())
+
+    def _perform(self, actions: Iterable[Any]) -> None:
+        port = self._port
+        for action in actions:
+            match action:
+                case Send(to, message):
+                    self._mailbox.send(to, message)
+                case Push(key, to, first, source, target):
+                    assert port.sender is not None
+                    self._machine.membership.kv_bytes_sent += len(source) * port.pool.shape[1]
+                    port.sender.push(key, to, first, source, target)
+                case CancelPushes(key):
+                    assert port.sender is not None
+                    port.sender.cancel(key)
+                case OpenLanding(key, first, blocks):
+                    assert port.receiver is not None
+                    port.receiver.open(key, first, blocks)
+                case CloseLanding(key):
+                    assert port.receiver is not None
+                    port.receiver.close(key)
+                case TakeDigests():
+                    self._hasher.submit(self._digest, action)
+                case _:
+                    raise AssertionError(f"nobody performs {action}")
+
+    def _digest(self, wanted: TakeDigests) -> None:
+        taken = digests(self._port.pool, wanted.blocks, wanted.key, wanted.first)
+        self._mailbox.post(Digested(wanted.key, wanted.first, taken))

@@ -1,0 +1,38 @@
+"""What the composition root tells a worker; nothing below it sees the topology."""
+
+from dataclasses import dataclass
+
+from messages.common import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """One worker of one pool."""
+
+    worker: str
+    """Its name in the topology, such as ``prefill-0``."""
+    role: Role
+    host: str
+    """Address of this machine that the worker's sockets bind to."""
+    router: str
+    """The router's mailbox."""
+    cluster_key: bytes
+    """Checks KV tickets; drawn by the launcher, known to the router and the workers only."""
+    model: str
+    """Folder with config.json and safetensors."""
+    dtype: str
+    """auto, float32, bfloat16 or float16."""
+    device: str
+    num_blocks: int
+    block_size: int
+    """Tokens in a KV block."""
+    transport: str
+    """How KV leaves and enters this worker: shm, zmq, inproc."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    """Token budget of one step."""
+    prefill_chunk: int
+    """Most prompt tokens of one sequence in one step."""
+    max_model_len: int
+    threads: int
+    """Threads that torch may use."""
