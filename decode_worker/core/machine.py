@@ -16,9 +16,10 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
+
 from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
+from kv_transfer.core.events import Landed
 from kv_transfer.core.session import Digested
-from kv_transfer.transports.base import Landed
 from messages.codec import count_tokens
 from messages.common import FailReason, Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
@@ -250,9 +251,7 @@ class DecodeMachine:
         self._deliveries.close(request)
         return self._failed(request, run.attempt, run.gateway, reason, detail)
 
-    def _failed(
-        self, request: RequestId, attempt: Attempt, gateway: Address, reason: FailReason, detail: str
-    ) -> Send:
+    def _failed(self, request: RequestId, attempt: Attempt, gateway: Address, reason: FailReason, detail: str) -> Send:
         failed = AttemptFailed(
             request=request, attempt=attempt, worker=self._settings.address.worker, reason=reason, detail=detail[:2000]
         )

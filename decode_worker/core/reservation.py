@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.core.blocks import BlockPool
+
+from kv_transfer.core.events import Blocks, Landed, TransferKey
+from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CloseLanding,
     Digested,
@@ -20,8 +23,6 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
-from kv_transfer.core.session import Action as SessionAction
-from kv_transfer.transports.base import Blocks, Landed, TransferKey
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
@@ -129,9 +130,7 @@ class Reservations:
                 return [Send(event.mailbox, TransferAcked(request=key.request, attempt=key.attempt))]
             case EndTransfer():
                 detail = "no such transfer"
-                cancel = CancelTransfer(
-                    request=key.request, attempt=key.attempt, mailbox=self._mailbox, detail=detail
-                )
+                cancel = CancelTransfer(request=key.request, attempt=key.attempt, mailbox=self._mailbox, detail=detail)
                 return [Send(event.mailbox, cancel)]
         return []
 
@@ -146,7 +145,9 @@ class Reservations:
         refusals: list[Step] = [self.refuse(order, detail) for _, order in self._waiting]
         self._waiting.clear()
         return refusals + [
-            step for key in list(self._open) for step in self._steps(key, self._open[key].session.give_up(detail, now=now))
+            step
+            for key in list(self._open)
+            for step in self._steps(key, self._open[key].session.give_up(detail, now=now))
         ]
 
     def peer_lost(self, worker: WorkerId, epoch: Epoch) -> list[Step]:

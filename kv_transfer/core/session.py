@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from kv_transfer.core.digest import DIGEST_BYTES, mismatches
-from kv_transfer.transports.base import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
+from kv_transfer.core.events import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import KVEndpoint
-from messages.ids import Address
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.ids import Address
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
 
 Reply = OpenTransfer | EndTransfer | TransferClosed | TransferAccepted | TransferAcked | BlocksWanted | CancelTransfer
@@ -364,7 +364,9 @@ class ReceiveSession:
         self._deadline = now + self.timeouts.lease
         return [OpenLanding(self.key, self.cached, self.blocks), self._accepted()]
 
-    def handle(self, event: OpenTransfer | EndTransfer | TransferClosed | Landed | Digested, now: float) -> list[Action]:
+    def handle(
+        self, event: OpenTransfer | EndTransfer | TransferClosed | Landed | Digested, now: float
+    ) -> list[Action]:
         """One event of this transfer; whatever comes too late or twice changes nothing."""
         if self.state in (ReceiveState.LANDING, ReceiveState.VERIFYING):
             self._deadline = now + self.timeouts.lease

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from engine.core.blocks import BlockPool
 from engine.core.sequence import Sequence
+
+from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
+from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CancelPushes,
     Digested,
@@ -16,8 +19,6 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
-from kv_transfer.core.session import Action as SessionAction
-from kv_transfer.transports.base import Cancelled, Pushed, PushFailed, TransferKey
 from messages.common import WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill

@@ -16,8 +16,9 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
+
+from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Outcome
-from kv_transfer.transports.base import Cancelled, Pushed, PushFailed, TransferKey
 from messages.codec import count_tokens
 from messages.common import FailReason, Role, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused

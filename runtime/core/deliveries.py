@@ -52,9 +52,7 @@ class Deliveries:
         self.close(request)
         self._streams[request] = _Stream(attempt, gateway, start, kv_bytes=kv_bytes)
 
-    def add(
-        self, request: RequestId, token: int, logprobs: Logprobs | None = None, *, deliver: bool = True
-    ) -> None:
+    def add(self, request: RequestId, token: int, logprobs: Logprobs | None = None, *, deliver: bool = True) -> None:
         """The stream's next token. ``deliver=False``: the gateway has it from another worker."""
         stream = self._streams[request]
         stream.tokens.append(token)

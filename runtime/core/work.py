@@ -5,16 +5,17 @@ from collections.abc import Sequence as Seq
 from engine.core.blocks import BlockPool
 from engine.core.outputs import TokenLogprobs
 from engine.core.sequence import Sequence
+
+from kv_transfer.core.events import Blocks
 from messages.codec import unpack_tokens
 from messages.common import BlockCounts, Generation, Logprobs
 from messages.ids import RequestId
-from kv_transfer.transports.base import Blocks
 
 
 def misfit(generation: Generation, pool: BlockPool, vocab_size: int, max_model_len: int) -> str:
     """Why this worker can never run ``generation``; empty where it can."""
     for tokens in (unpack_tokens(generation.prompt), unpack_tokens(generation.generated)):
-        if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab_size):
+        if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
             return f"token ids must be in [0, {vocab_size})"
     if generation.num_tokens > max_model_len:
         return f"{generation.num_tokens} tokens are more than the {max_model_len} that this worker can hold"
@@ -59,5 +60,3 @@ def wire_logprobs(tokens: Seq[TokenLogprobs] | None) -> Logprobs | None:
 def block_counts(pool: BlockPool) -> BlockCounts:
     counts = pool.counts()
     return BlockCounts(free=counts.free, held=counts.held, cached=counts.cached, total=counts.total)
-
-

@@ -1,0 +1,56 @@
+"""What names a transfer, and what its transport reports: the words that the session and the transports share."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messages.ids import Attempt, RequestId
+
+Blocks = NDArray[np.int32]
+"""Block numbers, in the order of the sequence."""
+Pool = NDArray[np.uint8]
+"""``[num_blocks, block_bytes]``, C-contiguous: one worker's KV cache as bytes."""
+
+
+class TransferKey(NamedTuple):
+    """Names one transfer; a new attempt is another transfer."""
+
+    request: RequestId
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """The blocks at ``first .. first + count`` of the sequence have left the sender's pool."""
+
+    key: TransferKey
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushFailed:
+    """The peer cannot be written to."""
+
+    key: TransferKey
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Nothing is being written for this key any more, and nothing will be."""
+
+    key: TransferKey
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Blocks at ``indices`` (int32, within the sequence) have been written into the receiver's pool."""
+
+    key: TransferKey
+    indices: Blocks
+
+
+TransportEvent = Pushed | PushFailed | Cancelled | Landed
