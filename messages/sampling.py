@@ -31,7 +31,7 @@ class SamplingParams:
     """
 
     max_tokens: int
-    """Tokens to generate at the most, those of earlier attempts counted in; >= 0 (0 with ``prompt_logprobs`` only scores)."""
+    """Tokens to generate at the most, those of earlier attempts counted in; 0 only scores the prompt."""
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 0
@@ -41,11 +41,11 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens below this fraction of the likeliest one's probability."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output (CTRL, Keskar et al. 2019)."""
+    """Divides positive, multiplies negative logits of tokens in prompt or output (CTRL, Keskar et al. 2019)."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
-    """Keys the generator together with the token's position, so any worker at any time draws the same token. 63 bits."""
+    """Keys the generator, with the token's position: any worker at any time draws the same token. 63 bits."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None

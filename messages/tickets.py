@@ -1,7 +1,7 @@
 """KV tickets: minted by the router, bound to one attempt and one pair of worker incarnations, checked by decode.
 
-HMAC-SHA256 (RFC 2104) under a key that the launcher draws for the cluster and gives to the router and the workers; nothing
-of it comes from a client.
+HMAC-SHA256 (RFC 2104) under a key that the launcher draws for the cluster and gives to the router and the workers;
+nothing of it comes from a client.
 """
 
 import hashlib

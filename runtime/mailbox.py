@@ -21,7 +21,7 @@ from messages.ids import Address
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 32 << 20
-"""Above the largest message of the protocol (a prompt of 4 Mi tokens with its output); libzmq drops peers that send more."""
+"""Above the largest message of the protocol (a sequence of 4 Mi tokens); libzmq drops peers that send more."""
 QUEUED_MESSAGES = 10_000
 """Messages that wait for one peer, at each end, before further ones are dropped and counted."""
 MESSAGES_A_TURN = 256
@@ -92,7 +92,7 @@ class Mailbox:
         self.outbox.send(to, message)
 
     def receive(self, timeout: float | None) -> list[Any]:
-        """Messages and posted events in order of arrival; waits up to ``timeout`` seconds (None: for ever) for the first."""
+        """Messages and posted events in order of arrival; waits ``timeout`` seconds (None: for ever) for the first."""
         wait = None if timeout is None else max(0, round(timeout * 1000))
         if not self._socket.poll(wait):
             return []
@@ -104,12 +104,10 @@ class Mailbox:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if not frame:
-                yield self._posted.get_nowait()
-                continue
             try:
-                yield self._decode(frame)
-            except BadMessage as error:
+                # An empty frame says that something was posted; from outside it is only malformed.
+                yield self._decode(frame) if frame else self._posted.get_nowait()
+            except (BadMessage, queue.Empty) as error:
                 self.malformed += 1
                 log.warning("dropped a malformed frame of %d bytes: %s", len(frame), error)
 

@@ -1,7 +1,7 @@
 """The shell of every worker: a thread that turns messages into events, steps into model calls, and actions into bytes.
 
-What the machine decides is performed before it is asked again, so that a landing is closed before its blocks can be given
-to another sequence.
+What the machine decides is performed before it is asked again, so that a landing is closed before its blocks can be
+given to another sequence.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Blocks promised to attempts whose KV is on its way, and the queue of attempts that wait for such a promise.
 
-Promised blocks are held in the pool. They become a sequence's own when the KV is verified, and go back to the pool when the
-transfer ends otherwise; those that a one-sided writer could still reach stay in quarantine until it has confirmed.
+Promised blocks are held in the pool. They become a sequence's own when the KV is verified, and go back to the pool when
+the transfer ends otherwise; those that a one-sided writer could still reach stay in quarantine until it has confirmed.
 """
 
 from collections import deque

@@ -1,13 +1,14 @@
 """The seam of every KV transport.
 
-A worker has one KV pool: ``num_blocks`` rows of ``block_bytes`` bytes. A ``Receiver`` lets peers write into reserved rows
-of it; a ``Sender`` pushes rows of it into a peer's. Both work in the background and report through ``on_event``, which may
-be called from any thread. The decisions (when to push what, whom to believe) stand in ``kv_transfer.core.session``.
+A worker has one KV pool: ``num_blocks`` rows of ``block_bytes`` bytes. A ``Receiver`` lets peers write into reserved
+rows of it; a ``Sender`` pushes rows of it into a peer's. Both work in the background and report through ``on_event``,
+which may be called from any thread. The decisions (when to push what, whom to believe) stand in
+``kv_transfer.core.session``.
 
 Contract:
 
-- ``Sender.push`` never blocks on the peer. It is answered by exactly one ``Pushed`` or ``PushFailed``, unless the key is
-  cancelled first. Pushes of one key keep their order.
+- ``Sender.push`` never blocks on the peer. It is answered by exactly one ``Pushed`` or ``PushFailed``, unless the key
+  is cancelled first. Pushes of one key keep their order.
 - ``Sender.cancel(key)`` is answered by exactly one ``Cancelled``: from then on nothing is written for that key.
 - The caller keeps the pushed source blocks unchanged until then.
 - A two-sided receiver (``one_sided = False``) writes itself: it drops whatever comes for a key that is not open, and

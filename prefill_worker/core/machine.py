@@ -6,7 +6,8 @@
 4. The first token goes straight to the gateway; the transfer ends with it.
 5. The blocks stay pinned until decode's ack (``handoff.py``); then nothing of the request is left here.
 
-A newer attempt of a request, or ``Abort``, ends an older one wherever it stands; an older one that comes late is dropped.
+A newer attempt of a request, or ``Abort``, ends an older one wherever it stands; an older one that comes late is
+dropped.
 """
 
 from collections import deque

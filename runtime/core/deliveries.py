@@ -1,7 +1,7 @@
 """A worker's tokens on their way to the gateways.
 
-Tokens that a step made leave in one ``TokenBatch`` a gateway. Every token of a request is kept until the gateway has acked
-its end: a gateway that missed some asks again, and a last chunk that is not acked is sent again.
+Tokens that a step made leave in one ``TokenBatch`` a gateway. Every token of a request is kept until the gateway has
+acked its end: a gateway that missed some asks again, and a last chunk that is not acked is sent again.
 """
 
 from dataclasses import dataclass, field

@@ -1,0 +1,53 @@
+"""The process of a decode worker, which is also that of a colocated one."""
+
+from decode_worker.core.machine import DecodeMachine, DecodeSettings, Messages
+from decode_worker.core.reservation import Reservations
+from engine.core.blocks import BlockPool
+from engine.core.scheduler import Scheduler
+from engine.runner import ModelRunner
+from kv_transfer.core.session import TransferTimeouts
+from kv_transfer.transports.base import PoolMemory
+from kv_transfer.transports.build import make_receiver
+from messages.codec import Decode, decoder_for
+from messages.common import Role, WorkerAddress
+from messages.ids import Address
+from runtime.actor import WorkerActor
+from runtime.mailbox import Mailbox
+from runtime.worker import KVPort, Machine
+
+
+class DecodeWorker(WorkerActor):
+    """Takes KV over and decodes."""
+
+    _one_sided = False
+
+    def _decoder(self) -> Decode:
+        return decoder_for(*Messages)
+
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
+        if self._config.role is Role.COLOCATED:
+            return KVPort(memory.pool, None, None)
+        receiver = make_receiver(
+            self._config.transport, self._config.host, memory, runner.layout.fingerprint(), mailbox.post
+        )
+        self._one_sided = receiver.one_sided
+        return KVPort(memory.pool, None, receiver)
+
+    def _make_machine(
+        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
+    ) -> Machine:
+        settings = DecodeSettings(
+            address=address,
+            role=self._config.role,
+            router=Address(self._config.router),
+            cluster_key=self._config.cluster_key,
+            layout=runner.layout.fingerprint(),
+            block_bytes=runner.layout.block_bytes,
+            max_num_seqs=self._config.max_num_seqs,
+            max_model_len=self._config.max_model_len,
+            vocab_size=runner.config.vocab_size,
+        )
+        reservations = Reservations(
+            address.mailbox, pool, one_sided=self._one_sided, timeouts=TransferTimeouts()
+        )
+        return DecodeMachine(settings, scheduler, pool, reservations)

@@ -1,0 +1,41 @@
+"""The process of a prefill worker."""
+
+from engine.core.blocks import BlockPool
+from engine.core.scheduler import Scheduler
+from engine.runner import ModelRunner
+from kv_transfer.core.session import TransferTimeouts
+from kv_transfer.transports.base import PoolMemory
+from kv_transfer.transports.build import make_sender
+from messages.codec import Decode, decoder_for
+from messages.common import WorkerAddress
+from messages.ids import Address
+from prefill_worker.core.handoff import Handoffs
+from prefill_worker.core.machine import Messages, PrefillMachine, PrefillSettings
+from runtime.actor import WorkerActor
+from runtime.mailbox import Mailbox
+from runtime.worker import KVPort, Machine
+
+
+class PrefillWorker(WorkerActor):
+    """Computes prompts and hands their KV over."""
+
+    def _decoder(self) -> Decode:
+        return decoder_for(*Messages)
+
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
+        sender = make_sender(self._config.transport, memory.pool, mailbox.post)
+        return KVPort(memory.pool, sender, None)
+
+    def _make_machine(
+        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
+    ) -> Machine:
+        settings = PrefillSettings(
+            address=address,
+            router=Address(self._config.router),
+            max_num_seqs=self._config.max_num_seqs,
+            max_model_len=self._config.max_model_len,
+            vocab_size=runner.config.vocab_size,
+        )
+        layout = runner.layout.fingerprint()
+        handoffs = Handoffs(address, layout, self._config.transport, pool, TransferTimeouts())
+        return PrefillMachine(settings, scheduler, pool, handoffs)
