@@ -1,0 +1,23 @@
+"""Shared by all tests: no network, no second thread for torch, and nothing left behind."""
+
+import os
+
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """The tiny real model that ships with the project."""
+    return ROOT / "models" / "tiny-llama"
