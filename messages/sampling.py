@@ -55,6 +55,12 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits, token id to bias in [-100, 100]."""
 
+    @property
+    def alters_logits(self) -> bool:
+        """Whether penalties or biases change the logits before a token is chosen."""
+        penalties = (self.repetition_penalty != 1.0, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.logit_bias)
+
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 0, MAX_TOKEN_ID)
         _within("temperature", self.temperature, 0.0, 100.0)

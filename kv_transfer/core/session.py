@@ -6,8 +6,8 @@ The life of a transfer:
 2. The decode worker reserves blocks and accepts, or refuses (``ReceiveSession`` is made with the blocks).
 3. While later chunks compute, blocks whose KV is final are pushed and their digests taken (``SendSession.computed``).
 4. With the first token the sender ends the transfer: count and digest of every block (``SendSession.end``).
-5. When all has landed, the receiver takes digests of what stands in its own pool; what is missing or differs is asked for
-   again, and what is right is acked. Only then may decode read the blocks, and only then may prefill free its own.
+5. When all has landed, the receiver takes digests of what stands in its own pool; what is missing or differs is asked
+   for again, and what is right is acked. Only then may decode read the blocks, and only then may prefill free its own.
 6. Either side may give up at any point. The sender confirms with ``TransferClosed`` that it writes no more; until then
    the blocks of a one-sided receiver stay in quarantine.
 
@@ -139,7 +139,7 @@ _SEND_MOVES = {
 
 
 class SendSession:
-    """The prefill worker's end. ``blocks`` may grow in ``computed``; the caller keeps them unchanged until ``Ended``."""
+    """The prefill worker's end. The blocks given to ``computed`` stay unchanged until ``Ended``."""
 
     def __init__(
         self, key: TransferKey, open_message: OpenTransfer, to: KVEndpoint, timeouts: TransferTimeouts

@@ -1,0 +1,1 @@
+"""One model on one tensor-parallel group; knows no Ray, router or peer."""

@@ -1,0 +1,218 @@
+"""Attention over a paged KV cache on a CPU, batched: a step's sequences form a few rectangles, whatever their number.
+
+The cache ``[block, layer, k|v, kv_head, token, head_dim]`` is read as rows of ``head_dim``. A token's row within a layer has the
+same number in every layer, so the row numbers of a step are computed once (numpy) and serve all layers: each layer is a
+view of the cache that begins at its own first row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from engine.core.kv_layout import KVLayout
+from engine.core.scheduler import StepPlan
+
+SHORT_QUERY = 16
+"""Rows of up to this many tokens share a rectangle with rows of other lengths; longer ones only with equals."""
+TILE = 128
+"""Queries of a prompt are taken in tiles of this many, each against just the keys that it may see."""
+
+
+@dataclass(slots=True)
+class _Rectangle:
+    """Sequences of one step with the same number of query tokens."""
+
+    batch: int
+    query: int
+    keys: int
+    """Longest KV length, in whole blocks."""
+    computed: int
+    """Tokens before the queries; the same for all rows, or -1 where lengths differ and ``mask`` tells."""
+    key_rows: torch.Tensor
+    value_rows: torch.Tensor
+    tokens: torch.Tensor
+    """``[batch * query]``: where the queries stand in the step's flat batch."""
+    mask: torch.Tensor | None
+    """``[batch, 1, group * query, keys]``, added to the scores; 0 or -inf."""
+
+
+class StepAttention:
+    """The attention of one step, for every layer: made by ``PagedAttention.prepare``."""
+
+    def __init__(self, cache: "PagedAttention", write_rows: torch.Tensor, rectangles: list[_Rectangle]) -> None:
+        self._cache = cache
+        self._write_rows = write_rows
+        self._rectangles = rectangles
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """``qkv [tokens, heads + 2 * kv_heads, head_dim]``, rotated -> ``[tokens, heads * head_dim]``.
+
+        Writes the step's keys and values into the cache, then attends to all that the cache holds of each sequence.
+        """
+        cache = self._cache
+        rows = cache.layers[layer]
+        rows.index_copy_(0, self._write_rows, qkv[:, cache.num_heads :].reshape(-1, cache.head_dim))
+        queries = qkv[:, : cache.num_heads]
+        if len(self._rectangles) == 1:
+            return cache.attend(self._rectangles[0], rows, queries)
+        out = queries.new_empty(queries.shape[0], cache.num_heads * cache.head_dim)
+        for rectangle in self._rectangles:
+            part = cache.attend(rectangle, rows, queries.index_select(0, rectangle.tokens))
+            out.index_copy_(0, rectangle.tokens, part)
+        return out
+
+
+class PagedAttention:
+    """One rank's KV cache and how to attend to it."""
+
+    def __init__(self, layout: KVLayout, kv_cache: torch.Tensor, num_heads: int) -> None:
+        self.num_heads = num_heads
+        self.head_dim = layout.head_dim
+        self._kv_heads = layout.num_kv_heads
+        self._group = num_heads // layout.num_kv_heads
+        self._block_size = layout.block_size
+        self._scale = layout.head_dim**-0.5
+        self._value_offset = layout.num_kv_heads * layout.block_size
+        self._layer_rows = 2 * self._value_offset
+        self._block_rows = layout.num_layers * self._layer_rows
+        rows = kv_cache.view(-1, layout.head_dim)
+        self.layers = [rows[layer * self._layer_rows :] for layer in range(layout.num_layers)]
+        self._half = kv_cache.dtype is not torch.float32
+        self._dtype = kv_cache.dtype
+        # Row of a head's first token, for K and V of each KV head, within one layer of a block.
+        self._head_rows = np.arange(2 * layout.num_kv_heads, dtype=np.int64) * layout.block_size
+        causal = torch.full((TILE, TILE), float("-inf"), dtype=kv_cache.dtype).triu_(1)
+        self._causal = causal.repeat(self._group, 1)
+
+    def prepare(self, plan: StepPlan, positions: NDArray[np.int64], starts: NDArray[np.int64]) -> StepAttention:
+        """``positions [tokens]`` in their sequences, ``starts [rows + 1]`` of the rows in the flat batch."""
+        counts = plan.num_tokens.astype(np.int64)
+        lengths = plan.num_computed.astype(np.int64) + counts
+        num_blocks = -(-lengths // self._block_size)
+        tables = np.zeros((len(lengths), int(num_blocks.max())), np.int64)
+        for row, seq in enumerate(plan.sequences):
+            tables[row, : num_blocks[row]] = seq.block_table[: num_blocks[row]]
+        rows = np.repeat(np.arange(len(lengths)), counts)
+        firsts = tables[rows, positions // self._block_size] * self._block_rows + positions % self._block_size
+        write_rows = torch.from_numpy((firsts[:, None] + self._head_rows).ravel())
+        rectangles = [
+            self._rectangle(members, plan, tables, lengths, num_blocks, starts) for members in _partition(plan, lengths)
+        ]
+        return StepAttention(self, write_rows, rectangles)
+
+    def attend(self, rectangle: _Rectangle, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """``queries [batch * query, heads, head_dim]`` -> the same, heads and head_dim joined."""
+        batch, query, heads, dim = rectangle.batch, rectangle.query, self._kv_heads, self.head_dim
+        keys = rows.index_select(0, rectangle.key_rows).view(batch, heads, rectangle.keys, dim)
+        values = rows.index_select(0, rectangle.value_rows).view(batch, heads, rectangle.keys, dim)
+        grouped = queries.reshape(batch, query, heads, self._group, dim).permute(0, 2, 3, 1, 4)
+        if rectangle.computed < 0 or query == 1:
+            folded = grouped.reshape(batch, heads, self._group * query, dim)
+            out = self._attend_masked(rectangle, folded, keys, values)
+        elif self._half:
+            out = self._attend_tiles(rectangle, grouped, keys, values)
+        else:
+            out = self._attend_causal(rectangle, grouped, keys, values)
+        out = out.view(batch, heads, self._group, query, dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(batch * query, self.num_heads * dim)
+
+    def _attend_masked(
+        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Few queries a sequence. A fused kernel is faster for one sequence, plain products for many."""
+        mask = rectangle.mask
+        if rectangle.batch < 4:
+            expanded = None if mask is None else mask.expand(-1, -1, queries.shape[2], -1)
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=expanded, scale=self._scale)
+        scores = torch.matmul(queries, keys.transpose(-1, -2)).mul_(self._scale)
+        if mask is not None:
+            scores += mask
+        return torch.matmul(torch.softmax(scores, -1), values)
+
+    def _attend_tiles(
+        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """A prompt's chunk in 16 bits: plain products over tiles of queries, without the keys that none of a tile sees."""
+        batch, heads, group, query, dim = queries.shape
+        out = torch.empty((batch, heads, group, query, dim), dtype=self._dtype)
+        for first in range(0, query, TILE):
+            size = min(TILE, query - first)
+            seen = rectangle.computed + first + size
+            tile = queries[:, :, :, first : first + size].reshape(batch, heads, group * size, dim)
+            scores = torch.matmul(tile, keys[:, :, :seen].transpose(-1, -2)).mul_(self._scale)
+            causal = (
+                self._causal if size == TILE else self._causal.view(group, TILE, TILE)[:, :size, :size].flatten(0, 1)
+            )
+            scores[..., seen - size :] += causal
+            part = torch.matmul(torch.softmax(scores, -1), values[:, :, :seen])
+            out[:, :, :, first : first + size] = part.view(batch, heads, group, size, dim)
+        return out
+
+    def _attend_causal(
+        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """A prompt's chunk in 32 bits: the fused kernel."""
+        batch, heads, group, query, dim = queries.shape
+        seen = rectangle.computed + query
+        whole = rectangle.computed == 0
+        mask = None
+        if not whole:
+            mask = torch.ones((query, seen), dtype=torch.bool).tril_(rectangle.computed)
+        return F.scaled_dot_product_attention(
+            queries.reshape(batch, heads * group, query, dim),
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            attn_mask=mask,
+            is_causal=whole,
+            scale=self._scale,
+            enable_gqa=group > 1,
+        )
+
+    def _rectangle(
+        self,
+        members: NDArray[np.int64],
+        plan: StepPlan,
+        tables: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        num_blocks: NDArray[np.int64],
+        starts: NDArray[np.int64],
+    ) -> _Rectangle:
+        query = int(plan.num_tokens[members[0]])
+        width = int(num_blocks[members].max())
+        keys = width * self._block_size
+        first_rows = (tables[members, :width] * self._block_rows)[:, None, :, None]
+        within = self._head_rows[: self._kv_heads, None, None] + np.arange(self._block_size)
+        key_rows = (first_rows + within).reshape(-1)
+        computed = plan.num_computed[members].astype(np.int64)
+        alike = bool((computed == computed[0]).all())
+        mask = None
+        if query <= SHORT_QUERY and not (alike and query == 1 and int(lengths[members[0]]) == keys):
+            visible = np.arange(keys) <= (computed[:, None] + np.arange(query))[:, :, None]
+            added = torch.zeros((len(members), 1, 1, query, keys), dtype=self._dtype)
+            added.masked_fill_(torch.from_numpy(~visible)[:, None, None], float("-inf"))
+            mask = added.expand(-1, -1, self._group, -1, -1).reshape(len(members), 1, self._group * query, keys)
+        return _Rectangle(
+            batch=len(members),
+            query=query,
+            keys=keys,
+            computed=-1 if query <= SHORT_QUERY else int(computed[0]),
+            key_rows=torch.from_numpy(key_rows),
+            value_rows=torch.from_numpy(key_rows + self._value_offset),
+            tokens=torch.from_numpy((starts[members][:, None] + np.arange(query)).ravel()),
+            mask=mask,
+        )
+
+
+def _partition(plan: StepPlan, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows of the plan that share a rectangle. A lone rectangle keeps the rows' order, so that nothing is gathered."""
+    counts = plan.num_tokens
+    groups: dict[tuple[int, int], list[int]] = {}
+    # Short rows: one rectangle for lengths within a factor of two. Long ones: only with the very same shape.
+    buckets = np.ceil(np.log2(np.maximum(lengths, 64))).astype(np.int64)
+    keys = np.where(counts <= SHORT_QUERY, buckets, -lengths)
+    for row, key in enumerate(zip(counts.tolist(), keys.tolist(), strict=True)):
+        groups.setdefault(key, []).append(row)
+    return [np.array(rows, np.int64) for rows in groups.values()]

@@ -1,0 +1,1 @@
+"""The engine's decisions: blocks, sequences, the token scheduler."""

@@ -1,0 +1,126 @@
+"""The Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU; Mistral, Qwen 2 and Qwen 3 differ in details only.
+
+Merged projections: q, k and v are one product, gate and up another (Touvron et al. 2023; Jiang et al. 2023).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from engine.core.errors import ModelError
+from engine.linear import Linear
+from engine.models.config import ModelConfig
+from engine.parallel import ParallelGroup
+from engine.weights import Checkpoint
+
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""``(layer, qkv [tokens, heads + 2 * kv_heads, head_dim]) -> [tokens, heads * head_dim]``."""
+
+
+class Rope:
+    """Rotary position embedding, tables for every position up to the model's context."""
+
+    def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype) -> None:
+        frequencies = torch.tensor(config.inverse_frequencies(), dtype=torch.float32)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+        self._cos = torch.cat((angles, angles), -1).cos_().to(dtype)
+        self._sin = torch.cat((angles, angles), -1).sin_().to(dtype)
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[tokens, 1, head_dim]``."""
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate ``x [tokens, heads, head_dim]`` in place, halves paired as in transformers."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    x.mul_(cos).addcmul_(turned, sin)
+
+
+class Layer:
+    """One decoder layer's weights."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, group: ParallelGroup, layer: int, dtype: torch.dtype) -> None:
+        self._config = config
+        self._group = group
+        self.heads = group.share(config.num_heads, "heads")
+        self.kv_heads = group.share(config.num_kv_heads, "KV heads")
+        hidden, inner = config.hidden_size, group.share(config.intermediate_size, "MLP columns")
+        q, kv = self.heads * config.head_dim, self.kv_heads * config.head_dim
+        prefix = f"model.layers.{layer}"
+        attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        self.input_norm = checkpoint.take(f"{prefix}.input_layernorm.weight", (hidden,), dtype)
+        self.post_norm = checkpoint.take(f"{prefix}.post_attention_layernorm.weight", (hidden,), dtype)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = checkpoint.take(f"{attn}.q_norm.weight", (config.head_dim,), dtype)
+            self.k_norm = checkpoint.take(f"{attn}.k_norm.weight", (config.head_dim,), dtype)
+        self.qkv = _merged(checkpoint, [f"{attn}.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, config.attention_bias, dtype)
+        self.out = _merged(checkpoint, [f"{attn}.o_proj"], [hidden], q, config.output_bias, dtype)
+        self.gate_up = _merged(checkpoint, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [inner, inner], hidden, config.mlp_bias, dtype)
+        self.down = _merged(checkpoint, [f"{mlp}.down_proj"], [hidden], inner, config.mlp_bias, dtype)
+        self._inner = inner
+
+    def forward(
+        self, index: int, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attend: Attend
+    ) -> torch.Tensor:
+        """``x [tokens, hidden]``, which is overwritten, -> the same."""
+        config, size = self._config, (x.shape[-1],)
+        qkv = self.qkv(F.rms_norm(x, size, self.input_norm, config.rms_norm_eps))
+        qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
+        if self.q_norm is not None:
+            head = (config.head_dim,)
+            queries, keys = qkv[:, : self.heads], qkv[:, self.heads : self.heads + self.kv_heads]
+            queries.copy_(F.rms_norm(queries, head, self.q_norm, config.rms_norm_eps))
+            keys.copy_(F.rms_norm(keys, head, self.k_norm, config.rms_norm_eps))
+        rotate_(qkv[:, : self.heads + self.kv_heads], *rotation)
+        x += self._group.all_reduce(self.out(attend(index, qkv)))
+        gate_up = self.gate_up(F.rms_norm(x, size, self.post_norm, config.rms_norm_eps))
+        activated = F.silu(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
+        x += self._group.all_reduce(self.down(activated))
+        return x
+
+
+class Llama:
+    """The whole model of one rank. ``folder`` holds config.json and safetensors; ``ModelError`` where they disagree."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
+    ) -> None:
+        self._config = config
+        with Checkpoint(folder) as checkpoint:
+            table = (config.vocab_size, config.hidden_size)
+            self._embedding = checkpoint.take("model.embed_tokens.weight", table, dtype)
+            self._layers = [Layer(checkpoint, config, group, layer, dtype) for layer in range(config.num_layers)]
+            self._norm = checkpoint.take("model.norm.weight", (config.hidden_size,), dtype)
+            tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
+            if tied and not config.tie_word_embeddings:
+                raise ModelError(f"{folder}: no lm_head.weight, and config.json does not tie the embeddings")
+            head = self._embedding if tied else checkpoint.take("lm_head.weight", table, dtype)
+            unread = [name for name in checkpoint.unread() if not (tied and name == "lm_head.weight")]
+            if unread:
+                raise ModelError(f"{folder}: {len(unread)} tensors have no place in {config.architecture}: {unread[:3]}")
+        self._head = Linear(head)
+        self._rope = Rope(config, max_positions, dtype)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """``tokens``, ``positions [tokens]`` -> hidden states ``[tokens, hidden]``, not yet normed."""
+        x = F.embedding(tokens, self._embedding)
+        rotation = self._rope.at(positions)
+        for index, layer in enumerate(self._layers):
+            x = layer.forward(index, x, rotation, attend)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, hidden] -> [rows, vocab]``."""
+        return self._head(F.rms_norm(hidden, (hidden.shape[-1],), self._norm, self._config.rms_norm_eps))
+
+
+def _merged(
+    checkpoint: Checkpoint, names: list[str], rows: list[int], columns: int, bias: bool, dtype: torch.dtype
+) -> Linear:
+    weight = checkpoint.take_rows([f"{name}.weight" for name in names], rows, (columns,), dtype)
+    return Linear(weight, checkpoint.take_rows([f"{name}.bias" for name in names], rows, (), dtype) if bias else None)
