@@ -1,8 +1,8 @@
 """A digest a block, bound to the attempt and to the block's place in the sequence.
 
-XXH3 with 64 bits (Yann Collet), from the ``xxhash`` library: it guards against faults, not against an attacker, who is kept
-out by tickets and keys. The seed is made of request, attempt and index, so that a good block in the wrong place, or one
-that was left there by another request, has another digest.
+XXH3 with 64 bits (Yann Collet), from the ``xxhash`` library: it guards against faults, not against an attacker, who is
+kept out by tickets and keys. The seed is made of request, attempt and index, so that a good block in the wrong place,
+or one that was left there by another request, has another digest.
 """
 
 import numpy as np

@@ -9,8 +9,11 @@ Contract:
 
 - ``Sender.push`` never blocks on the peer. It is answered by exactly one ``Pushed`` or ``PushFailed``, unless the key
   is cancelled first. Pushes of one key keep their order.
-- ``Sender.cancel(key)`` is answered by exactly one ``Cancelled``: from then on nothing is written for that key.
+- ``Sender.cancel(key)`` is answered by exactly one ``Cancelled``: from then on nothing is written for that key,
+  which is not pushed again (a new attempt has another key).
 - The caller keeps the pushed source blocks unchanged until then.
+- What goes wrong with a push (no such peer, blocks out of range, a peer that takes nothing) is ``PushFailed``.
+  ``forget`` fails what was still to be pushed to that peer. After ``shutdown`` nothing is reported.
 - A two-sided receiver (``one_sided = False``) writes itself: it drops whatever comes for a key that is not open, and
   after ``close(key)`` has returned nothing lands for that key. It reports each arrival with ``Landed``.
 - A one-sided receiver (``one_sided = True``) does not see the writes: no ``Landed``; what was pushed before the peer's
@@ -45,10 +48,15 @@ __all__ = [
     "Receiver",
     "Sender",
     "TransferKey",
+    "TransportError",
     "TransportEvent",
 ]
 
 OnEvent = Callable[[TransportEvent], None]
+
+
+class TransportError(Exception):
+    """The peer cannot be written to; becomes ``PushFailed``."""
 
 
 class Receiver(Protocol):

@@ -1,0 +1,225 @@
+"""What the transports share: a sender's thread, a two-sided receiver's open landings, and the copy itself."""
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kv_transfer.core.plan import plan
+from kv_transfer.transports.base import (
+    Blocks,
+    Cancelled,
+    OnEvent,
+    Pool,
+    Pushed,
+    PushFailed,
+    TransferKey,
+    TransportError,
+)
+from messages.common import KVEndpoint
+
+STEP_BYTES = 8 << 20
+"""Copied at once: a cancel, or a close, waits for no more than this."""
+STOP_WITHIN = 10.0
+"""Seconds that a thread of a transport may take to end."""
+
+
+def blocks_in(num_bytes: int, block_bytes: int) -> int:
+    """Whole blocks in ``num_bytes``, and one at least."""
+    return max(1, num_bytes // block_bytes)
+
+
+def copy_blocks(into: Pool, target: Blocks, source_pool: Pool, source: Blocks) -> None:
+    """``into[target] = source_pool[source]`` piece by piece, with no array in between; lets go of the GIL in each."""
+    pieces = plan(source, target, max_blocks=len(source) or 1)
+    for here, there, count in zip(*(column.tolist() for column in pieces), strict=True):
+        into[there : there + count] = source_pool[here : here + count]
+
+
+def check_blocks(blocks: Blocks, num_blocks: int, whose: str) -> None:
+    """Raise ``TransportError`` unless all are blocks of a pool of ``num_blocks``."""
+    if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < num_blocks:
+        raise TransportError(f"blocks {blocks.min()} to {blocks.max()} are not all in {whose} pool of {num_blocks}")
+
+
+@dataclass(slots=True)
+class Job:
+    """One push."""
+
+    key: TransferKey
+    to: KVEndpoint
+    first: int
+    source: Blocks
+    target: Blocks
+    begun: int = 0
+    """Leading blocks that need no more looking at."""
+
+    def check(self, num_blocks: int) -> None:
+        """Raise ``TransportError`` unless the blocks can be what the caller and the peer say."""
+        if len(self.source) != len(self.target):
+            raise TransportError(f"{len(self.source)} source blocks for {len(self.target)} target blocks")
+        check_blocks(self.source, num_blocks, "the sender's")
+        check_blocks(self.target, self.to.num_blocks, "the receiver's")
+
+    @property
+    def pushed(self) -> Pushed:
+        return Pushed(self.key, self.first, len(self.source))
+
+
+class Cancel(NamedTuple):
+    key: TransferKey
+
+
+class Forget(NamedTuple):
+    address: str
+
+
+class Stop(NamedTuple):
+    pass
+
+
+Command = Job | Cancel | Forget | Stop
+
+
+class BackgroundSender(ABC):
+    """Hands what it is asked over to a thread of its own, which alone touches peers and reports events."""
+
+    def __init__(self, pool: Pool, on_event: OnEvent, name: str) -> None:
+        self._pool = pool
+        self._on_event = on_event
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def push(self, key: TransferKey, to: KVEndpoint, first: int, source: Blocks, target: Blocks) -> None:
+        self._post(Job(key, to, first, source, target))
+
+    def cancel(self, key: TransferKey) -> None:
+        self._post(Cancel(key))
+
+    def forget(self, to: KVEndpoint) -> None:
+        self._post(Forget(to.address))
+
+    def shutdown(self) -> None:
+        """Returns when nothing is read from the pool, or written to a peer, any more; harmless twice."""
+        self._post(Stop())
+        self._thread.join(STOP_WITHIN)
+        if self._thread.is_alive():
+            raise TimeoutError(f"{self._thread.name} did not stop within {STOP_WITHIN:.0f} s")
+
+    def _post(self, command: Command) -> None:
+        self._commands.put(command)
+
+    @abstractmethod
+    def _run(self) -> None:
+        """The thread: carry out commands until ``Stop``."""
+
+
+class Target(Protocol):
+    """A peer's pool as ``CopyingSender`` sees it."""
+
+    def write(self, key: TransferKey, first: int, target: Blocks, pool: Pool, source: Blocks) -> None:
+        """Copy rows ``source`` of ``pool`` into the peer's; raises ``TransportError`` when the peer is gone."""
+
+    def release(self) -> None: ...
+
+
+class CopyingSender(BackgroundSender):
+    """Pushes by copying in its own thread, in the order of the pushes."""
+
+    def __init__(self, pool: Pool, on_event: OnEvent, name: str, attach: Callable[[KVEndpoint], Target]) -> None:
+        super().__init__(pool, on_event, name)
+        self._attach = attach
+        self._targets: dict[str, Target] = {}
+        self._jobs: deque[Job] = deque()
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self._obey():
+            if self._jobs:
+                self._step(self._jobs[0])
+        for target in self._targets.values():
+            target.release()
+        self._targets.clear()
+
+    def _obey(self) -> bool:
+        """Carry out the commands that wait, and wait for one if there is nothing to copy; False at ``Stop``."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._jobs)
+            except queue.Empty:
+                return True
+            match command:
+                case Job():
+                    self._jobs.append(command)
+                case Cancel(key):  # nothing is being copied: this thread is here
+                    self._jobs = deque(job for job in self._jobs if job.key != key)
+                    self._on_event(Cancelled(key))
+                case Forget(address):
+                    self._forget(address)
+                case Stop():
+                    return False
+
+    def _forget(self, address: str) -> None:
+        failed = [job for job in self._jobs if job.to.address == address]
+        self._jobs = deque(job for job in self._jobs if job.to.address != address)
+        if address in self._targets:
+            self._targets.pop(address).release()
+        for job in failed:
+            self._on_event(PushFailed(job.key, "the peer is gone"))
+
+    def _step(self, job: Job) -> None:
+        """Copy the next blocks of ``job``."""
+        try:
+            target = self._target(job)
+            end = job.begun + blocks_in(STEP_BYTES, self._pool.shape[1])
+            part = slice(job.begun, end)
+            target.write(job.key, job.first + job.begun, job.target[part], self._pool, job.source[part])
+        except TransportError as error:
+            self._jobs.popleft()
+            self._on_event(PushFailed(job.key, str(error)))
+            return
+        job.begun = end
+        if end >= len(job.source):
+            self._jobs.popleft()
+            self._on_event(job.pushed)
+
+    def _target(self, job: Job) -> Target:
+        if not job.begun:
+            job.check(len(self._pool))
+        if job.to.address not in self._targets:
+            self._targets[job.to.address] = self._attach(job.to)
+        return self._targets[job.to.address]
+
+
+class Landings:
+    """Which rows of a two-sided receiver's pool are open to whom. ``close`` waits for a copy that has begun."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._open: dict[TransferKey, tuple[int, Blocks]] = {}
+
+    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
+        """The sequence's block ``first + i`` may land in row ``blocks[i]``."""
+        if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < len(self._pool):
+            raise ValueError(f"blocks of {key} are not all in the pool")
+        with self._lock:
+            self._open[key] = (first, blocks)
+
+    def close(self, key: TransferKey) -> None:
+        with self._lock:
+            self._open.pop(key, None)
+
+    def land(self, key: TransferKey, first: int, count: int, copy: Callable[[Blocks], None]) -> bool:
+        """Call ``copy`` with the rows of the sequence's blocks ``first .. first + count`` if all of them are open."""
+        with self._lock:
+            if key not in self._open:
+                return False
+            begin, blocks = self._open[key]
+            if not begin <= first <= first + count <= begin + len(blocks):
+                return False
+            copy(blocks[first - begin : first - begin + count])
+            return True

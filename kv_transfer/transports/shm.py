@@ -1,0 +1,52 @@
+"""Both workers on one host: the sender copies straight into the receiver's pool, which is a memfd that it has mapped.
+
+One copy, and the receiver's process does nothing. It cannot refuse a write either: see ``one_sided`` in ``base``.
+"""
+
+import select
+
+from kv_transfer.transports.base import Blocks, OnEvent, Pool, TransferKey, TransportError
+from kv_transfer.transports.copying import CopyingSender, check_blocks, copy_blocks
+from kv_transfer.transports.memory import PeerMemory, SharedMemory
+from messages.common import KVEndpoint
+
+
+class ShmReceiver:
+    """Only says where the pool is."""
+
+    one_sided = True
+
+    def __init__(self, memory: SharedMemory, layout: str) -> None:
+        self.endpoint = KVEndpoint("shm", memory.address, layout, len(memory.pool))
+
+    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
+        """Nothing to do: the sender was told the blocks."""
+
+    def close(self, key: TransferKey) -> None:
+        """Nothing can be done: the caller keeps the blocks in quarantine."""
+
+    def shutdown(self) -> None:
+        """Nothing runs; the memory is its owner's to release."""
+
+
+class _Peer:
+    def __init__(self, to: KVEndpoint, block_bytes: int) -> None:
+        self._memory = PeerMemory(to.address, to.num_blocks, block_bytes)
+        self._process = select.poll()
+        self._process.register(self._memory.process, select.POLLIN)
+
+    def write(self, key: TransferKey, first: int, target: Blocks, pool: Pool, source: Blocks) -> None:
+        if self._process.poll(0):
+            raise TransportError("the process of the KV pool has died")
+        check_blocks(target, len(self._memory.pool), "the receiver's")
+        copy_blocks(self._memory.pool, target, pool, source)
+
+    def release(self) -> None:
+        self._memory.release()
+
+
+class ShmSender(CopyingSender):
+    """Reports ``Pushed`` when the blocks stand in the peer's pool."""
+
+    def __init__(self, pool: Pool, on_event: OnEvent) -> None:
+        super().__init__(pool, on_event, "kv-shm", lambda to: _Peer(to, pool.shape[1]))

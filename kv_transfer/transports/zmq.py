@@ -1,0 +1,423 @@
+"""Between hosts: a DEALER a peer at the sender, one ROUTER at the receiver, which writes into its own pool.
+
+A push, end to end:
+
+1. The sender's thread cuts it into messages of a few MiB: a header, and views of the pool, which libzmq reads in place.
+2. No more than ``WINDOW_BYTES`` are under way to one peer, so that memory is bounded at both ends.
+3. The receiver's thread checks sizes against the header, and the header against the rows that are open for its key. It
+   copies into those rows under the lock that ``close`` takes, and answers ``Taken``; what it cannot use it drops.
+4. At ``Taken`` for a push's last message libzmq has long been done with the source blocks: ``Pushed``.
+5. A peer that takes nothing for ``STALLED_AFTER`` seconds loses its socket, and every push to it fails. So a cancel is
+   answered in time over a dead link too, and only when libzmq reads the blocks no more.
+
+A reconnect loses what was under way: the session asks for it again.
+"""
+
+import contextlib
+import ctypes
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import zmq
+
+from kv_transfer.core.frames import (
+    MAX_PART_BYTES,
+    MAX_PARTS,
+    DataHeader,
+    Taken,
+    decode_header,
+    decode_taken,
+    whole_blocks,
+)
+from kv_transfer.core.plan import plan
+from kv_transfer.transports.base import (
+    Blocks,
+    Cancelled,
+    Landed,
+    OnEvent,
+    Pool,
+    PushFailed,
+    TransferKey,
+    TransportError,
+)
+from kv_transfer.transports.copying import (
+    STOP_WITHIN,
+    BackgroundSender,
+    Cancel,
+    Command,
+    Forget,
+    Job,
+    Landings,
+    Stop,
+    blocks_in,
+    copy_blocks,
+)
+from messages.codec import BadMessage, encode
+from messages.common import KVEndpoint
+
+MESSAGE_BYTES = 4 << 20
+"""Payload of one message; a larger block is a message of its own."""
+GATHER_BELOW = 64 << 10
+"""Blocks smaller than this are gathered into one part: a part each would cost more than the copy."""
+WINDOW_BYTES = 16 << 20
+WINDOW_MESSAGES = 32
+STALLED_AFTER = 5.0
+"""Seconds without an answer of a peer that owes one."""
+TURN_MS = 500
+"""Milliseconds between looks at the clock while something is under way."""
+MESSAGES_A_TURN = 64
+
+
+class ZmqSender(BackgroundSender):
+    """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
+
+    def __init__(self, pool: Pool, on_event: OnEvent, stalled_after: float = STALLED_AFTER) -> None:
+        super().__init__(pool, on_event, "kv-zmq-send")
+        self._stalled_after = stalled_after
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._wake = _Wake()
+        self._links: dict[str, _Link] = {}
+        self._cancelling: Counter[TransferKey] = Counter()
+        self._thread.start()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._wake.close()
+
+    def _post(self, command: Command) -> None:
+        super()._post(command)
+        self._wake()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake.fd, zmq.POLLIN)
+        try:
+            while self._obey():
+                now = time.monotonic()
+                for link in list(self._links.values()):
+                    self._turn(link, now)
+                self._confirm_cancels()
+                for link in self._links.values():
+                    poller.register(link.socket, link.interest)
+                poller.poll(TURN_MS if any(link.busy for link in self._links.values()) else None)
+                for link in self._links.values():
+                    poller.unregister(link.socket)
+                self._wake.clear()
+        finally:
+            for link in self._links.values():
+                link.close()
+            self._context.term()
+
+    def _obey(self) -> bool:
+        """Carry out the commands that wait; False at ``Stop``."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                match self._commands.get_nowait():
+                    case Job() as job:
+                        self._accept(job)
+                    case Cancel(key):
+                        self._cancelling[key] += 1
+                        for link in self._links.values():
+                            link.drop(key)
+                    case Forget(address):
+                        self._fail(address, "the peer is gone")
+                    case Stop():
+                        return False
+        return True
+
+    def _accept(self, job: Job) -> None:
+        try:
+            job.check(len(self._pool))
+            if not len(job.source):
+                self._on_event(job.pushed)
+                return
+            address = job.to.address
+            if address not in self._links:
+                self._links[address] = _Link(self._context, address, self._pool)
+            self._links[address].add(job, time.monotonic())
+        except TransportError as error:
+            self._on_event(PushFailed(job.key, str(error)))
+
+    def _turn(self, link: "_Link", now: float) -> None:
+        try:
+            for job in link.hear(now):
+                if job.key not in self._cancelling:
+                    self._on_event(job.pushed)
+            link.send()
+        except zmq.ZMQError as error:
+            self._fail(link.address, f"cannot send to {link.address}: {error}")
+            return
+        if link.busy and now - link.moved_at > self._stalled_after:
+            self._fail(link.address, f"{link.address} has taken nothing for {self._stalled_after:.0f} s")
+
+    def _fail(self, address: str, detail: str) -> None:
+        """Close the link to ``address``, if there is one, and fail what was on it."""
+        link = self._links.pop(address, None)
+        for job in link.close() if link else ():
+            if job.key not in self._cancelling:
+                self._on_event(PushFailed(job.key, detail))
+
+    def _confirm_cancels(self) -> None:
+        """Answer the cancels of keys that have nothing under way any more."""
+        if self._cancelling:
+            under_way = {sent.job.key for link in self._links.values() for sent in link.under_way}
+            for key in [key for key in self._cancelling if key not in under_way]:
+                for _ in range(self._cancelling.pop(key)):
+                    self._on_event(Cancelled(key))
+
+
+class _Sent(NamedTuple):
+    """A message that the peer has not taken yet."""
+
+    number: int
+    job: Job
+    size: int
+    last: bool
+    """Of its job."""
+    tracker: zmq.MessageTracker
+
+
+class _Link:
+    """One peer: what is to go there, and what is under way."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, pool: Pool) -> None:
+        if not address.startswith("tcp://"):
+            raise TransportError(f"{address!r} is no address of a zmq receiver")
+        self.address = address
+        self.jobs: deque[Job] = deque()
+        self.under_way: deque[_Sent] = deque()
+        self.moved_at = 0.0
+        """When the peer last took something, or first had something to take."""
+        self._pool = pool
+        self._number = 0
+        self._bytes = 0
+        self._full = False  # or not connected
+        self.socket: Any = context.socket(zmq.DEALER)
+        _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
+             HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000, RECONNECT_IVL_MAX=1000, IPV6=int("[" in address))  # fmt: skip
+        try:
+            self.socket.connect(address)
+        except zmq.ZMQError as error:
+            self.socket.close(0)
+            raise TransportError(f"cannot connect to {address}: {error}") from error
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs or self.under_way)
+
+    @property
+    def interest(self) -> int:
+        return zmq.POLLIN | (zmq.POLLOUT if self._full else 0)
+
+    def add(self, job: Job, now: float) -> None:
+        if not self.busy:
+            self.moved_at = now
+        self.jobs.append(job)
+
+    def drop(self, key: TransferKey) -> None:
+        """Send no more for ``key``; what is under way stays so."""
+        self.jobs = deque(job for job in self.jobs if job.key != key)
+
+    def hear(self, now: float) -> Iterator[Job]:
+        """Take the peer's answers; the pushes that are complete."""
+        taken = -1
+        with contextlib.suppress(zmq.Again):
+            while True:
+                frame = self.socket.recv(zmq.NOBLOCK)
+                with contextlib.suppress(BadMessage):  # not from a receiver of ours; the stall will show
+                    taken = max(taken, decode_taken(frame).number)
+        while self.under_way and self.under_way[0].number <= min(taken, self._number - 1):
+            sent = self.under_way.popleft()
+            self._bytes -= sent.size
+            self.moved_at = now
+            if sent.last:
+                yield sent.job
+
+    def send(self) -> None:
+        """Send what the window lets through."""
+        self._full = False
+        while self.jobs and len(self.under_way) < WINDOW_MESSAGES:
+            job, block_bytes = self.jobs[0], self._pool.shape[1]
+            end = min(job.begun + blocks_in(MESSAGE_BYTES, block_bytes), len(job.source))
+            size = (end - job.begun) * block_bytes
+            if self.under_way and self._bytes + size > WINDOW_BYTES:
+                return
+            header = DataHeader(
+                *job.key, number=self._number, first=job.first + job.begun, count=end - job.begun,
+                block_bytes=block_bytes,
+            )  # fmt: skip
+            message = [encode(header), *self._parts(job.source[job.begun : end])]
+            try:
+                tracker = self.socket.send_multipart(message, zmq.NOBLOCK, copy=False, track=True)
+            except zmq.Again:
+                self._full = True
+                return
+            job.begun = end
+            self.under_way.append(_Sent(self._number, job, size, end == len(job.source), tracker))
+            self._number += 1
+            self._bytes += size
+            if end == len(job.source):
+                self.jobs.popleft()
+
+    def _parts(self, source: Blocks) -> list[Pool]:
+        if self._pool.shape[1] < GATHER_BELOW:
+            return [self._pool[source].reshape(-1)]
+        runs = plan(source, np.arange(len(source), dtype=np.int32), max_blocks=len(source))
+        return [
+            self._pool[start : start + count].reshape(-1)
+            for start, count in zip(runs.source.tolist(), runs.length.tolist(), strict=True)
+        ]
+
+    def close(self) -> Iterable[Job]:
+        """Close the socket, and wait until libzmq reads the pool no more; the pushes that were not complete."""
+        self.socket.close(0)
+        for sent in self.under_way:
+            with contextlib.suppress(zmq.NotDone):
+                sent.tracker.wait(STOP_WITHIN)
+        return list({id(job): job for job in (*(sent.job for sent in self.under_way), *self.jobs)}.values())
+
+
+class ZmqReceiver:
+    """Two-sided: its thread alone writes into the pool, and only into rows that are open."""
+
+    one_sided = False
+
+    def __init__(self, pool: Pool, host: str, layout: str, on_event: OnEvent) -> None:
+        """Listen on a free port of ``host``, an IP address of this machine."""
+        block_bytes = pool.shape[1]
+        if block_bytes > MAX_PART_BYTES:
+            raise ValueError(f"transport zmq takes blocks of up to {MAX_PART_BYTES} bytes, not {block_bytes}")
+        _keep_freed_memory()
+        self._pool = pool
+        self._on_event = on_event
+        self._landings = Landings(pool)
+        self.malformed = 0
+        """Messages that no sender of ours sends; dropped."""
+        self.dropped = 0
+        """Messages for blocks that are not open; dropped."""
+        self._wake = _Wake()
+        self._stopping = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: Any = self._context.socket(zmq.ROUTER)
+        _set(self._socket, LINGER=0, RCVHWM=WINDOW_MESSAGES, SNDHWM=2 * WINDOW_MESSAGES,
+             MAXMSGSIZE=max(MESSAGE_BYTES, block_bytes), HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000,
+             IPV6=int(":" in host))  # fmt: skip
+        self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+        self.endpoint = KVEndpoint("zmq", self._socket.get_string(zmq.LAST_ENDPOINT), layout, len(pool))
+        self._thread = threading.Thread(target=self._run, name="kv-zmq-receive", daemon=True)
+        self._thread.start()
+
+    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
+        self._landings.open(key, first, blocks)
+
+    def close(self, key: TransferKey) -> None:
+        self._landings.close(key)
+
+    def shutdown(self) -> None:
+        self._stopping.set()
+        self._wake()
+        self._thread.join(STOP_WITHIN)
+        if self._thread.is_alive():
+            raise TimeoutError(f"{self._thread.name} did not stop within {STOP_WITHIN:.0f} s")
+        self._wake.close()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake.fd, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
+        try:
+            while not self._stopping.is_set():
+                poller.poll()
+                self._wake.clear()
+                with contextlib.suppress(zmq.Again):
+                    for _ in range(MESSAGES_A_TURN):
+                        self._receive()
+        finally:
+            self._socket.close(0)
+            self._context.term()
+
+    def _receive(self) -> None:
+        """Take one message, or raise ``zmq.Again``."""
+        identity = self._socket.recv(zmq.NOBLOCK)
+        parts: list[zmq.Frame] = []
+        too_many = False
+        while self._socket.get(zmq.RCVMORE):
+            part = self._socket.recv(zmq.NOBLOCK, copy=False)
+            too_many = too_many or len(parts) > MAX_PARTS
+            if not too_many:
+                parts.append(part)
+        try:
+            header = decode_header(parts[0].buffer) if parts and not too_many else None
+        except BadMessage:
+            header = None
+        if header is None:
+            self.malformed += 1
+            return
+        self._take(header, parts[1:])
+        with contextlib.suppress(zmq.ZMQError):  # who has gone needs no answer
+            self._socket.send_multipart([identity, encode(Taken(header.number))], zmq.NOBLOCK)
+
+    def _take(self, header: DataHeader, parts: list[zmq.Frame]) -> None:
+        block_bytes = self._pool.shape[1]
+        data = [np.frombuffer(part.buffer, np.uint8) for part in parts]
+        if header.block_bytes != block_bytes or not whole_blocks(header, [part.size for part in data]):
+            self.malformed += 1
+            return
+
+        def copy(rows: Blocks) -> None:
+            for part in data:
+                here = part.reshape(-1, block_bytes)
+                copy_blocks(self._pool, rows[: len(here)], here, np.arange(len(here), dtype=np.int32))
+                rows = rows[len(here) :]
+
+        if self._landings.land(header.key, header.first, header.count, copy):
+            indices = np.arange(header.first, header.first + header.count, dtype=np.int32)
+            self._on_event(Landed(header.key, indices))
+        else:
+            self.dropped += 1
+
+
+class _Wake:
+    """Wakes a thread that polls ``fd``; harmless after ``close``."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+
+def _set(socket: Any, **options: int) -> None:
+    for name, value in options.items():
+        socket.set(getattr(zmq, name), value)
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc reuse the megabytes that libzmq takes and frees for each part, instead of asking the kernel.
+
+    Fresh pages cost more than the data in them. glibc only; elsewhere it is merely slower. See mallopt(3).
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(trim_threshold, 256 << 20)
