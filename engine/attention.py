@@ -1,8 +1,8 @@
 """Attention over a paged KV cache on a CPU, batched: a step's sequences form a few rectangles, whatever their number.
 
-The cache ``[block, layer, k|v, kv_head, token, head_dim]`` is read as rows of ``head_dim``. A token's row within a layer has the
-same number in every layer, so the row numbers of a step are computed once (numpy) and serve all layers: each layer is a
-view of the cache that begins at its own first row.
+The cache ``[block, layer, k|v, kv_head, token, head_dim]`` is read as rows of ``head_dim``. A token's row in a layer has
+the same number in every layer, so the row numbers of a step are computed once (numpy) and serve all layers: each
+layer is a view of the cache that begins at its own first row.
 """
 
 from dataclasses import dataclass
@@ -135,7 +135,7 @@ class PagedAttention:
     def _attend_tiles(
         self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """A prompt's chunk in 16 bits: plain products over tiles of queries, without the keys that none of a tile sees."""
+        """A prompt's chunk in 16 bits: plain products over tiles of queries, and over the keys that a tile sees."""
         batch, heads, group, query, dim = queries.shape
         out = torch.empty((batch, heads, group, query, dim), dtype=self._dtype)
         for first in range(0, query, TILE):

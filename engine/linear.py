@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 _PACKED_FOR_ROWS = 64
-"""oneDNN picks the weights' blocking for this many rows; measured to be as good for 1 as for 512 (benchmarks/engine.md)."""
+"""oneDNN picks the weights' blocking for so many rows; measured as good for 1 as for 512 (benchmarks/engine.md)."""
 
 
 def can_pack(dtype: torch.dtype, device: str) -> bool:
@@ -12,7 +12,7 @@ def can_pack(dtype: torch.dtype, device: str) -> bool:
     return (
         device == "cpu"
         and dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
@@ -20,7 +20,7 @@ def can_pack(dtype: torch.dtype, device: str) -> bool:
 class Linear:
     """``y = x @ weight.T + bias``: ``x [tokens, in]``, ``weight [out, in]``, ``y [tokens, out]``.
 
-    In bf16 on a CPU the weight is packed once for oneDNN's kernels, which plain ``F.linear`` does anew in each call; the
+    In bf16 on a CPU the weight is packed once for oneDNN's kernels, which ``F.linear`` does anew in each call; the
     plain copy is let go.
     """
 

@@ -1,6 +1,7 @@
 """A counter-based generator: the number that a token draws depends on (seed, position) and on nothing else.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised over tokens.
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), over many tokens at
+once.
 """
 
 import numpy as np

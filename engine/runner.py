@@ -17,7 +17,7 @@ from engine.parallel import ParallelGroup
 from engine.sampler import logprobs_of, sample
 
 SCORED_ROWS = 256
-"""Prompt positions whose logits are made at once when a prompt is scored; bounds the memory that a long prompt takes."""
+"""Prompt positions whose logits are made at once when a prompt is scored: bounds the memory for a long one."""
 
 
 def kv_layout(config: ModelConfig, dtype: str, block_size: int, group: ParallelGroup | None = None) -> KVLayout:
@@ -30,8 +30,8 @@ def kv_layout(config: ModelConfig, dtype: str, block_size: int, group: ParallelG
 class ModelRunner:
     """Loads ``folder`` and owns the views of its KV cache.
 
-    ``kv_memory``: ``num_blocks * layout.block_bytes`` bytes (uint8) of the caller's, for example shared memory; without it the
-    cache is allocated here. Raises ``ModelError``.
+    ``kv_memory``: ``num_blocks * layout.block_bytes`` bytes (uint8) of the caller's, for example shared memory; without
+    it the cache is allocated here. Raises ``ModelError``.
     """
 
     def __init__(

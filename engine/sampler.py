@@ -18,7 +18,7 @@ NOT_A_NUMBER = -1
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> NDArray[np.int32]:
-    """``logits [rows, vocab]``, fp32, overwritten -> the next token of each row, ``NOT_A_NUMBER`` where there is none."""
+    """``logits [rows, vocab]``, fp32, overwritten -> each row's next token, ``NOT_A_NUMBER`` where there is none."""
     if not all(seq.plain_greedy for seq in sequences):
         for row, seq in enumerate(sequences):
             if seq.params.alters_logits:

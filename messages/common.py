@@ -37,7 +37,7 @@ class Role(StrEnum):
     """Prefill and decode in one worker, no hand-over."""
 
 
-class KVEndpoint(Part):
+class KVEndpoint(Part, frozen=True):
     """Where one tensor-parallel rank of a worker receives KV."""
 
     transport: Name
@@ -48,7 +48,7 @@ class KVEndpoint(Part):
     num_blocks: Count
 
 
-class WorkerAddress(Part):
+class WorkerAddress(Part, frozen=True):
     """One incarnation of a worker, and how to reach it."""
 
     worker: WorkerId
@@ -58,7 +58,7 @@ class WorkerAddress(Part):
     """One for each tensor-parallel rank; empty where a worker receives no KV."""
 
 
-class Generation(Part):
+class Generation(Part, frozen=True):
     """The work itself: everything that any worker needs to start or to resume a sequence."""
 
     prompt: PackedTokens
@@ -80,7 +80,7 @@ class Generation(Part):
         return msgspec.structs.replace(self, generated=self.generated + token.to_bytes(4, "little"))
 
 
-class Ticket(Part):
+class Ticket(Part, frozen=True):
     """The router's word that this attempt may move KV from ``prefill`` to ``decode``; see ``messages.tickets``."""
 
     prefill: WorkerId
@@ -90,7 +90,7 @@ class Ticket(Part):
     mac: Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
-class Logprobs(Part):
+class Logprobs(Part, frozen=True):
     """Log-probabilities of consecutive tokens, one entry a token."""
 
     sampled: tuple[float, ...]
@@ -101,7 +101,7 @@ class Logprobs(Part):
     top_logprobs: tuple[Annotated[tuple[float, ...], Meta(max_length=MAX_LOGPROBS)], ...]
 
 
-class BlockCounts(Part):
+class BlockCounts(Part, frozen=True):
     """A block pool's accounting: ``free + held + cached == total``."""
 
     free: Count
@@ -130,7 +130,7 @@ class FailReason(StrEnum):
         return self is not FailReason.CAPACITY
 
 
-class AttemptMessage(Message):
+class AttemptMessage(Message, frozen=True):
     """Every message about a request names its attempt, so that a newer one can fence it."""
 
     request: RequestId

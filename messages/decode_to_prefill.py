@@ -4,7 +4,7 @@ from messages.common import AttemptMessage, Count, Detail, PackedBlocks
 from messages.ids import Address
 
 
-class TransferAccepted(AttemptMessage):
+class TransferAccepted(AttemptMessage, frozen=True):
     """Blocks are reserved: push the sequence's blocks ``cached_blocks``, ... into these, in order."""
 
     blocks: PackedBlocks
@@ -13,25 +13,25 @@ class TransferAccepted(AttemptMessage):
     """Leading blocks of the sequence that decode already has."""
 
 
-class TransferRefused(AttemptMessage):
+class TransferRefused(AttemptMessage, frozen=True):
     """No room is reserved, and none will be: another pair, or none, must run this request."""
 
     retryable: bool
     detail: Detail
 
 
-class TransferAcked(AttemptMessage):
+class TransferAcked(AttemptMessage, frozen=True):
     """Everything landed and was verified: the sender may free its blocks."""
 
 
-class BlocksWanted(AttemptMessage):
+class BlocksWanted(AttemptMessage, frozen=True):
     """Push these again: missing, or their digest is wrong."""
 
     indices: PackedBlocks
     """Indices within the sequence's blocks, packed int32."""
 
 
-class CancelTransfer(AttemptMessage):
+class CancelTransfer(AttemptMessage, frozen=True):
     """The receiver wants no more of this: stop writing, free, and say so with ``TransferClosed``."""
 
     mailbox: Address

@@ -4,7 +4,7 @@ from messages.common import AttemptMessage, Count, Message, Name
 from messages.ids import Address, WorkerId
 
 
-class PlacementWanted(AttemptMessage):
+class PlacementWanted(AttemptMessage, frozen=True):
     """Which workers shall run this attempt? Answered by ``Placed`` or ``Rejected``; asking twice is harmless."""
 
     gateway: Address
@@ -16,15 +16,15 @@ class PlacementWanted(AttemptMessage):
     """Workers that failed earlier attempts; used only where no other is left."""
 
 
-class Prefilled(AttemptMessage):
+class Prefilled(AttemptMessage, frozen=True):
     """The first token is there: the prefill worker has done its part."""
 
 
-class Finished(AttemptMessage):
+class Finished(AttemptMessage, frozen=True):
     """The attempt is over, whatever its end: nothing of it is left to place."""
 
 
-class ClusterStateWanted(Message):
+class ClusterStateWanted(Message, frozen=True):
     """Answered by ``ClusterState``."""
 
     gateway: Address

@@ -4,7 +4,7 @@ from messages.common import AttemptMessage, Count, Generation, Ticket, WorkerAdd
 from messages.ids import Address
 
 
-class Prefill(AttemptMessage):
+class Prefill(AttemptMessage, frozen=True):
     """Compute the prompt's KV and the first token, then hand the KV over to ``decode``."""
 
     gateway: Address
@@ -13,22 +13,22 @@ class Prefill(AttemptMessage):
     ticket: Ticket
 
 
-class Generate(AttemptMessage):
+class Generate(AttemptMessage, frozen=True):
     """Run the whole sequence on one worker, without a hand-over."""
 
     gateway: Address
     generation: Generation
 
 
-class Abort(AttemptMessage):
+class Abort(AttemptMessage, frozen=True):
     """Stop this attempt and all older ones, and free what they hold. No answer."""
 
 
-class EndAck(AttemptMessage):
+class EndAck(AttemptMessage, frozen=True):
     """The gateway has every token up to the end: the worker may forget the request."""
 
 
-class TokensWanted(AttemptMessage):
+class TokensWanted(AttemptMessage, frozen=True):
     """Send again from output token ``index``: some were lost on the way."""
 
     index: Count

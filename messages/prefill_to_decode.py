@@ -5,7 +5,7 @@ from messages.common import PackedBlocks as PackedDigests
 from messages.ids import Address
 
 
-class FirstToken(Part):
+class FirstToken(Part, frozen=True):
     """The token that the prefill worker sampled; decode goes on from it."""
 
     token: Count
@@ -13,7 +13,7 @@ class FirstToken(Part):
     prompt_logprobs: Logprobs | None = None
 
 
-class OpenTransfer(AttemptMessage):
+class OpenTransfer(AttemptMessage, frozen=True):
     """Reserve room for the KV of ``generation``. Answered by ``TransferAccepted`` or ``TransferRefused``."""
 
     prefill: WorkerAddress
@@ -27,7 +27,7 @@ class OpenTransfer(AttemptMessage):
     ticket: Ticket
 
 
-class EndTransfer(AttemptMessage):
+class EndTransfer(AttemptMessage, frozen=True):
     """Every block has been pushed. Answered by ``TransferAcked``, or ``BlocksWanted`` where some are bad."""
 
     mailbox: Address
@@ -39,7 +39,7 @@ class EndTransfer(AttemptMessage):
     """8 bytes a block, in the order of the sequence; see ``kv_transfer.core.digest``."""
 
 
-class TransferClosed(AttemptMessage):
+class TransferClosed(AttemptMessage, frozen=True):
     """The sender will write no more for this attempt (and all older ones), whoever ended it."""
 
     reason: str

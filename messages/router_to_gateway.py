@@ -4,7 +4,7 @@ from messages.common import AttemptMessage, BlockCounts, Count, Detail, Message,
 from messages.ids import Epoch, WorkerId
 
 
-class Placed(AttemptMessage):
+class Placed(AttemptMessage, frozen=True):
     """``prefill`` is None where the decode worker does both (a colocated pool)."""
 
     prefill: WorkerAddress | None
@@ -12,14 +12,14 @@ class Placed(AttemptMessage):
     ticket: Ticket | None
 
 
-class Rejected(AttemptMessage):
+class Rejected(AttemptMessage, frozen=True):
     """Not placed. ``retry_after`` (seconds) is None where asking again cannot help."""
 
     detail: Detail
     retry_after: float | None
 
 
-class WorkerLost(Message):
+class WorkerLost(Message, frozen=True):
     """This incarnation of the worker has left the membership: its attempts need new ones."""
 
     worker: WorkerId
@@ -27,7 +27,7 @@ class WorkerLost(Message):
     detail: Detail
 
 
-class WorkerState(Part):
+class WorkerState(Part, frozen=True):
     """What the router knows of a worker."""
 
     worker: WorkerId
@@ -45,7 +45,7 @@ class WorkerState(Part):
     """Requests that the router has placed there and not yet seen finished."""
 
 
-class ClusterState(Message):
+class ClusterState(Message, frozen=True):
     workers: tuple[WorkerState, ...]
     queued: Count
     """Requests waiting for a placement."""

@@ -4,14 +4,14 @@ from messages.common import Detail, Message
 from messages.ids import Epoch, WorkerId
 
 
-class RegisterWanted(Message):
+class RegisterWanted(Message, frozen=True):
     """The router does not know the worker behind a report: it shall register."""
 
     worker: WorkerId
     epoch: Epoch
 
 
-class PeerLost(Message):
+class PeerLost(Message, frozen=True):
     """This incarnation of another worker has left: it writes no more, and answers no more."""
 
     worker: WorkerId

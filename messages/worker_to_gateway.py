@@ -9,7 +9,7 @@ from messages.ids import Attempt, RequestId, WorkerId
 from messages.sampling import FinishReason
 
 
-class TokenChunk(Part):
+class TokenChunk(Part, frozen=True):
     """Consecutive output tokens of one attempt."""
 
     request: RequestId
@@ -26,14 +26,14 @@ class TokenChunk(Part):
     """KV bytes that moved for this attempt, with the first chunk that decode sends."""
 
 
-class TokenBatch(Message):
+class TokenBatch(Message, frozen=True):
     """What one step of a worker made for the requests of one gateway."""
 
     worker: WorkerId
     chunks: tuple[TokenChunk, ...]
 
 
-class AttemptFailed(AttemptMessage):
+class AttemptFailed(AttemptMessage, frozen=True):
     """The worker gives this attempt up and has freed what it held."""
 
     worker: WorkerId

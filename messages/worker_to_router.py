@@ -4,7 +4,7 @@ from messages.common import BlockCounts, Count, Detail, Message, Role, WorkerAdd
 from messages.ids import Epoch, WorkerId
 
 
-class Register(Message):
+class Register(Message, frozen=True):
     """A worker enters the membership, or renews its place in a restarted router."""
 
     address: WorkerAddress
@@ -13,7 +13,7 @@ class Register(Message):
     max_model_len: Count
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """Every 100 ms from the step loop: a worker lives while its loop turns, not while its process exists."""
 
     worker: WorkerId
@@ -29,7 +29,7 @@ class Report(Message):
     transfers: Count
 
 
-class WorkerDied(Message):
+class WorkerDied(Message, frozen=True):
     """Ray, or the controller, says that this incarnation is dead."""
 
     worker: WorkerId
@@ -38,7 +38,7 @@ class WorkerDied(Message):
     detail: Detail
 
 
-class Leaving(Message):
+class Leaving(Message, frozen=True):
     """The worker stops in good order: place nothing on it any more."""
 
     worker: WorkerId

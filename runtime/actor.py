@@ -130,5 +130,3 @@ class WorkerActor(ABC):
         self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
     ) -> Machine:
         """The role's decisions."""
-
-

@@ -1,7 +1,7 @@
 """How KV blocks lie in memory: block-major, so that a block is one piece over all layers.
 
-``[block, layer, k|v, kv_head, token, head_dim]``. A block moves between workers as one piece; one layer of it, and a range of
-heads of one layer's K or V, are each one piece too.
+``[block, layer, k|v, kv_head, token, head_dim]``. A block moves between workers as one piece; one layer of it, and a
+range of heads of one layer's K or V, are each one piece too.
 """
 
 import hashlib

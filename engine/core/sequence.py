@@ -41,9 +41,9 @@ _MOVES = {
 class Sequence:
     """Tokens and blocks of one request on one worker.
 
-    ``generated`` holds tokens that earlier attempts made: they count as output, and are computed like a prompt. ``blocks`` and
-    ``num_computed_tokens`` describe KV that has landed. With ``hand_over`` the scheduler stops after the first new token,
-    and never frees the blocks: whoever made the sequence does.
+    ``generated`` holds tokens that earlier attempts made: they count as output, and are computed like a prompt.
+    ``blocks`` and ``num_computed_tokens`` describe KV that has landed. With ``hand_over`` the scheduler stops after the
+    first new token, and never frees the blocks: whoever made the sequence does.
     """
 
     __slots__ = (
