@@ -1,8 +1,9 @@
 """Attention over a paged KV cache on a CPU, batched: a step's sequences form a few rectangles, whatever their number.
 
-The cache ``[block, layer, k|v, kv_head, token, head_dim]`` is read as rows of ``head_dim``. A token's row in a layer has
-the same number in every layer, so the row numbers of a step are computed once (numpy) and serve all layers: each
-layer is a view of the cache that begins at its own first row.
+The cache is ``[block, layer, k|v, kv_head, token, head_dim]``. Keys and values are written token by token, as rows of
+``head_dim``, and gathered block by block, as rows of ``token * head_dim``. Within a layer a row has the same number in every
+layer, so a step's row numbers are computed once (numpy) and serve all layers: each layer is a view of the cache that
+begins at its own first row.
 """
 
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class _Rectangle:
     """Longest KV length, in whole blocks."""
     computed: int
     """Tokens before the queries; the same for all rows, or -1 where lengths differ and ``mask`` tells."""
-    key_rows: torch.Tensor
-    value_rows: torch.Tensor
+    rows: torch.Tensor
+    """``[2 * batch * kv_heads * keys / block_size]``: the blocks' rows, keys first."""
     tokens: torch.Tensor
     """``[batch * query]``: where the queries stand in the step's flat batch."""
     mask: torch.Tensor | None
@@ -53,14 +54,14 @@ class StepAttention:
         Writes the step's keys and values into the cache, then attends to all that the cache holds of each sequence.
         """
         cache = self._cache
-        rows = cache.layers[layer]
-        rows.index_copy_(0, self._write_rows, qkv[:, cache.num_heads :].reshape(-1, cache.head_dim))
+        written = qkv[:, cache.num_heads :].reshape(-1, cache.head_dim)
+        cache.tokens[layer].index_copy_(0, self._write_rows, written)
         queries = qkv[:, : cache.num_heads]
         if len(self._rectangles) == 1:
-            return cache.attend(self._rectangles[0], rows, queries)
+            return cache.attend(self._rectangles[0], layer, queries)
         out = queries.new_empty(queries.shape[0], cache.num_heads * cache.head_dim)
         for rectangle in self._rectangles:
-            part = cache.attend(rectangle, rows, queries.index_select(0, rectangle.tokens))
+            part = cache.attend(rectangle, layer, queries.index_select(0, rectangle.tokens))
             out.index_copy_(0, rectangle.tokens, part)
         return out
 
@@ -75,15 +76,15 @@ class PagedAttention:
         self._group = num_heads // layout.num_kv_heads
         self._block_size = layout.block_size
         self._scale = layout.head_dim**-0.5
-        self._value_offset = layout.num_kv_heads * layout.block_size
-        self._layer_rows = 2 * self._value_offset
-        self._block_rows = layout.num_layers * self._layer_rows
-        rows = kv_cache.view(-1, layout.head_dim)
-        self.layers = [rows[layer * self._layer_rows :] for layer in range(layout.num_layers)]
+        layer_rows = 2 * layout.num_kv_heads
+        self._block_rows = layout.num_layers * layer_rows
+        blocks = kv_cache.view(-1, layout.block_size * layout.head_dim)
+        self._blocks = [blocks[layer * layer_rows :] for layer in range(layout.num_layers)]
+        self.tokens = [layer.view(-1, layout.head_dim) for layer in self._blocks]
         self._half = kv_cache.dtype is not torch.float32
         self._dtype = kv_cache.dtype
-        # Row of a head's first token, for K and V of each KV head, within one layer of a block.
-        self._head_rows = np.arange(2 * layout.num_kv_heads, dtype=np.int64) * layout.block_size
+        # K, then V, of each KV head within one layer of a block.
+        self._head_rows = np.arange(layer_rows, dtype=np.int64)
         causal = torch.full((TILE, TILE), float("-inf"), dtype=kv_cache.dtype).triu_(1)
         self._causal = causal.repeat(self._group, 1)
 
@@ -96,18 +97,21 @@ class PagedAttention:
         for row, seq in enumerate(plan.sequences):
             tables[row, : num_blocks[row]] = seq.block_table[: num_blocks[row]]
         rows = np.repeat(np.arange(len(lengths)), counts)
-        firsts = tables[rows, positions // self._block_size] * self._block_rows + positions % self._block_size
-        write_rows = torch.from_numpy((firsts[:, None] + self._head_rows).ravel())
+        block_rows = tables[rows, positions // self._block_size] * self._block_rows
+        token_rows = (block_rows[:, None] + self._head_rows) * self._block_size + (positions % self._block_size)[
+            :, None
+        ]
+        write_rows = torch.from_numpy(token_rows.ravel())
         rectangles = [
             self._rectangle(members, plan, tables, lengths, num_blocks, starts) for members in _partition(plan, lengths)
         ]
         return StepAttention(self, write_rows, rectangles)
 
-    def attend(self, rectangle: _Rectangle, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    def attend(self, rectangle: _Rectangle, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """``queries [batch * query, heads, head_dim]`` -> the same, heads and head_dim joined."""
         batch, query, heads, dim = rectangle.batch, rectangle.query, self._kv_heads, self.head_dim
-        keys = rows.index_select(0, rectangle.key_rows).view(batch, heads, rectangle.keys, dim)
-        values = rows.index_select(0, rectangle.value_rows).view(batch, heads, rectangle.keys, dim)
+        gathered = self._blocks[layer].index_select(0, rectangle.rows)
+        keys, values = gathered.view(2, batch, heads, rectangle.keys, dim).unbind(0)
         grouped = queries.reshape(batch, query, heads, self._group, dim).permute(0, 2, 3, 1, 4)
         if rectangle.computed < 0 or query == 1:
             folded = grouped.reshape(batch, heads, self._group * query, dim)
@@ -183,9 +187,8 @@ class PagedAttention:
         query = int(plan.num_tokens[members[0]])
         width = int(num_blocks[members].max())
         keys = width * self._block_size
-        first_rows = (tables[members, :width] * self._block_rows)[:, None, :, None]
-        within = self._head_rows[: self._kv_heads, None, None] + np.arange(self._block_size)
-        key_rows = (first_rows + within).reshape(-1)
+        block_rows = (tables[members, :width] * self._block_rows)[None, :, None, :]
+        rows = block_rows + self._head_rows.reshape(2, 1, self._kv_heads, 1)
         computed = plan.num_computed[members].astype(np.int64)
         alike = bool((computed == computed[0]).all())
         mask = None
@@ -199,8 +202,7 @@ class PagedAttention:
             query=query,
             keys=keys,
             computed=-1 if query <= SHORT_QUERY else int(computed[0]),
-            key_rows=torch.from_numpy(key_rows),
-            value_rows=torch.from_numpy(key_rows + self._value_offset),
+            rows=torch.from_numpy(rows.ravel()),
             tokens=torch.from_numpy((starts[members][:, None] + np.arange(query)).ravel()),
             mask=mask,
         )

@@ -25,19 +25,19 @@ class Rope:
     def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype) -> None:
         frequencies = torch.tensor(config.inverse_frequencies(), dtype=torch.float32)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        self._cos = torch.cat((angles, angles), -1).cos_().to(dtype)
-        self._sin = torch.cat((angles, angles), -1).sin_().to(dtype)
+        self._cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
+        self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``[tokens, 1, head_dim]``."""
+        """Cosines, and sines with the sign of their half, ``[tokens, 1, head_dim]``."""
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate ``x [tokens, heads, head_dim]`` in place, halves paired as in transformers."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    x.mul_(cos).addcmul_(turned, sin)
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    x.mul_(cos).addcmul_(swapped, sin)
 
 
 class Layer:
