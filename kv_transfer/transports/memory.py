@@ -24,7 +24,7 @@ from kv_transfer.transports.base import Pool, TransportError
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; earlier ones answer EINVAL, and pages come at the first touch
 _PREFAULT_BYTES = 32 << 20  # at once, so that release need not wait long
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_ADDRESS = re.compile(r"/proc/([1-9]\d{0,9})/fd/(\d{1,9})#([0-9a-f]{32}):(\d{1,18})")
+_ADDRESS = re.compile(r"/proc/([1-9]\d{0,6})/fd/(\d{1,9})#([0-9a-f]{32}):(\d{1,18})")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

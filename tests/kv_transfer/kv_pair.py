@@ -1,0 +1,87 @@
+"""Two pools with a transport between them, and what it has reported."""
+
+import queue
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from kv_transfer.core.events import Landed, TransferKey
+from kv_transfer.transports.base import OnEvent, Pool, Receiver, Sender
+from kv_transfer.transports.build import allocate_pool, make_receiver, make_sender
+from kv_transfer.transports.faulty import FaultyReceiver, FaultySender
+from messages.ids import Attempt, RequestId
+
+WAIT = 10.0
+LAYOUT = "layout"
+
+
+class Events:
+    """What a transport has reported, waited for."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.put = self._queue.put
+
+    def next(self) -> Any:
+        return self._queue.get(timeout=WAIT)
+
+    def until(self, last: Any) -> list[Any]:
+        """Everything up to ``last``, an event or a type of event."""
+        got: list[Any] = []
+        while not got or not (got[-1] == last or (isinstance(last, type) and isinstance(got[-1], last))):
+            got.append(self.next())
+        return got
+
+    def landed(self, count: int) -> list[Landed]:
+        """Arrivals until ``count`` blocks have come."""
+        got: list[Landed] = []
+        while sum(len(event.indices) for event in got) < count:
+            got += self.until(Landed)
+        return got
+
+    @property
+    def empty(self) -> bool:
+        return self._queue.empty()
+
+
+class Pair:
+    """A sender over ``here`` and a receiver over ``there``."""
+
+    def __init__(self, transport: str, wrapped: bool, num_blocks: int = 64, block_bytes: int = 4096) -> None:
+        self._memories = [allocate_pool(transport, num_blocks, block_bytes) for _ in range(2)]
+        self.here, self.there = (memory.pool for memory in self._memories)
+        self.here[:] = np.random.default_rng(0).integers(0, 256, self.here.shape, np.uint8)
+        self.sent, self.received = Events(), Events()
+
+        def sender(pool: Pool, on_event: OnEvent) -> Sender:
+            return make_sender(transport, pool, on_event)
+
+        def receiver(on_event: OnEvent) -> Receiver:
+            return make_receiver(transport, "127.0.0.1", self._memories[1], LAYOUT, on_event)
+
+        rng = Random(0)
+        self.receiver: Receiver
+        self.sender: Sender
+        if wrapped:
+            self.receiver = FaultyReceiver(self.there, receiver, self.received.put, [], rng)
+            self.sender = FaultySender(self.here, sender, self.sent.put, [], rng)
+        else:
+            self.receiver, self.sender = receiver(self.received.put), sender(self.here, self.sent.put)
+        self.to = self.receiver.endpoint
+
+    def close(self) -> None:
+        self.sender.shutdown()
+        self.receiver.shutdown()
+        self.here = self.there = np.empty((0, 0), np.uint8)
+        for memory in self._memories:
+            memory.release()
+
+
+def key(number: int = 1, attempt: int = 1) -> TransferKey:
+    return TransferKey(RequestId(f"{number:032x}"), Attempt(attempt))
+
+
+def scattered(seed: int, count: int, num_blocks: int = 64) -> Any:
+    """``count`` different blocks in any order."""
+    return np.random.default_rng(seed).permutation(num_blocks)[:count].astype(np.int32)

@@ -1,0 +1,150 @@
+"""Promise: shared KV memory goes with its processes, and nobody writes into memory that is not the pool."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from kv_pair import Events, Pair, key, scattered
+
+from kv_transfer.core.events import Pushed, PushFailed
+from kv_transfer.transports.base import TransportError
+from kv_transfer.transports.memory import PeerMemory, SharedMemory
+from kv_transfer.transports.shm import ShmSender
+from messages.common import KVEndpoint
+
+ROOT = Path(__file__).parents[2]
+BLOCK = 4096
+
+OWNER = """
+from kv_transfer.transports.memory import SharedMemory
+memory = SharedMemory(8, 4096)
+print(memory.address, flush=True)
+input()
+"""
+SENDER = """
+import json, sys, queue
+import numpy as np
+from kv_transfer.core.events import TransferKey
+from kv_transfer.transports.build import allocate_pool, make_sender
+from messages.common import KVEndpoint
+transport, address, target, block_bytes = json.loads(sys.argv[1])
+memory = allocate_pool(transport, 64, block_bytes)
+memory.pool[:] = 9
+events = queue.SimpleQueue()
+sender = make_sender(transport, memory.pool, events.put)
+to = KVEndpoint(transport, address, "layout", 64)
+blocks = np.array(target, np.int32)
+while True:
+    sender.push(TransferKey(f"{1:032x}", 1), to, 0, blocks, blocks)
+    events.get()
+    print("pushed", flush=True)
+"""
+
+
+def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *(json.dumps(argument) for argument in arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait(10)
+    assert process.stdin and process.stdout
+    process.stdin.close()
+    process.stdout.close()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_a_killed_sender_leaves_nothing_and_does_not_hurt_the_receiver(transport: str, make_pair: Any) -> None:
+    pair: Pair = make_pair(transport, False, 64, 1 << 20)
+    rows = scattered(1, 20)
+    pair.receiver.open(key(), 0, rows[:10])
+    pair.receiver.open(key(2), 0, rows[10:])
+    killed = start(SENDER, [transport, pair.to.address, rows[:10].tolist(), 1 << 20])
+    assert line_of(killed) == "pushed"
+    kill(killed)  # in the middle of the next one
+    assert (pair.there[rows[:10]] == 9).all()
+    assert not np.delete(pair.there, rows[:10], axis=0).any()
+    pair.sender.push(key(2), pair.to, 0, rows[10:], rows[10:])
+    assert pair.sent.next() == Pushed(key(2), 0, 10)
+    np.testing.assert_array_equal(pair.there[rows[10:]], pair.here[rows[10:]])
+
+
+def test_a_push_into_the_pool_of_a_dead_process_fails() -> None:
+    owner = start(OWNER)
+    to = KVEndpoint("shm", line_of(owner), "layout", 8)
+    pool, events, blocks = np.ones((8, BLOCK), np.uint8), Events(), np.arange(8, dtype=np.int32)
+    sender, late = ShmSender(pool, events.put), ShmSender(pool, events.put)
+    sender.push(key(), to, 0, blocks, blocks)
+    assert events.next() == Pushed(key(), 0, 8)
+    kill(owner)
+    for each in (sender, late):  # one has the memory mapped, one has not
+        each.push(key(), to, 0, blocks, blocks)
+        failed = events.next()
+        assert isinstance(failed, PushFailed) and failed.key == key()
+        each.shutdown()
+
+
+def test_a_recycled_descriptor_is_noticed() -> None:
+    """The address of a pool that is gone may lead to whatever its process has opened since."""
+    gone, other = SharedMemory(8, BLOCK), SharedMemory(8, BLOCK)
+    address = gone.address
+    fd = int(address.split("#")[0].rsplit("/", 1)[1])
+    gone.release()
+    try:
+        os.dup2(int(other.address.split("#")[0].rsplit("/", 1)[1]), fd)
+        with pytest.raises(TransportError, match="is not the KV pool that it was"):
+            PeerMemory(address, 8, BLOCK)
+    finally:
+        os.close(fd)
+    other.release()
+
+
+def test_only_a_pool_of_the_right_size_that_cannot_shrink_is_mapped() -> None:
+    memory = SharedMemory(8, BLOCK)
+    path, identity = memory.address.split("#")
+    nonce = identity.split(":")[0]
+    for address, num_blocks in [
+        (memory.address, 9),
+        (f"{path}#{nonce}:{9 * BLOCK}", 9),
+        (f"{path}#{'0' * 32}:{8 * BLOCK}", 8),
+        (f"/proc/1/root/etc/passwd#{nonce}:{8 * BLOCK}", 8),
+        (f"/proc/{2**31}/fd/3#{nonce}:{8 * BLOCK}", 8),
+        (f"/proc/{2**22 + 1}/fd/3#{nonce}:{8 * BLOCK}", 8),
+        ("", 8),
+    ]:
+        with pytest.raises(TransportError):
+            PeerMemory(address, num_blocks, BLOCK)
+    with pytest.raises(PermissionError):
+        os.ftruncate(int(path.rsplit("/", 1)[1]), BLOCK)
+    memory.release()
+
+    unsealed = os.memfd_create(f"baton-kv-{nonce}", os.MFD_CLOEXEC)
+    os.ftruncate(unsealed, 8 * BLOCK)
+    with pytest.raises(TransportError, match="could shrink"):
+        PeerMemory(f"/proc/{os.getpid()}/fd/{unsealed}#{nonce}:{8 * BLOCK}", 8, BLOCK)
+    os.close(unsealed)
+
+
+def test_a_receiver_of_another_block_size_is_not_written_to(make_pair: Any) -> None:
+    pair: Pair = make_pair("shm", False, 64, BLOCK)
+    blocks = np.arange(4, dtype=np.int32)
+    for num_blocks in (32, 128):
+        to = msgspec.structs.replace(pair.to, num_blocks=num_blocks)
+        pair.sender.push(key(), to, 0, blocks, blocks)
+        assert isinstance(pair.sent.next(), PushFailed)
+    assert not pair.there.any()
