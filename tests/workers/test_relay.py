@@ -1,0 +1,147 @@
+"""Promise: a prompt prefilled by one worker and decoded by another gives the tokens that one worker alone would give."""
+
+from pathlib import Path
+
+import pytest
+
+from messages.common import FailReason, Role
+from messages.ids import Attempt, RequestId
+from messages.sampling import FinishReason, SamplingParams
+from tests.workers.relay import relay_of
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+PAIR = {"prefill": "prefill-0", "decode": "decode-0"}
+
+
+def prompt(length: int, seed: int = 3) -> list[int]:
+    return [(seed * 7919 + place * 104729) % 2000 + 10 for place in range(length)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama: Path) -> dict[int, list[int]]:
+    """What a colocated worker answers, by length of prompt."""
+    lengths = (1, 15, 16, 17, 100, 700)
+    with relay_of(tiny_llama, Role.COLOCATED) as relay:
+        requests = {length: relay.send(prompt(length), GREEDY, colocated="colocated-0") for length in lengths}
+        relay.finish(*requests.values())
+        return {length: relay.streams[request].token_ids() for length, request in requests.items()}
+
+
+@pytest.mark.parametrize("transport", ["inproc", "shm", "zmq"])
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_the_relay_gives_the_tokens_of_one_worker(
+    tiny_llama: Path, alone: dict[int, list[int]], transport: str, chunk: int
+) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, transport=transport, prefill_chunk=chunk) as relay:
+        requests = {length: relay.send(prompt(length), GREEDY, **PAIR) for length in alone}
+        relay.finish(*requests.values())
+        for length, request in requests.items():
+            stream = relay.streams[request]
+            assert stream.token_ids() == alone[length], f"{length} tokens"
+            assert stream.finish is FinishReason.LENGTH
+            layout = 6 * 2 * 4 * 32 * 4 * 16
+            assert sum(chunk.kv_bytes for chunk in stream.chunks) == -(-length // 16) * layout
+
+
+def test_sampled_streams_go_on_elsewhere_with_the_same_tokens(tiny_llama: Path) -> None:
+    params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=11, ignore_eos=True, frequency_penalty=0.5)
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE) as relay:
+        whole = relay.send(prompt(40), params, **PAIR)
+        relay.finish(whole)
+        tokens = relay.streams[whole].token_ids()
+        for cut in (1, 7, 19):
+            again = relay.send(prompt(40), params, generated=tokens[:cut], **PAIR)
+            relay.finish(again)
+            assert relay.streams[again].token_ids() == tokens[cut:]
+            assert min(relay.streams[again].tokens) == cut
+
+
+def test_a_request_of_one_token_moves_no_kv(tiny_llama: Path) -> None:
+    one = SamplingParams(max_tokens=1, temperature=0)
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE) as relay:
+        request = relay.send(prompt(100), one, **PAIR)
+        relay.finish(request)
+        assert len(relay.streams[request].token_ids()) == 1
+        relay.wait_until_idle()
+        assert relay.reports["decode-0"].transfers == 0
+
+
+@pytest.mark.parametrize("transport", ["shm", "zmq"])
+def test_an_abort_frees_every_block_on_both_sides(tiny_llama: Path, transport: str) -> None:
+    endless = SamplingParams(max_tokens=3000, temperature=0, ignore_eos=True)
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, transport=transport, prefill_chunk=16) as relay:
+        requests = [relay.send(prompt(900, seed), endless, **PAIR) for seed in range(6)]
+        relay.wait(lambda: relay.streams[requests[0]].tokens)
+        for request in requests:
+            relay.abort(request)
+        relay.wait_until_idle()
+        for worker in relay.workers.values():
+            assert set(worker.inspect().values()) == {0}
+
+
+def test_a_late_order_of_an_aborted_attempt_is_not_taken_up(tiny_llama: Path) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE) as relay:
+        request = RequestId("a" * 32)
+        relay.abort(request, attempt=1)
+        relay.order(request, Attempt(1), prompt(5), GREEDY, [], **PAIR)
+        relay.order(request, Attempt(2), prompt(6), GREEDY, [], **PAIR)
+        (stream,) = relay.finish(request)
+        assert {chunk.attempt for chunk in stream.chunks} == {2}
+
+
+def test_what_cannot_run_here_is_said_and_harms_nobody(tiny_llama: Path) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, num_blocks=16) as relay:
+        good = relay.send(prompt(30), GREEDY, **PAIR)
+        beyond = relay.send(prompt(400), GREEDY, **PAIR)
+        strange = relay.send([5, 2048], GREEDY, **PAIR)
+        streams = relay.finish(good, beyond, strange)
+        assert streams[0].finish is FinishReason.LENGTH
+        assert [stream.failed.reason for stream in streams[1:] if stream.failed] == [FailReason.CAPACITY] * 2
+
+
+def test_more_requests_than_blocks_are_all_answered(tiny_llama: Path, alone: dict[int, list[int]]) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, num_blocks=50, transport="shm") as relay:
+        requests = [relay.send(prompt(length), GREEDY, **PAIR) for length in (100, 700, 17) * 6]
+        relay.finish(*requests)
+        for request, length in zip(requests, (100, 700, 17) * 6, strict=True):
+            assert relay.streams[request].token_ids() == alone[length]
+
+
+def test_preempted_sequences_end_with_the_same_tokens(tiny_llama: Path) -> None:
+    long = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    prompts = [prompt(20, seed) for seed in range(5)]
+    with relay_of(tiny_llama, Role.COLOCATED) as relay:
+        requests = [relay.send(each, long, colocated="colocated-0") for each in prompts]
+        expected = [stream.token_ids() for stream in relay.finish(*requests)]
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, num_blocks=20) as relay:
+        requests = [relay.send(each, long, **PAIR) for each in prompts]
+        assert [stream.token_ids() for stream in relay.finish(*requests)] == expected
+
+
+def test_an_end_is_sent_again_until_it_is_acked(tiny_llama: Path) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE) as relay:
+        relay.ack = False
+        request = relay.send(prompt(10), GREEDY, **PAIR)
+        relay.wait(lambda: sum(chunk.finish is not None for chunk in relay.streams[request].chunks) >= 3)
+        relay.ack = True
+        relay.wait(lambda: relay.workers["decode-0"].inspect()["deliveries"] == 0)
+
+
+def test_a_forged_ticket_opens_nothing(tiny_llama: Path) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, cluster_key=b"x" * 32) as relay:
+        request = relay.send(prompt(10), GREEDY, **PAIR)
+        (stream,) = relay.finish(request)
+        assert stream.failed is not None and stream.failed.reason is FailReason.REFUSED
+
+
+def test_logprobs_travel_with_their_tokens(tiny_llama: Path) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=3, prompt_logprobs=1)
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE) as relay:
+        request = relay.send(prompt(20), params, **PAIR)
+        (stream,) = relay.finish(request)
+        entries = [chunk.logprobs for chunk in sorted(stream.chunks, key=lambda chunk: chunk.index) if chunk.tokens]
+        assert all(entry is not None for entry in entries)
+        ranks = [rank for entry in entries if entry for rank in entry.ranks]
+        assert ranks == [1] * 6
+        prompt_logprobs = next(chunk.prompt_logprobs for chunk in stream.chunks if chunk.prompt_logprobs)
+        assert len(prompt_logprobs.sampled) == 19
