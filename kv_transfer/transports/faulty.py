@@ -67,7 +67,11 @@ class _Push(NamedTuple):
 
 
 class FaultySender:
-    """Wraps the sender that ``make`` makes over a copy of ``pool``, so that faults never touch the caller's blocks."""
+    """Wraps the sender that ``make`` makes over a wire, rows of its own into which each push is copied first.
+
+    So faults never touch the caller's blocks, nor those of another push. The wire's rows are used in turn; there are
+    four times as many as the pool has, and no more may be under way.
+    """
 
     def __init__(
         self,
@@ -78,7 +82,8 @@ class FaultySender:
         rng: Random,
     ) -> None:
         self._pool = pool
-        self._wire = np.zeros_like(pool)
+        self._wire = np.zeros((4 * len(pool), pool.shape[1]), np.uint8)
+        self._next = 0
         self._on_event = on_event
         self._faults = iter(faults)
         self._rng = rng
@@ -132,15 +137,11 @@ class FaultySender:
         self._inner.shutdown()
 
     def _forward(self, push: _Push, fault: Fault = Fault.NONE) -> None:
-        source = push.source
-        self._wire[source] = self._pool[source]
-        if fault is Fault.CORRUPT and len(source):
-            _flip_a_bit(self._wire, source, self._rng)
-        elif fault is Fault.SWAP and len(source) > 1:
-            source = source.copy()
-            here, there = self._rng.sample(range(len(source)), 2)
-            source[[here, there]] = source[[there, here]]
-        self._inner.push(push.key, push.to, push.first, source, push.target)
+        rows = np.arange(self._next, self._next + len(push.source), dtype=np.int32) % len(self._wire)
+        self._next += len(rows)
+        self._wire[rows] = self._pool[push.source]
+        _spoil(fault, self._wire, rows, self._rng)
+        self._inner.push(push.key, push.to, push.first, rows, push.target)
 
     def _report(self, event: TransportEvent) -> None:
         if self._dead:
@@ -205,22 +206,19 @@ class FaultyReceiver:
             fault = next(self._faults, Fault.NONE)
             held, self._held = self._held, [event] if fault is Fault.DELAY else []
             self._dead = fault is Fault.DIE
-            if fault in (Fault.CORRUPT, Fault.SWAP) and event.key in self._open:
+            if event.key in self._open:
                 first, blocks = self._open[event.key]
-                self._spoil(fault, blocks[event.indices - first])
+                _spoil(fault, self._pool, blocks[event.indices - first], self._rng)
         if self._dead:
             return
         times = {Fault.DROP: 0, Fault.FAIL: 0, Fault.DELAY: 0, Fault.DUPLICATE: 2}.get(fault, 1)
         for landed in [event] * times + held:
             self._on_event(landed)
 
-    def _spoil(self, fault: Fault, rows: Blocks) -> None:
-        if fault is Fault.CORRUPT:
-            _flip_a_bit(self._pool, rows, self._rng)
-        elif len(rows) > 1:
-            here, there = self._rng.sample(rows.tolist(), 2)
-            self._pool[[here, there]] = self._pool[[there, here]]
 
-
-def _flip_a_bit(pool: Pool, rows: Blocks, rng: Random) -> None:
-    pool[rng.choice(rows.tolist()), rng.randrange(pool.shape[1])] ^= 1 << rng.randrange(8)
+def _spoil(fault: Fault, pool: Pool, rows: Blocks, rng: Random) -> None:
+    if fault is Fault.CORRUPT and len(rows):
+        pool[rng.choice(rows.tolist()), rng.randrange(pool.shape[1])] ^= 1 << rng.randrange(8)
+    elif fault is Fault.SWAP and len(rows) > 1:
+        here, there = rng.sample(rows.tolist(), 2)
+        pool[[here, there]] = pool[[there, here]]

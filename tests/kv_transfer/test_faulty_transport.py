@@ -1,5 +1,6 @@
 """Promise: faults are what the schedule says, and the digests find every one that spoils a block."""
 
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -138,14 +139,13 @@ def test_the_same_seed_makes_the_same_faults() -> None:
     rates = {Fault.DROP: 0.2, Fault.CORRUPT: 0.1, Fault.DELAY: 0.1}
 
     def run() -> tuple[list[Fault], bytes]:
-        drawn: list[Fault] = []
-        faults = random_faults(Random(7), rates)
-        with World(fault for fault in faults if not drawn.append(fault)) as world:  # type: ignore[func-returns-value]
+        drawn = list(islice(random_faults(Random(7), rates), 100))
+        with World(drawn) as world:
             for _ in range(10):
                 for place in range(COUNT):
                     world.push(place, 1)
             world.sender.release()
-            world.sender.push(key(2), world.receiver.endpoint, 0, world.source, world.rows)
+            world.sender.push(key(2), world.receiver.endpoint, 0, world.source, world.rows)  # behind all the others
             world.sent.until(Pushed(key(2), 0, COUNT))
             return drawn, world.there.tobytes()
 

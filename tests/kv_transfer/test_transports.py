@@ -90,7 +90,8 @@ def test_a_cancel_is_answered_once_and_nothing_is_written_after_it(
     pair.sender.push(key(2), pair.to, 0, np.arange(50, 60, dtype=np.int32), rows[50:])
     pair.sender.cancel(key(1))
     until = pair.sent.until(Cancelled(key(1)))
-    assert len([event for event in until if event == Pushed(key(1), 0, 50)]) < 4
+    if not wrapped:  # whose own copies give the rest time to be pushed
+        assert until.count(Pushed(key(1), 0, 50)) < 4
     written = pair.there[rows[:50]].copy()
     pair.here[:50] = 0  # the blocks are the caller's again
     if Pushed(key(2), 0, 10) not in until:
