@@ -1,0 +1,75 @@
+"""The router's process. A plain class; ``cluster`` makes a Ray actor of it."""
+
+import os
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from messages.ids import Epoch, WorkerId
+from messages.worker_to_router import WorkerDied
+from router.core.machine import Router, RouterSettings
+from router.loop import RouterLoop
+
+STOP_WITHIN = 5.0
+"""Seconds that the loop may take to end or to answer; nothing in it waits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """What the composition root tells the router."""
+
+    host: str
+    """Address of this machine that the router's mailbox binds to."""
+    settings: RouterSettings
+
+
+class RouterActor:
+    """One router. ``start`` returns when it listens; ``stop`` when nothing of it is left."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._loop: RouterLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Listen; harmless twice."""
+        if self._loop is None:
+            self._loop = RouterLoop(self._config.settings, self._config.host)
+            self._thread = threading.Thread(target=self._loop.run, name="router", daemon=True)
+            self._thread.start()
+        return {"address": self._loop.address, "pid": os.getpid()}
+
+    def worker_died(self, worker: str, epoch: int | None, detail: str) -> None:
+        """The supervisor's word that a worker's process is gone."""
+        assert self._loop is not None, "not started"
+        died = WorkerDied(worker=WorkerId(worker), epoch=None if epoch is None else Epoch(epoch), detail=detail[:2_000])
+        self._loop.ask(died)
+
+    def inspect(self) -> dict[str, int]:
+        """Figures of the router between two events, after ``check_integrity``; for tests."""
+        assert self._loop is not None, "not started"
+        answers: queue.SimpleQueue[dict[str, int] | AssertionError] = queue.SimpleQueue()
+
+        def look(router: Router) -> None:
+            try:
+                router.check_integrity()
+            except AssertionError as error:
+                answers.put(error)
+            else:
+                answers.put(router.inspect())
+
+        self._loop.ask(look)
+        answer = answers.get(timeout=STOP_WITHIN)
+        if isinstance(answer, AssertionError):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        """Close the mailbox; harmless twice."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.stop()
+            self._thread.join(STOP_WITHIN)
+            if self._thread.is_alive():
+                raise TimeoutError(f"the router did not stop within {STOP_WITHIN:.0f} s")
+            self._loop = None

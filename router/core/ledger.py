@@ -1,0 +1,143 @@
+"""What the router has placed and not yet seen finished: the load of every worker between its reports.
+
+Tokens are counted on the prefill worker from ``Placed`` to ``Prefilled``, on the decode worker from ``Placed`` to
+``Finished``. A newer attempt of a request takes the place of the older one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from messages.gateway_to_router import PlacementWanted
+from messages.ids import Address, Attempt, RequestId
+from messages.router_to_gateway import Placed, WorkerLost
+from router.core.views import WorkerView
+
+
+@dataclass(slots=True)
+class Entry:
+    """One placed attempt."""
+
+    attempt: Attempt
+    gateway: Address
+    placed: Placed
+    """The answer, to be given again to whoever asks again."""
+    since: float
+    prefill: WorkerView | None
+    prefill_tokens: int
+    decode: WorkerView | None
+    decode_tokens: int
+    lost: WorkerLost | None = None
+    """Set when one of the workers left before its part was over."""
+
+
+class Ledger:
+    """The entries by request, oldest first; ``changed`` hears of every worker whose load is another one."""
+
+    def __init__(self, changed: Callable[[WorkerView], None]) -> None:
+        self._changed = changed
+        self._entries: dict[RequestId, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, request: RequestId) -> Entry | None:
+        return self._entries.get(request)
+
+    def place(
+        self, wanted: PlacementWanted, placed: Placed, prefill: WorkerView | None, decode: WorkerView, now: float
+    ) -> None:
+        """Count an attempt on its workers, in place of an older one."""
+        self.close(wanted.request)
+        entry = Entry(
+            attempt=wanted.attempt,
+            gateway=wanted.gateway,
+            placed=placed,
+            since=now,
+            prefill=prefill,
+            prefill_tokens=wanted.num_tokens if prefill is not None else 0,
+            decode=decode,
+            decode_tokens=wanted.num_tokens + wanted.max_new_tokens,
+        )
+        self._entries[wanted.request] = entry
+        if prefill is not None:
+            self._add(prefill, wanted.request, entry.prefill_tokens)
+        self._add(decode, wanted.request, entry.decode_tokens)
+
+    def prefilled(self, request: RequestId, attempt: Attempt) -> None:
+        """The prefill worker's tokens are computed; it still holds the KV until the hand-over is through."""
+        entry = self._entries.get(request)
+        if entry is not None and entry.attempt == attempt and entry.prefill is not None:
+            entry.prefill.tokens -= entry.prefill_tokens
+            entry.prefill_tokens = 0
+            self._changed(entry.prefill)
+
+    def close(self, request: RequestId) -> None:
+        """The request is over, or gets another placement; harmless for one that is not in the ledger."""
+        entry = self._entries.pop(request, None)
+        if entry is not None:
+            self._leave_prefill(request, entry)
+            self._leave_decode(request, entry)
+
+    def lose(self, worker: WorkerView, lost: WorkerLost) -> list[Address]:
+        """Take a lost worker off the ledger; the gateways that have requests on it, each once.
+
+        What such a request still has on another worker stays counted until its gateway gives it up.
+        """
+        gateways: dict[Address, None] = {}
+        for request in list(worker.requests):
+            entry = self._entries[request]
+            gateways[entry.gateway] = None
+            if entry.decode is worker or entry.prefill_tokens:
+                entry.lost = lost
+            if entry.prefill is worker:
+                self._leave_prefill(request, entry)
+            if entry.decode is worker:
+                self._leave_decode(request, entry)
+        return list(gateways)
+
+    def forget_before(self, time: float) -> int:
+        """Close entries older than ``time``: their gateway must have died. Returns how many."""
+        old = []
+        for request, entry in self._entries.items():
+            if entry.since >= time:
+                break
+            old.append(request)
+        for request in old:
+            self.close(request)
+        return len(old)
+
+    def check_integrity(self, workers: Iterator[WorkerView]) -> None:
+        """Every worker's load is the sum of its entries."""
+        tokens: dict[WorkerView, int] = {}
+        requests: dict[WorkerView, set[RequestId]] = {}
+        for request, entry in self._entries.items():
+            for worker, count in ((entry.prefill, entry.prefill_tokens), (entry.decode, entry.decode_tokens)):
+                if worker is None:
+                    assert count == 0, f"{request}: {count} tokens on no worker"
+                    continue
+                assert worker.alive, f"{request} is placed on {worker.worker}, which is lost"
+                tokens[worker] = tokens.get(worker, 0) + count
+                requests.setdefault(worker, set()).add(request)
+        for worker in workers:
+            assert worker.tokens == tokens.get(worker, 0), f"{worker.worker}: {worker.tokens} tokens"
+            assert worker.requests.keys() == requests.get(worker, set()), f"{worker.worker}: {worker.requests}"
+
+    def _add(self, worker: WorkerView, request: RequestId, tokens: int) -> None:
+        worker.requests[request] = None
+        worker.tokens += tokens
+        self._changed(worker)
+
+    def _leave_prefill(self, request: RequestId, entry: Entry) -> None:
+        if entry.prefill is not None:
+            self._remove(entry.prefill, request, entry.prefill_tokens)
+            entry.prefill, entry.prefill_tokens = None, 0
+
+    def _leave_decode(self, request: RequestId, entry: Entry) -> None:
+        if entry.decode is not None:
+            self._remove(entry.decode, request, entry.decode_tokens)
+            entry.decode, entry.decode_tokens = None, 0
+
+    def _remove(self, worker: WorkerView, request: RequestId, tokens: int) -> None:
+        del worker.requests[request]
+        worker.tokens -= tokens
+        self._changed(worker)

@@ -1,0 +1,71 @@
+"""Which workers there are, which of them live, and who has been silent for the longest time."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from messages.common import Role
+from messages.ids import Epoch, WorkerId
+from router.core.policies.base import Policy
+from router.core.views import WorkerView
+
+
+class Members:
+    """The newest incarnation of every worker that ever registered, and a policy over the live ones of each role."""
+
+    def __init__(self, policies: dict[Role, Policy]) -> None:
+        self.policies = policies
+        self._views: dict[WorkerId, WorkerView] = {}
+        self._by_silence: OrderedDict[WorkerId, WorkerView] = OrderedDict()
+        """Live workers, the one that was not heard for the longest time first."""
+        self._longest: dict[Role, int] = {}
+
+    def __iter__(self) -> Iterator[WorkerView]:
+        return iter(self._views.values())
+
+    def get(self, worker: WorkerId, epoch: Epoch | None = None) -> WorkerView | None:
+        """The worker, if ``epoch`` is its newest incarnation (None: whichever)."""
+        view = self._views.get(worker)
+        return view if view is not None and epoch in (None, view.epoch) else None
+
+    def live(self) -> Iterator[WorkerView]:
+        return iter(self._by_silence.values())
+
+    def join(self, view: WorkerView) -> None:
+        """Take in a worker, in place of one of the same name that is not live any more."""
+        self._views[view.worker] = view
+        self._by_silence[view.worker] = view
+        self.policies[view.role].add(view)
+        self._longest = {
+            role: max((v.max_model_len for v in self._views.values() if v.role is role), default=0) for role in Role
+        }
+
+    def heard(self, view: WorkerView) -> None:
+        self._by_silence.move_to_end(view.worker)
+
+    def leave(self, view: WorkerView) -> None:
+        view.alive = False
+        del self._by_silence[view.worker]
+        self.policies[view.role].remove(view)
+
+    def most_silent(self) -> WorkerView | None:
+        return next(iter(self._by_silence.values()), None)
+
+    def has_live(self, role: Role) -> bool:
+        return len(self.policies[role]) > 0
+
+    def knows(self, role: Role) -> bool:
+        """Whether a worker of this role ever registered."""
+        return role in self._longest and self._longest[role] > 0
+
+    def longest(self, role: Role) -> int:
+        """Tokens of the longest sequence that any worker of this role takes, live or not."""
+        return self._longest.get(role, 0)
+
+    def check_integrity(self) -> None:
+        for view in self._views.values():
+            assert view.alive == (view.worker in self._by_silence), f"{view.worker}: alive is {view.alive}"
+            assert view.alive == (view in self.policies[view.role]), f"{view.worker} and its policy disagree"
+            assert not (view.alive and view.dead_for_good), f"{view.worker} lives after its death"
+        heard = [view.heard for view in self._by_silence.values()]
+        assert heard == sorted(heard), "members are not in the order of their silence"
+        assert sum(map(len, self.policies.values())) == len(self._by_silence), "a policy holds a lost worker"

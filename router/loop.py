@@ -1,0 +1,69 @@
+"""The router's shell: bytes become events, actions become bytes."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+
+from messages.codec import decoder_for
+from messages.ids import Address
+from router.core.machine import Action, Forget, Messages, Router, RouterSettings, Tick
+from runtime.core.actions import Send, WakeAt
+from runtime.mailbox import MESSAGES_A_TURN, Mailbox
+
+log = logging.getLogger(__name__)
+
+
+class RouterLoop:
+    """Runs one router until it is stopped: made and run in one thread, stopped and asked from others."""
+
+    def __init__(self, settings: RouterSettings, host: str) -> None:
+        self._router = Router(settings)
+        self._mailbox = Mailbox(host, decoder_for(*Messages))
+        self._wake = float("inf")
+        self._stopping = threading.Event()
+
+    @property
+    def address(self) -> Address:
+        return self._mailbox.address
+
+    def run(self) -> None:
+        """Until ``stop``; then close the mailbox."""
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        finally:
+            self._mailbox.close()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._mailbox.post(None)
+
+    def ask(self, event: object) -> None:
+        """Hand in an event of this process: a message, or a function that is called with the router."""
+        self._mailbox.post(event)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        timeout = None if self._wake == float("inf") else max(0.0, self._wake - now)
+        events = self._mailbox.receive(timeout)
+        now = time.monotonic()
+        for event in events:
+            if callable(event):
+                event(self._router)
+            elif event is not None:
+                self._perform(self._router.handle(event, now))
+        # Reports that are still waiting to be read come before any verdict on who was silent.
+        if now >= self._wake and len(events) < MESSAGES_A_TURN:
+            self._wake = float("inf")
+            self._perform(self._router.handle(Tick(), now))
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(to, message):
+                    self._mailbox.send(to, message)
+                case WakeAt(time):
+                    self._wake = min(self._wake, time)
+                case Forget(address):
+                    self._mailbox.outbox.forget(address)

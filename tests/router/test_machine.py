@@ -1,0 +1,215 @@
+"""What the router promises gateways and workers, one sentence a test."""
+
+import pytest
+
+from messages import tickets
+from messages.common import Role
+from messages.gateway_to_router import ClusterStateWanted
+from messages.ids import Address, Epoch, WorkerId
+from messages.router_to_gateway import Placed, Rejected, WorkerLost
+from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.worker_to_router import Leaving, WorkerDied
+from router.core.machine import Tick
+from tests.router.world import GATEWAY, KEY, World, finished, prefilled, register, report, wanted
+
+
+def workers_of(placed: Placed) -> tuple[str, str]:
+    assert placed.prefill is not None
+    return placed.prefill.worker, placed.decode.worker
+
+
+def test_a_placement_names_a_live_pair_and_a_ticket_that_decode_will_accept(pair: World) -> None:
+    placed = pair.place("r")
+    assert placed.ticket is not None
+    assert tickets.valid(KEY, placed.ticket, placed.request, placed.attempt)
+    assert (placed.ticket.prefill, placed.ticket.decode) == workers_of(placed)
+
+
+def test_equally_loaded_workers_take_turns(pair: World) -> None:
+    pairs = [workers_of(pair.place(f"r{i}")) for i in range(4)]
+    assert pairs == [("p0", "d0"), ("p1", "d1"), ("p0", "d0"), ("p1", "d1")]
+
+
+def test_prefill_goes_to_the_fewest_outstanding_tokens_and_decode_to_the_fewest_sequences(pair: World) -> None:
+    pair.place("long", tokens=1000)
+    others = [workers_of(pair.place(f"r{i}", tokens=100)) for i in range(3)]
+    assert [prefill for prefill, _ in others] == ["p1", "p1", "p1"]
+    assert [decode for _, decode in others] == ["d1", "d1", "d0"]  # of two with as many, the one with fewer tokens
+
+
+def test_prefilled_and_finished_take_the_load_off_again(pair: World) -> None:
+    first = pair.place("long", tokens=1000)
+    assert workers_of(first) == ("p0", "d0")
+    pair.handle(prefilled("long"))
+    assert workers_of(pair.place("short", tokens=10))[0] == "p1"
+    assert workers_of(pair.place("third", tokens=10))[0] == "p0"
+    pair.handle(finished("short"))
+    assert workers_of(pair.place("fourth"))[1] == "d1"
+
+
+def test_asking_again_for_the_same_attempt_gets_the_same_answer(pair: World) -> None:
+    first = pair.place("r")
+    pair.place("other")
+    assert pair.place("r") == first
+    assert pair.state().workers[0].assigned == 1
+
+
+def test_a_newer_attempt_replaces_the_older_one_and_fences_it(pair: World) -> None:
+    pair.place("r", tokens=1000)
+    pair.place("r", attempt=2, tokens=1000)
+    assert sum(worker.assigned for worker in pair.state().workers) == 2
+    assert pair.handle(wanted("r", attempt=1)) == []
+    pair.handle(finished("r", attempt=1))
+    assert sum(worker.assigned for worker in pair.state().workers) == 2
+
+
+def test_a_finished_request_is_not_placed_again_by_a_late_question(pair: World) -> None:
+    pair.place("r")
+    pair.handle(finished("r"))
+    assert pair.handle(wanted("r")) == []
+    assert pair.place("r", attempt=2).attempt == 2
+
+
+def test_workers_to_avoid_are_used_only_where_no_other_is_left(pair: World) -> None:
+    for request in "abc":
+        assert workers_of(pair.place(request, avoid=("p0", "d1"))) == ("p1", "d0")
+    assert workers_of(pair.place("d", avoid=("p0", "p1", "d0"))) == ("p0", "d1")
+
+
+def test_a_colocated_pool_places_without_prefill_and_ticket() -> None:
+    world = World()
+    world.handle(register("c0", Role.COLOCATED))
+    placed = world.place("r")
+    assert (placed.prefill, placed.ticket, placed.decode.worker) == (None, None, "c0")
+
+
+def test_a_request_longer_than_any_worker_can_hold_is_turned_away_for_good(pair: World) -> None:
+    answer = pair.answer(wanted("r", tokens=4090, max_new_tokens=7))
+    assert isinstance(answer, Rejected)
+    assert answer.retry_after is None
+    assert "4096" in answer.detail
+    pair.place("fits", tokens=4090, max_new_tokens=6)
+
+
+def test_a_long_request_goes_to_the_worker_that_can_hold_it() -> None:
+    world = World()
+    for worker, length in (("c0", 100), ("c1", 1000)):
+        world.handle(register(worker, Role.COLOCATED, max_model_len=length))
+    assert [world.place(f"r{i}", tokens=500).decode.worker for i in range(3)] == ["c1"] * 3
+
+
+def test_requests_wait_in_line_until_a_worker_of_every_role_is_there() -> None:
+    world = World()
+    assert world.handle(wanted("first")) == world.handle(wanted("second")) == []
+    assert world.handle(wanted("first")) == []  # asked again: still in line once
+    assert world.handle(register("d0", Role.DECODE)) == []
+    assert world.state().queued == 2
+    answers = [send.message for send in world.handle(register("p0", Role.PREFILL))]
+    assert [answer.request for answer in answers if isinstance(answer, Placed)] == ["first", "second"]
+
+
+def test_a_request_that_waits_too_long_is_told_when_to_come_back() -> None:
+    world = World(wait_timeout=2.0, retry_after=0.5)
+    world.handle(wanted("r"))
+    (send,) = world.sleep(2.1)
+    assert isinstance(send.message, Rejected)
+    assert send.message.retry_after == 0.5
+
+
+def test_a_full_queue_turns_away_at_once() -> None:
+    world = World(max_waiting=2)
+    assert world.handle(wanted("a")) == world.handle(wanted("b")) == []
+    answer = world.answer(wanted("c"))
+    assert isinstance(answer, Rejected)
+    assert answer.retry_after is not None
+
+
+def test_a_request_given_up_while_it_waits_leaves_the_line() -> None:
+    world = World()
+    world.handle(wanted("r"))
+    world.handle(finished("r"))
+    world.handle(register("c0", Role.COLOCATED))
+    assert world.state().queued == world.state().workers[0].assigned == 0
+
+
+@pytest.mark.parametrize("how", ["silent", "died", "left"])
+def test_a_lost_worker_is_announced_to_its_gateways_and_to_all_other_workers(pair: World, how: str) -> None:
+    other_gateway = Address("tcp://gateway:2")
+    placed = [pair.place("a"), pair.place("b", gateway=other_gateway), pair.place("c")]
+    assert [workers_of(p)[1] for p in placed] == ["d0", "d1", "d0"]
+    match how:
+        case "silent":
+            sends = pair.sleep(5.5, "p0", "p1", "d1")
+        case "died":
+            sends = pair.handle(WorkerDied(worker=WorkerId("d0"), epoch=None, detail="killed"))
+        case _:
+            sends = pair.handle(Leaving(worker=WorkerId("d0"), epoch=Epoch(1)))
+    lost = [(send.to, send.message.worker) for send in sends if isinstance(send.message, WorkerLost)]
+    assert lost == [(GATEWAY, "d0")]
+    peers = {send.to for send in sends if isinstance(send.message, PeerLost)}
+    assert peers == {f"tcp://{name}.1:1" for name in ("p0", "p1", "d1")}
+    assert [worker.alive for worker in pair.state().workers] == [False, True, True, True]
+    assert pair.place("a", attempt=2).decode.worker == "d1"
+
+
+def test_asking_again_after_a_loss_brings_the_answer_and_the_loss(pair: World) -> None:
+    placed = pair.place("r")
+    pair.handle(WorkerDied(worker=placed.decode.worker, epoch=None, detail="killed"))
+    answers = [send.message for send in pair.handle(wanted("r"))]
+    assert answers[0] == placed
+    assert isinstance(answers[1], WorkerLost)
+
+
+def test_a_worker_that_was_only_slow_is_asked_to_register_and_comes_back(pair: World) -> None:
+    pair.sleep(6.0, "p0", "p1", "d1")
+    (send,) = pair.handle(report("d0", 1000))
+    assert send.message == RegisterWanted(worker=WorkerId("d0"), epoch=Epoch(1))
+    pair.handle(register("d0", Role.DECODE))
+    assert all(worker.alive for worker in pair.state().workers)
+
+
+def test_what_a_dead_process_sent_before_its_end_does_not_revive_it(pair: World) -> None:
+    pair.handle(WorkerDied(worker=WorkerId("d0"), epoch=Epoch(1), detail="killed"))
+    assert pair.handle(report("d0", 5)) == pair.handle(register("d0", Role.DECODE)) == []
+    assert not pair.state().workers[0].alive
+
+
+def test_a_restarted_worker_takes_the_place_of_its_former_self(pair: World) -> None:
+    pair.place("r")
+    sends = pair.handle(register("d0", Role.DECODE, epoch=2))
+    assert [send.to for send in sends if isinstance(send.message, WorkerLost)] == [GATEWAY]
+    assert pair.handle(WorkerDied(worker=WorkerId("d0"), epoch=Epoch(1), detail="killed")) == []
+    assert [worker.epoch for worker in pair.state().workers if worker.worker == "d0"] == [2]
+    assert pair.handle(report("d0", 7, epoch=1)) == []
+
+
+def test_a_late_report_does_not_overwrite_a_younger_one(pair: World) -> None:
+    for number in (3, 2):
+        pair.handle(report("d0", number))
+    assert pair.state().workers[0].steps == 3
+
+
+def test_nobody_is_declared_lost_when_the_router_itself_stood_still(pair: World) -> None:
+    pair.now += 60.0
+    assert pair.handle(Tick()) == []
+    assert all(worker.alive for worker in pair.state().workers)
+    assert any(isinstance(send.message, PeerLost) for send in pair.sleep(5.5, "p0"))
+
+
+def test_the_cluster_is_ready_when_every_role_has_a_live_worker() -> None:
+    world = World()
+    seen = [world.state().ready]
+    for worker, role in (("p0", Role.PREFILL), ("d0", Role.DECODE)):
+        world.handle(register(worker, role))
+        seen.append(world.state().ready)
+    world.handle(WorkerDied(worker=WorkerId("p0"), epoch=None, detail="killed"))
+    assert [*seen, world.state().ready] == [False, False, True, False]
+
+
+def test_requests_of_a_gateway_that_died_leave_the_ledger_in_the_end(pair: World) -> None:
+    pair.place("r")
+    pair.sleep(3.0, "p0", "p1", "d0", "d1")
+    pair.now += 3600.0
+    pair.handle(Tick())
+    assert sum(worker.assigned for worker in pair.state().workers) == 0
+    assert pair.handle(ClusterStateWanted(gateway=GATEWAY))
