@@ -1,0 +1,174 @@
+"""From a topology to what each process is told: the model is read here, and memory becomes blocks."""
+
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import TopologyError
+from cluster.topology import KV, Pool, Topology
+from engine.core.errors import ModelError
+from engine.core.kv_layout import KVLayout
+from engine.models.config import ModelConfig
+from messages.common import Role
+from runtime.worker_config import WorkerConfig
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_KV_MEMORY = 256 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+"""What a served model needs; nothing that could be run."""
+
+
+@dataclass(frozen=True)
+class PlannedWorker:
+    config: WorkerConfig
+    pool: Pool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first process starts."""
+
+    topology: Topology
+    model: Path
+    model_config: ModelConfig
+    served_model_name: str
+    layout: KVLayout
+    num_blocks: int
+    max_model_len: int
+    transport: str
+    cluster_key: bytes
+
+    def workers(self, router: str) -> list[PlannedWorker]:
+        """All workers, given the router's address."""
+        return [
+            PlannedWorker(self._worker(pool, index, router), pool)
+            for pool in self.topology.pools
+            for index in range(pool.replicas)
+        ]
+
+    def _worker(self, pool: Pool, index: int, router: str) -> WorkerConfig:
+        return WorkerConfig(
+            worker=f"{pool.name}-{index}",
+            role=Role(pool.role),
+            host=LOOPBACK,
+            router=router,
+            cluster_key=self.cluster_key,
+            model=str(self.model),
+            dtype=self.layout.dtype,
+            device=self.topology.device,
+            num_blocks=self.num_blocks,
+            block_size=self.layout.block_size,
+            transport=self.transport,
+            max_num_seqs=pool.max_num_seqs,
+            max_num_batched_tokens=pool.max_num_batched_tokens,
+            prefill_chunk=pool.prefill_chunk,
+            max_model_len=self.max_model_len,
+            threads=pool.threads,
+        )
+
+    @property
+    def kv_memory(self) -> int:
+        """Bytes of one worker's KV pool."""
+        return self.num_blocks * self.layout.block_bytes
+
+    @property
+    def cpus(self) -> float:
+        """What all processes take together, in Ray's books."""
+        pools = sum(pool.replicas * pool.resources.cpus for pool in self.topology.pools)
+        return pools + self.topology.router.cpus + self.topology.gateway.cpus
+
+
+def make_plan(topology: Topology, *, download: bool = True) -> Plan:
+    """``TopologyError`` where topology and model do not go together. Fetches a model from the Hub if ``download``."""
+    folder = find_model(topology, download=download)
+    try:
+        config = ModelConfig.from_folder(folder)
+        dtype = config.resolve_dtype(topology.dtype)
+    except ModelError as error:
+        raise topology.error(("model",), str(error)) from error
+    if not any(folder.glob("*.safetensors")):
+        raise topology.error(("model",), f"{folder} holds no *.safetensors; other weight formats are not read")
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, dtype)
+    max_model_len = topology.limits.max_model_len or config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        text = f"the model's context is {config.max_position_embeddings} tokens, got {max_model_len}; lower it"
+        raise topology.error(("limits", "max_model_len"), f"limits.max_model_len: {text}")
+    num_blocks = _num_blocks(topology.kv, layout)
+    needed = layout.blocks_for(max_model_len)
+    if num_blocks < needed:
+        raise _too_small(topology, layout, num_blocks, max_model_len)
+    return Plan(
+        topology=topology,
+        model=folder,
+        model_config=config,
+        served_model_name=topology.served_model_name or folder.name,
+        layout=layout,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        transport="shm" if topology.kv.transport == "auto" else topology.kv.transport,
+        cluster_key=secrets.token_bytes(32),
+    )
+
+
+def find_model(topology: Topology, *, download: bool) -> Path:
+    """The model's folder: relative to the file, to the working directory, or from the Hugging Face Hub."""
+    for base in (topology.base, Path.cwd()):
+        folder = (base / Path(topology.model).expanduser()).resolve()
+        if folder.is_dir():
+            return folder
+    if _HUB_ID.fullmatch(topology.model):
+        return _from_hub(topology, download=download)
+    raise topology.error(("model",), f"there is no folder {topology.model!r} beside this file or in {Path.cwd()}")
+
+
+def is_hub_id(topology: Topology) -> bool:
+    """Whether the model comes from the Hub, not from a folder."""
+    try:
+        find_model(topology, download=False)
+    except TopologyError:
+        return _HUB_ID.fullmatch(topology.model) is not None
+    return False
+
+
+def _from_hub(topology: Topology, *, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(topology.model, allow_patterns=_MODEL_FILES, local_files_only=not download)
+        ).resolve()
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if not download:
+            reason = "it has not been downloaded yet"
+        text = (
+            f"{topology.model!r} is no folder beside this file, and not to be had from the Hugging Face Hub: {reason}"
+        )
+        raise topology.error(("model",), text) from error
+
+
+def _num_blocks(kv: KV, layout: KVLayout) -> int:
+    return kv.num_blocks or (kv.memory or DEFAULT_KV_MEMORY) // layout.block_bytes
+
+
+def _too_small(topology: Topology, layout: KVLayout, num_blocks: int, max_model_len: int) -> TopologyError:
+    needed = layout.blocks_for(max_model_len)
+    advice = f"raise it, or set limits.max_model_len to {num_blocks * layout.block_size} or less"
+    if topology.kv.num_blocks is not None:
+        text = f"kv.num_blocks: {num_blocks} blocks are less than the {needed} of one context"
+        return topology.error(("kv", "num_blocks"), f"{text} of {max_model_len} tokens; {advice}")
+    memory, least = size(num_blocks * layout.block_bytes), size(needed * layout.block_bytes)
+    text = f"kv.memory: {memory} of blocks are less than the {least} of one context of {max_model_len} tokens"
+    return topology.error(("kv", "memory"), f"{text}; {advice}")
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,238 @@
+"""The topology: one small YAML file that says what runs.
+
+``Topology.load(path)`` gives a checked topology or a ``TopologyError`` with one line for each thing that is wrong.
+What depends on the model or on this machine is checked by ``cluster.plan`` and ``cluster.validate``.
+"""
+
+import copy
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from cluster.complaints import complaints
+from cluster.document import Document, Loc, read
+from cluster.errors import TopologyError
+from messages.common import Role
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(value: object) -> object:
+    """``"256MiB"`` -> bytes; a whole number is bytes already."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("must be a size such as 256MiB or 2GiB")
+    number, unit = match[1], (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(number) * base ** _UNITS[unit.removesuffix("i")])
+
+
+def _plain_host(host: str) -> str:
+    if host in ("", "*"):
+        raise ValueError("would listen on every network; write the one address to listen on, such as 127.0.0.1")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?", host):
+            raise ValueError("is no address or host name; write one such as 127.0.0.1") from None
+        return host
+    if address.is_unspecified:
+        raise ValueError("would listen on every network; write the one address to listen on, such as 127.0.0.1")
+    return host
+
+
+def _ray_address(address: str) -> str:
+    if address.startswith("ray://"):
+        raise ValueError("Ray Client (ray://) is not supported yet; run on a node of that Ray and write auto")
+    if address not in ("local", "auto") and not re.fullmatch(r"[^\s:/]+:\d{1,5}", address):
+        raise ValueError("must be local (start a Ray here), auto (use the Ray running here) or HOST:PORT")
+    return address
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Host = Annotated[str, AfterValidator(_plain_host)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Section(BaseModel):
+    """Unknown keys are refused, and "8" is not 8."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ClusterSection(Section):
+    name: Name | None = None
+    """For `baton status NAME`; the file's name if it is not given."""
+    address: Annotated[str, AfterValidator(_ray_address)] = "local"
+
+
+class Resources(Section):
+    """What one worker takes from its host, in Ray's books."""
+
+    cpus: Annotated[float, Field(gt=0, le=1024)] = 0.25
+    gpus: Annotated[float, Field(ge=0, le=64)] = 0
+    memory: Size | None = None
+
+
+class Pool(Section):
+    name: Name
+    role: Literal["prefill", "decode", "colocated"]
+    replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    tensor_parallel: Positive = 1
+    resources: Resources = Resources()
+    max_num_seqs: Positive = 32
+    max_num_batched_tokens: Positive = 2048
+    prefill_chunk: Positive = 512
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class KV(Section):
+    """Each worker's KV pool, and how its blocks move."""
+
+    block_size: Positive = 16
+    memory: Size | None = None
+    num_blocks: Positive | None = None
+    transport: Literal["auto", "shm", "zmq"] = "auto"
+
+
+class Gateway(Section):
+    host: Host = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0: any free port."""
+    replicas: Positive = 1
+    cpus: Annotated[float, Field(gt=0, le=1024)] = 0.1
+
+
+class RouterSection(Section):
+    liveness_timeout: Annotated[float, Field(ge=0.5, le=600)] = 5.0
+    """Seconds without a report after which a worker is taken for lost."""
+    max_waiting: Positive = 1024
+    wait_timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    retry_after: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    cpus: Annotated[float, Field(gt=0, le=1024)] = 0.1
+
+
+class Limits(Section):
+    max_model_len: Positive | None = None
+    """Tokens of prompt and answer; the model's own context if it is not given."""
+    max_body_bytes: Size = 4 << 20
+    max_concurrent_requests: Positive = 256
+    request_timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds that one request may take."""
+
+
+class Topology(Section):
+    """What runs. Made by ``load``, ``parse`` or ``with_overrides``, which check it as a whole."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    """A folder, relative to the file or to the working directory, or a Hugging Face id."""
+    served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda)$")] = "cpu"
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1, max_length=100, strict=False)]
+    kv: KV = KV()
+    gateway: Gateway = Gateway()
+    router: RouterSection = RouterSection()
+    limits: Limits = Limits()
+    cluster: ClusterSection = ClusterSection()
+
+    _document: Document = PrivateAttr(default=Document("topology", {}))
+    _base: Path = PrivateAttr(default=Path())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The topology in a YAML file."""
+        return cls._checked(read(path), path.resolve().parent)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], base: Path = Path()) -> Self:
+        """The same from plain data; ``base`` is what a relative model folder is relative to."""
+        return cls._checked(Document("topology", copy.deepcopy(dict(data))), base.resolve())
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
+        """This topology with some values replaced: ``{"kv.transport": "zmq", "pools.0.replicas": 1}``."""
+        data = copy.deepcopy(self._document.data)
+        for key, value in overrides.items():
+            *way, last = key.split(".")
+            place: Any = data
+            for step in way:
+                place = place[int(step)] if isinstance(place, list) else place.setdefault(step, {})
+            place[int(last) if isinstance(place, list) else last] = value
+        return self._checked(Document(self._document.file, data, self._document.lines), self._base)
+
+    @classmethod
+    def _checked(cls, document: Document, base: Path) -> Self:
+        try:
+            # A section whose keys are all commented out is the section's defaults.
+            topology = cls.model_validate({key: value for key, value in document.data.items() if value is not None})
+        except ValidationError as error:
+            raise TopologyError(*complaints(cls, document, error)) from None
+        topology._document, topology._base = document, base
+        impossible = [document.at(loc, text) for loc, text in topology._impossible()]
+        if impossible:
+            raise TopologyError(*impossible)
+        return topology
+
+    @property
+    def name(self) -> str:
+        if self.cluster.name is not None:
+            return self.cluster.name
+        stem = re.sub(r"[^a-z0-9-]+", "-", Path(self._document.file).stem.lower()).strip("-")
+        return stem[:40] if stem[:1].isalpha() else f"c-{stem}"[:40].rstrip("-")
+
+    @property
+    def base(self) -> Path:
+        """The folder that a relative model path is relative to."""
+        return self._base
+
+    def error(self, loc: Loc, text: str) -> TopologyError:
+        """A complaint about the value at ``loc``, with file and line."""
+        return TopologyError(self._document.at(loc, text))
+
+    def pools_of(self, *roles: Role) -> list[Pool]:
+        return [pool for pool in self.pools if pool.role in roles]
+
+    def _impossible(self) -> Iterator[tuple[Loc, str]]:
+        """Values that are fine alone and cannot be together, or that nothing here can do yet."""
+        yield from self._impossible_pools()
+        kv, gateway = self.kv, self.gateway
+        if kv.block_size & (kv.block_size - 1) or kv.block_size > 1024:
+            yield ("kv", "block_size"), f"kv.block_size must be a power of two up to 1024, got {kv.block_size}"
+        if kv.memory is not None and kv.num_blocks is not None:
+            yield ("kv", "num_blocks"), "kv.memory and kv.num_blocks say the same thing; keep one of them"
+        if gateway.replicas > 1:
+            yield ("gateway", "replicas"), f"gateway.replicas is {gateway.replicas}: more than one comes later; write 1"
+        if self.device == "cuda":
+            yield ("device",), "device cuda comes next; write cpu"
+
+    def _impossible_pools(self) -> Iterator[tuple[Loc, str]]:
+        roles = {pool.role for pool in self.pools}
+        seen: dict[str, int] = {}
+        for index, pool in enumerate(self.pools):
+            here: Loc = ("pools", index)
+            if pool.name in seen:
+                yield (*here, "name"), f"pool {pool.name!r} is there twice; give each pool a name of its own"
+            seen[pool.name] = index
+            if pool.tensor_parallel > 1:
+                got = pool.tensor_parallel
+                yield (*here, "tensor_parallel"), f"tensor_parallel is {got}: more than 1 comes next; write 1"
+            if pool.prefill_chunk > pool.max_num_batched_tokens:
+                text = f"prefill_chunk {pool.prefill_chunk} can never fit max_num_batched_tokens"
+                yield (*here, "prefill_chunk"), f"{text} {pool.max_num_batched_tokens}; lower it, or raise the other"
+            if pool.resources.gpus and self.device == "cpu":
+                yield (*here, "resources", "gpus"), "resources.gpus asks for GPUs, but device is cpu; write gpus: 0"
+            if pool.role == "colocated" and len(roles) > 1:
+                text = "a colocated pool does prefill and decode itself; remove it, or the prefill and decode pools"
+                yield (*here, "role"), text
+            if pool.role == "prefill" and "decode" not in roles:
+                yield (*here, "role"), "a prefill pool needs a decode pool to hand over to; add one with role: decode"
+            if pool.role == "decode" and "prefill" not in roles:
+                yield (*here, "role"), "a decode pool needs a prefill pool; add one, or make this one role: colocated"
