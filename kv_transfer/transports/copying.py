@@ -132,7 +132,7 @@ class CopyingSender(BackgroundSender):
     def __init__(self, pool: Pool, on_event: OnEvent, name: str, attach: Callable[[KVEndpoint], Target]) -> None:
         super().__init__(pool, on_event, name)
         self._attach = attach
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[KVEndpoint, Target] = {}
         self._jobs: deque[Job] = deque()
         self._thread.start()
 
@@ -165,8 +165,8 @@ class CopyingSender(BackgroundSender):
     def _forget(self, address: str) -> None:
         failed = [job for job in self._jobs if job.to.address == address]
         self._jobs = deque(job for job in self._jobs if job.to.address != address)
-        if address in self._targets:
-            self._targets.pop(address).release()
+        for to in [to for to in self._targets if to.address == address]:
+            self._targets.pop(to).release()
         for job in failed:
             self._on_event(PushFailed(job.key, "the peer is gone"))
 
@@ -189,9 +189,9 @@ class CopyingSender(BackgroundSender):
     def _target(self, job: Job) -> Target:
         if not job.begun:
             job.check(len(self._pool))
-        if job.to.address not in self._targets:
-            self._targets[job.to.address] = self._attach(job.to)
-        return self._targets[job.to.address]
+        if job.to not in self._targets:
+            self._targets[job.to] = self._attach(job.to)
+        return self._targets[job.to]
 
 
 class Landings:

@@ -42,6 +42,8 @@ class InprocReceiver:
 
     def take(self, key: TransferKey, first: int, pool: Pool, source: Blocks) -> None:
         """Copy rows ``source`` of ``pool`` into the rows open for the sequence's blocks ``first``, ...; any thread."""
+        if pool.shape[1] != self._pool.shape[1]:
+            raise TransportError(f"blocks of {pool.shape[1]} bytes do not fit a pool of {self._pool.shape[1]}")
         count = len(source)
         if self._landings.land(key, first, count, lambda rows: copy_blocks(self._pool, rows, pool, source)):
             self._on_event(Landed(key, np.arange(first, first + count, dtype=np.int32)))

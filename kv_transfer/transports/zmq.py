@@ -198,14 +198,20 @@ class _Link:
         self._number = 0
         self._bytes = 0
         self._full = False  # or not connected
-        self.socket: Any = context.socket(zmq.DEALER)
-        _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
-             HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000, RECONNECT_IVL_MAX=1000, IPV6=int("[" in address))  # fmt: skip
+        self.socket: Any = None
         try:
-            self.socket.connect(address)
+            self.socket = context.socket(zmq.DEALER)
+            self._connect()
         except zmq.ZMQError as error:
-            self.socket.close(0)
+            if self.socket is not None:
+                self.socket.close(0)
             raise TransportError(f"cannot connect to {address}: {error}") from error
+
+    def _connect(self) -> None:
+        _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
+             HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000, RECONNECT_IVL_MAX=1000,
+             IPV6=int("[" in self.address))  # fmt: skip
+        self.socket.connect(self.address)
 
     @property
     def busy(self) -> bool:
@@ -308,7 +314,12 @@ class ZmqReceiver:
         _set(self._socket, LINGER=0, RCVHWM=WINDOW_MESSAGES, SNDHWM=2 * WINDOW_MESSAGES,
              MAXMSGSIZE=max(MESSAGE_BYTES, block_bytes), HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000,
              IPV6=int(":" in host))  # fmt: skip
-        self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+        try:
+            self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+        except zmq.ZMQError:
+            self._wake.close()
+            self._context.destroy(0)
+            raise
         self.endpoint = KVEndpoint("zmq", self._socket.get_string(zmq.LAST_ENDPOINT), layout, len(pool))
         self._thread = threading.Thread(target=self._run, name="kv-zmq-receive", daemon=True)
         self._thread.start()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import zmq
-from kv_pair import Pair
+
+from tests.kv_transfer.kv_pair import Pair
 
 
 @pytest.fixture

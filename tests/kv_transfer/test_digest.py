@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 import pytest
-from kv_pair import key, scattered
 
 from kv_transfer.core.digest import DIGEST_BYTES, digests, mismatches
+from tests.kv_transfer.kv_pair import key, scattered
 
 POOL = np.random.default_rng(0).integers(0, 256, (64, 512), np.uint8)
 BLOCKS = scattered(1, 20)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kv_pair import Events, key, scattered
 
 from kv_transfer.core.digest import digests, mismatches
 from kv_transfer.core.events import Blocks, Landed, Pushed, PushFailed
 from kv_transfer.transports.build import make_receiver, make_sender
 from kv_transfer.transports.faulty import Fault, FaultyReceiver, FaultySender, random_faults
 from kv_transfer.transports.memory import PrivateMemory
+from tests.kv_transfer.kv_pair import Events, key, scattered
 
 BLOCK = 512
 COUNT = 10

@@ -61,7 +61,9 @@ def open_message() -> OpenTransfer:
 class World:
     """One sender and one receiver, a pool each, and everything that is on its way between them."""
 
-    def __init__(self, blocks: int, rng: random.Random, *, one_sided: bool, loss: float = 0.0, corrupt: int = 0) -> None:
+    def __init__(
+        self, blocks: int, rng: random.Random, *, one_sided: bool, loss: float = 0.0, corrupt: int = 0
+    ) -> None:
         self.rng, self.loss, self.corrupt, self.one_sided = rng, loss, corrupt, one_sided
         self.now = 0.0
         self.here = np.array([[rng.randrange(256) for _ in range(BLOCK_BYTES)] for _ in range(64)], np.uint8)

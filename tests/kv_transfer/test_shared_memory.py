@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from kv_pair import Events, Pair, key, scattered
 
 from kv_transfer.core.events import Pushed, PushFailed
 from kv_transfer.transports.base import TransportError
+from kv_transfer.transports.build import make_sender
 from kv_transfer.transports.memory import PeerMemory, SharedMemory
 from kv_transfer.transports.shm import ShmSender
 from messages.common import KVEndpoint
+from tests.kv_transfer.kv_pair import Events, Pair, key, scattered
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 4096
@@ -140,11 +141,19 @@ def test_only_a_pool_of_the_right_size_that_cannot_shrink_is_mapped() -> None:
     os.close(unsealed)
 
 
-def test_a_receiver_of_another_block_size_is_not_written_to(make_pair: Any) -> None:
-    pair: Pair = make_pair("shm", False, 64, BLOCK)
-    blocks = np.arange(4, dtype=np.int32)
-    for num_blocks in (32, 128):
-        to = msgspec.structs.replace(pair.to, num_blocks=num_blocks)
-        pair.sender.push(key(), to, 0, blocks, blocks)
-        assert isinstance(pair.sent.next(), PushFailed)
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+def test_a_pool_of_another_block_size_is_not_written_to(transport: str, make_pair: Any) -> None:
+    pair: Pair = make_pair(transport, False, 64, BLOCK)
+    events, blocks = Events(), np.arange(4, dtype=np.int32)
+    pair.receiver.open(key(), 0, blocks)
+    for block_bytes in (BLOCK // 2, 2 * BLOCK):
+        sender = make_sender(transport, np.ones((64, block_bytes), np.uint8), events.put)
+        for num_blocks in (32, 64, 128):
+            sender.push(key(), msgspec.structs.replace(pair.to, num_blocks=num_blocks), 0, blocks, blocks)
+            if (num_blocks, transport) == (64 * BLOCK // block_bytes, "shm"):  # the same size, which layouts tell apart
+                assert events.next() == Pushed(key(), 0, 4)
+                pair.there[:] = 0
+            else:
+                assert isinstance(events.next(), PushFailed)
+        sender.shutdown()
     assert not pair.there.any()

@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from kv_pair import Pair, key, scattered
 
 from kv_transfer.core.events import Cancelled, Landed, Pushed, PushFailed
 from kv_transfer.transports.build import TRANSPORTS, allocate_pool, make_receiver, make_sender
 from messages.common import KVEndpoint
+from tests.kv_transfer.kv_pair import Pair, key, scattered
 
 MakePair = Callable[..., Pair]
 every_transport = pytest.mark.parametrize(

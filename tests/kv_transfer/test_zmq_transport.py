@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 import zmq
-from kv_pair import Events, Pair, key, scattered
 
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed
 from kv_transfer.core.frames import MAX_PARTS, DataHeader, decode_taken
@@ -17,6 +17,7 @@ from kv_transfer.transports.zmq import WINDOW_BYTES, ZmqReceiver, ZmqSender
 from messages.codec import encode
 from messages.common import KVEndpoint
 from messages.ids import Attempt, RequestId
+from tests.kv_transfer.kv_pair import Events, Pair, key, scattered
 
 BLOCK = 4096
 BLOCKS = np.arange(4, dtype=np.int32)
@@ -142,9 +143,11 @@ def test_a_part_that_is_too_large_costs_the_peer_its_connection(make_pair: Any) 
         assert_works(pair, 3)
 
 
-def test_a_receiver_listens_on_the_host_that_it_was_given(make_pair: Any) -> None:
+def test_a_receiver_listens_on_the_host_that_it_was_given_or_says_why_not(make_pair: Any) -> None:
     pair: Pair = make_pair("zmq", False)
     assert pair.to.address.startswith("tcp://127.0.0.1:")
+    with pytest.raises(zmq.ZMQError):
+        ZmqReceiver(pair.there, "203.0.113.7", "layout", print)
 
 
 class Silent:
