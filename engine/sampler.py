@@ -25,10 +25,11 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> NDArray[np.int32]
                 _penalise(logits[row], seq)
     best, tokens = logits.max(-1)
     lost = best.isnan()
-    drawn = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
-    if drawn:
-        rows = torch.tensor(drawn)
-        tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
+    # Rows that are truncated draw from the sorted vocabulary, others from the plain one; whoever shares the step.
+    for truncates in (False, True):
+        drawn = [row for row, seq in enumerate(sequences) if seq.params.draws and seq.params.truncates is truncates]
+        if drawn:
+            tokens[torch.tensor(drawn)] = _draw(logits[torch.tensor(drawn)], [sequences[row] for row in drawn])
     return torch.where(lost, NOT_A_NUMBER, tokens).to(torch.int32).numpy()
 
 
@@ -49,10 +50,11 @@ def _penalise(logits: torch.Tensor, seq: Sequence) -> None:
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Draw for rows that are all truncated (top-k, top-p), or all not."""
     params = [seq.params for seq in sequences]
     logits = logits / _column([param.temperature for param in params])
     order = None
-    if any(param.top_k or param.top_p < 1.0 for param in params):
+    if params[0].truncates:
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(logits, -1)
     if any(param.min_p for param in params):

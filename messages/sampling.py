@@ -61,6 +61,16 @@ class SamplingParams:
         penalties = (self.repetition_penalty != 1.0, self.presence_penalty, self.frequency_penalty)
         return any(penalties) or bool(self.logit_bias)
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn at random; else the likeliest is taken."""
+        return self.temperature > 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether only the likeliest tokens stay in the draw."""
+        return self.top_k > 0 or self.top_p < 1.0
+
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 0, MAX_TOKEN_ID)
         _within("temperature", self.temperature, 0.0, 100.0)
