@@ -8,6 +8,7 @@ is left behind whatever dies. It is sealed against shrinking: a truncated file w
 into it.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -31,9 +32,14 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Mapped:
-    """A mapping as ``[num_blocks, block_bytes]``, whose pages are touched in the background."""
+    """A mapping as ``[num_blocks, block_bytes]``: page-aligned, in huge pages where the system gives them.
+
+    Its pages are touched in the background.
+    """
 
     def __init__(self, mapping: mmap.mmap, num_blocks: int, block_bytes: int) -> None:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         flat: Pool = np.frombuffer(mapping, np.uint8, num_blocks * block_bytes)
         self.pool: Pool = flat.reshape(num_blocks, block_bytes)
         self._stop = threading.Event()
@@ -60,11 +66,10 @@ class Mapped:
 
 
 class PrivateMemory(Mapped):
-    """A pool that only its own process can reach; page-aligned, in huge pages where the system has them."""
+    """A pool that only its own process can reach."""
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         mapping = mmap.mmap(-1, _checked(num_blocks, block_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
         super().__init__(mapping, num_blocks, block_bytes)
 
 
