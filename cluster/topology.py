@@ -123,10 +123,9 @@ class RouterSection(Section):
 class Limits(Section):
     max_model_len: Positive | None = None
     """Tokens of prompt and answer; the model's own context if it is not given."""
-    max_body_bytes: Size = 4 << 20
-    max_concurrent_requests: Positive = 256
-    request_timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
-    """Seconds that one request may take."""
+    max_body_bytes: Size = 8 << 20
+    max_concurrent_requests: Positive = 1024
+    """Sequences in flight; more are told to come back later."""
 
 
 class Topology(Section):

@@ -1,0 +1,180 @@
+"""A Ray to run on: one of our own on loopback, gone without a trace afterwards, or one that is there already.
+
+Our own is closed to others: everything listens on 127.0.0.1, a fresh token is needed to speak to it, there is no
+dashboard, nothing is reported home, and its files lie in a private folder.
+"""
+
+import contextlib
+import importlib
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.errors import LaunchError
+
+OBJECT_STORE_BYTES = 80 << 20
+"""The least that Ray takes; nothing of ours goes through the object store."""
+GONE_WITHIN = 5.0
+"""Seconds that Ray's processes get to end by themselves."""
+_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: bind to loopback, also on Linux
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # the launcher has fetched what is needed
+}
+
+
+class RaySession:
+    """``start``, use ``ray``, ``stop``."""
+
+    def __init__(self, address: str, namespace: str) -> None:
+        self._address = address
+        self._namespace = namespace
+        self._environment: dict[str, str | None] = {}
+        self.ray: Any = None
+        self.folder: Path | None = None
+        """Our own Ray's files; None where we joined one."""
+
+    @property
+    def logs(self) -> Path | None:
+        """What the processes wrote, while the session lasts."""
+        return None if self.folder is None else self.folder / "ray" / "session_latest" / "logs"
+
+    def start(self) -> None:
+        if self._address == "local":
+            self._prepare()
+        import ray
+
+        self.ray = ray
+        if ray.is_initialized():
+            raise LaunchError("this process is connected to a Ray already; use a process of its own for each cluster")
+        options: dict[str, Any] = {"address": self._address, "namespace": self._namespace}
+        if self.folder is not None:
+            _check_loopback()
+            options.update(
+                num_cpus=_cpus(),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self.folder / "ray"),
+            )
+        with _own_signal_handlers():
+            try:
+                ray.init(log_to_driver=False, logging_level="ERROR", **options)
+            except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+                raise LaunchError(self._cannot(error)) from error
+
+    def stop(self) -> list[str]:
+        """Leave Ray; end our own and remove what it left. Returns what is still there, which should be nothing."""
+        mine = _processes_of(self.folder) if self.folder is not None else []
+        if self.ray is not None:
+            self.ray.shutdown()
+        left = []
+        if self.folder is not None:
+            left = [f"process {process.pid}" for process in _end(mine)]
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.exists():
+                left.append(str(self.folder))
+        self._restore()
+        return left
+
+    def _prepare(self) -> None:
+        # Paths of Unix sockets are short, so not in a long TMPDIR; Ray opens its folder to all, so ours is around it.
+        parent = "/tmp" if os.access("/tmp", os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="baton-", dir=parent))
+        token = self.folder / "token"
+        with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        wanted = {**_ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": str(token)}
+        self._environment = {name: os.environ.get(name) for name in (*wanted, "RAY_AUTH_TOKEN", "RAY_ADDRESS")}
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # would be taken before the file
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.update(wanted)
+        _forget_token()
+
+    def _restore(self) -> None:
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._environment = {}
+
+    def _cannot(self, error: Exception) -> str:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if self.folder is not None:
+            return f"Ray did not start: {first}"
+        return f"there is no Ray to join at {self._address!r}: {first}; start one, or write `address: local`"
+
+
+def remove_remains(folder: Path) -> None:
+    """End the Ray in ``folder``, whose launcher was killed, and remove the folder."""
+    if folder.name.startswith("baton-") and folder.is_dir():
+        _end(_processes_of(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _check_loopback() -> None:
+    from ray._private import ray_constants
+
+    if ray_constants.ENABLE_RAY_CLUSTER:
+        raise LaunchError(
+            "ray was imported before RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 was set: it would listen outside"
+        )
+
+
+def _forget_token() -> None:
+    """Ray keeps a token in memory; an earlier session of this process had another one."""
+    if "ray" in sys.modules:
+        raylet = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray sets handlers of its own; the launcher's stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """Ray's processes that have ``folder`` in their command line, and all their descendants."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and any(str(folder) in part for part in process.cmdline()):
+                for each in (process, *process.children(recursive=True)):
+                    found[each.pid] = each
+    return list(found.values())
+
+
+def _end(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Wait for them, then kill them; who is still there after that."""
+    _, alive = psutil.wait_procs(processes, timeout=GONE_WITHIN)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, timeout=GONE_WITHIN)
+    return alive
