@@ -47,7 +47,5 @@ class DecodeWorker(WorkerActor):
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,
         )
-        reservations = Reservations(
-            address.mailbox, pool, one_sided=self._one_sided, timeouts=TransferTimeouts()
-        )
+        reservations = Reservations(address.mailbox, pool, one_sided=self._one_sided, timeouts=TransferTimeouts())
         return DecodeMachine(settings, scheduler, pool, reservations)

@@ -93,9 +93,11 @@ class PagedAttention:
         counts = plan.num_tokens.astype(np.int64)
         lengths = plan.num_computed.astype(np.int64) + counts
         num_blocks = -(-lengths // self._block_size)
-        tables = np.zeros((len(lengths), int(num_blocks.max())), np.int64)
+        tables = np.empty((len(lengths), int(num_blocks.max())), np.int64)
         for row, seq in enumerate(plan.sequences):
-            tables[row, : num_blocks[row]] = seq.block_table[: num_blocks[row]]
+            blocks = seq.block_table[: num_blocks[row]]
+            tables[row, : len(blocks)] = blocks
+            tables[row, len(blocks) :] = blocks[0]  # masked, but no other sequence's: its numbers may not be finite
         rows = np.repeat(np.arange(len(lengths)), counts)
         block_rows = tables[rows, positions // self._block_size] * self._block_rows
         token_rows = (block_rows[:, None] + self._head_rows) * self._block_size + (positions % self._block_size)[

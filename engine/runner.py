@@ -14,7 +14,7 @@ from engine.core.scheduler import StepPlan
 from engine.models.config import ModelConfig
 from engine.models.llama import Llama
 from engine.parallel import ParallelGroup
-from engine.sampler import logprobs_of, sample
+from engine.sampler import NOT_A_NUMBER, logprobs_of, sample
 
 SCORED_ROWS = 256
 """Prompt positions whose logits are made at once when a prompt is scored: bounds the memory for a long one."""
@@ -51,7 +51,8 @@ class ModelRunner:
         self.layout = kv_layout(self.config, dtype, block_size)
         torch_dtype: torch.dtype = getattr(torch, self.layout.dtype)
         if kv_memory is None:
-            kv_memory = torch.zeros(num_blocks * self.layout.block_bytes, dtype=torch.uint8)
+            # From numpy: its zeros are pages that cost nothing until they are touched.
+            kv_memory = torch.from_numpy(np.zeros(num_blocks * self.layout.block_bytes, np.uint8))
         self.kv_cache = kv_memory.view(torch_dtype).view(self.layout.shape(num_blocks))
         max_positions = min(max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings)
         with torch.inference_mode():
@@ -88,6 +89,8 @@ class ModelRunner:
         asked = [place for place, seq in enumerate(sequences) if seq.params.logprobs is not None]
         raw = logits[asked].clone() if asked else logits
         tokens = sample(logits, sequences)
+        for place in np.flatnonzero(tokens == NOT_A_NUMBER):
+            self.kv_cache[sequences[place].block_table] = 0  # what is not finite must not reach the blocks' next owner
         logprobs: dict[int, TokenLogprobs] = {}
         asked_valid = [place for place in asked if tokens[place] >= 0]
         if asked_valid:

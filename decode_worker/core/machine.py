@@ -12,12 +12,11 @@ older one wherever it stands; an older one that comes late is dropped.
 
 from dataclasses import dataclass
 
+from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
-
-from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
 from kv_transfer.core.events import Landed
 from kv_transfer.core.session import Digested
 from messages.codec import count_tokens
@@ -26,13 +25,14 @@ from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
 from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed
 from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.sampling import FinishReason
 from messages.tickets import valid
 from messages.worker_to_gateway import AttemptFailed
 from runtime.core.actions import Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
-from runtime.core.work import block_counts, misfit, sequence, wire_logprobs
+from runtime.core.work import NOT_NUMBERS, block_counts, misfit, sequence, wire_logprobs
 
 Messages = (
     Generate, Abort, EndAck, TokensWanted, OpenTransfer, EndTransfer, TransferClosed, RegisterWanted, PeerLost,
@@ -135,10 +135,16 @@ class DecodeMachine:
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: deliver its tokens."""
         self.membership.steps += 1
+        failed: list[Action] = []
         for progress in self._scheduler.update(plan, output):
-            if progress.token is not None or progress.finish_reason is not None:
+            if progress.finish_reason is FinishReason.ABORT:
+                request = RequestId(progress.seq.seq_id)
+                run = self._runs.pop(request)
+                self._deliveries.close(request)
+                failed.append(self._failed(request, run.attempt, run.gateway, FailReason.ENGINE, NOT_NUMBERS))
+            elif progress.token is not None or progress.finish_reason is not None:
                 self._deliver(progress)
-        return [*self._deliveries.flush(now)]
+        return [*self._deliveries.flush(now), *failed]
 
     def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Action]:
         """The step could not run: its sequences' attempts fail, the worker goes on."""

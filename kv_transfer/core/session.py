@@ -14,7 +14,6 @@ The life of a transfer:
 Every message is idempotent and is sent again until it is answered, so a lossy link costs time only.
 """
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
@@ -415,7 +414,7 @@ class ReceiveSession:
             self._resend_at = now + self.timeouts.resend
             return [self._cancel()]
         self._resend_at = float("inf")
-        missing = np.flatnonzero(~self._landed)
+        missing = np.flatnonzero(~self._landed).astype(np.int32)
         return self._repair(missing, now) if len(missing) and self._end is not None else []
 
     @property
@@ -451,14 +450,14 @@ class ReceiveSession:
         acked = TransferAcked(request=self.key.request, attempt=self.key.attempt)
         return [acked, *self._close()]
 
-    def _repair(self, places: Blocks | Seq[int], now: float) -> list[Action]:
+    def _repair(self, places: Blocks, now: float) -> list[Action]:
         if self.repairs == MAX_REPAIRS:
             return self.give_up(f"{len(places)} blocks are still bad or missing", Outcome.FAILED, now=now)
         self.repairs += 1
         self._landed[places] = False
         self._end = None  # the sender ends again when it has pushed them
-        indices = np.asarray(places, np.int32) + self.cached
-        wanted = BlocksWanted(request=self.key.request, attempt=self.key.attempt, indices=pack_tokens(indices))
+        indices = pack_tokens(places + self.cached)
+        wanted = BlocksWanted(request=self.key.request, attempt=self.key.attempt, indices=indices)
         return [wanted]
 
     def _accepted(self) -> TransferAccepted:

@@ -17,7 +17,6 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
-
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Outcome
 from messages.codec import count_tokens
@@ -27,13 +26,14 @@ from messages.gateway_to_worker import Abort, EndAck, Prefill, TokensWanted
 from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import FirstToken, TransferClosed
 from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.sampling import FinishReason
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
 from runtime.core.actions import Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
-from runtime.core.work import block_counts, misfit, sequence, wire_logprobs
+from runtime.core.work import NOT_NUMBERS, block_counts, misfit, sequence, wire_logprobs
 
 Messages = (
     Prefill, Abort, EndAck, TokensWanted,
@@ -156,7 +156,10 @@ class PrefillMachine:
         handed_over: list[RequestId] = []
         for progress in self._scheduler.update(plan, output):
             leg = self._legs[RequestId(progress.seq.seq_id)]
-            if progress.handed_over or progress.finish_reason is not None:
+            if progress.finish_reason is FinishReason.ABORT:
+                del self._legs[leg.order.request]
+                steps += [*self._let_go(leg), self._failed(leg.order, FailReason.ENGINE, NOT_NUMBERS)]
+            elif progress.handed_over or progress.finish_reason is not None:
                 del self._legs[leg.order.request]
                 steps += self._arrive(leg, progress, now)
                 if progress.handed_over:
@@ -234,10 +237,7 @@ class PrefillMachine:
             self._deliveries.add(order.request, progress.token, logprobs)
         if progress.finish_reason is not None:
             self._deliveries.finish(order.request, progress.finish_reason)
-            if leg.opened:
-                return self._handoffs.give_up(leg.key, "the first token was the last")
-            self._pool.free(progress.seq.block_table)
-            return []
+            return self._let_go(leg)
         assert progress.token is not None
         blocks = len(progress.seq.block_table)
         self.membership.transfers += 1
@@ -245,6 +245,14 @@ class PrefillMachine:
             *self._handoffs.computed(leg.key, blocks, now),
             *self._handoffs.end(leg.key, FirstToken(progress.token, logprobs, prompt_logprobs), now),
         ]
+
+    def _let_go(self, leg: _Leg) -> list[Step]:
+        """Free the blocks of a leg whose sequence is over: now, or when nothing reads them any more."""
+        if leg.opened:
+            return self._handoffs.give_up(leg.key, "the first token was the last")
+        assert leg.seq is not None
+        self._pool.free(leg.seq.block_table)
+        return []
 
     def _stop(self, request: RequestId, attempt: Attempt, detail: str) -> list[Action]:
         """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""

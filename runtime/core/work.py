@@ -5,11 +5,13 @@ from collections.abc import Sequence as Seq
 from engine.core.blocks import BlockPool
 from engine.core.outputs import TokenLogprobs
 from engine.core.sequence import Sequence
-
 from kv_transfer.core.events import Blocks
 from messages.codec import unpack_tokens
 from messages.common import BlockCounts, Generation, Logprobs
 from messages.ids import RequestId
+
+NOT_NUMBERS = "the model's logits are not numbers"
+"""Detail of a failed attempt."""
 
 
 def misfit(generation: Generation, pool: BlockPool, vocab_size: int, max_model_len: int) -> str:

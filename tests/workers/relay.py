@@ -12,7 +12,7 @@ from decode_worker.actor import DecodeWorker
 from messages.codec import decoder_for, pack_tokens, unpack_tokens
 from messages.common import Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill
-from messages.ids import Address, Attempt, RequestId
+from messages.ids import Attempt, RequestId
 from messages.sampling import FinishReason, SamplingParams
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch, TokenChunk

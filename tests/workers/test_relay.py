@@ -1,8 +1,11 @@
-"""Promise: a prompt prefilled by one worker and decoded by another gives the tokens that one worker alone would give."""
+"""Promise: a prompt prefilled by one worker and decoded by another gives the tokens that one worker alone gives."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from messages.common import FailReason, Role
 from messages.ids import Attempt, RequestId
@@ -145,3 +148,28 @@ def test_logprobs_travel_with_their_tokens(tiny_llama: Path) -> None:
         assert ranks == [1] * 6
         prompt_logprobs = next(chunk.prompt_logprobs for chunk in stream.chunks if chunk.prompt_logprobs)
         assert len(prompt_logprobs.sampled) == 19
+
+
+def test_logits_that_are_no_numbers_fail_their_own_request_only(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = poisoned(tiny_llama, tmp_path / "model")
+    with relay_of(folder, Role.PREFILL, Role.DECODE, Role.COLOCATED) as relay:
+        requests = [
+            relay.send(tokens, GREEDY, **pair)
+            for tokens in ([5, 7, 9], [5, 6, 9])
+            for pair in (PAIR, {"colocated": "colocated-0"})
+        ]
+        streams = relay.finish(*requests)
+        assert [stream.failed.reason for stream in streams if stream.failed] == [FailReason.ENGINE] * 2
+        assert [len(stream.tokens) for stream in streams] == [0, 0, 12, 12]
+
+
+def poisoned(model: Path, folder: Path) -> Path:
+    """The same model, but token 7 has no embedding: whatever attends to it is not a number."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][7] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return folder
