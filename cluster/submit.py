@@ -1,0 +1,153 @@
+"""`baton submit`: runs a file of requests against a gateway, many at once, and never the same line twice."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.batch import Request, Results, count_lines, read_requests
+from cluster.errors import ClusterError
+
+COME_BACK = (429, 503)
+"""Answers that say: later."""
+TRIES = 3
+"""For other failures of the server (500, 502, 504) before they are taken for its answer."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+TIMEOUT = httpx.Timeout(connect=10.0, read=3600.0, write=60.0, pool=None)
+
+
+@dataclass(slots=True)
+class Summary:
+    """How it went, in lines of the input."""
+
+    total: int = 0
+    before: int = 0
+    """Had their results from earlier runs."""
+    succeeded: int = 0
+    failed: int = 0
+    """Have an error for a result."""
+    retries: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def finished(self) -> int:
+        return self.before + self.succeeded + self.failed
+
+
+@dataclass(slots=True)
+class Batch:
+    """One run over one file; ``on_progress`` hears of every result."""
+
+    url: str
+    source: Path
+    target: Path
+    concurrency: int = 32
+    patience: float = 300.0
+    """Seconds without any answer, of a server that is not there or busy, after which the run is given up for now."""
+    on_progress: Callable[[Summary], None] = lambda summary: None
+    rng: random.Random = field(default_factory=random.Random)
+    summary: Summary = field(default_factory=Summary)
+    _last_answer: float = 0.0
+
+    def run(self) -> Summary:
+        """Until every line has its result. ``ClusterError`` if it cannot go on; running it again then goes on."""
+        if not self.source.is_file():
+            raise ClusterError(f"there is no file {self.source}")
+        if self.target.exists() and self.target.samefile(self.source):
+            raise ClusterError(f"{self.target} is the input; name another file for the results")
+        started = time.monotonic()
+        self.summary.total = count_lines(self.source)
+        with Results(self.target) as results:
+            try:
+                asyncio.run(self._run(results))
+            finally:
+                self.summary.seconds = time.monotonic() - started
+        return self.summary
+
+    async def _run(self, results: Results) -> None:
+        requests = read_requests(self.source)
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT, limits=limits, trust_env=False) as client:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(self.concurrency):
+                        tasks.create_task(self._work(client, requests, results))
+            except ExceptionGroup as group:  # one is enough to say
+                raise group.exceptions[0] from None
+
+    async def _work(self, client: httpx.AsyncClient, requests: Iterator[Request], results: Results) -> None:
+        """Take lines until there are none: what is in memory is one line a worker."""
+        for request in requests:
+            if results.take(request):
+                self.summary.before += 1
+            else:
+                result = await self._answer(client, request)
+                results.write(result)
+                self._last_answer = time.monotonic()
+                self._count(result)
+            self.on_progress(self.summary)
+
+    async def _answer(self, client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
+        if request.error:
+            return request.result(None, "invalid_line", f"line {request.number}: {request.error}")
+        pause, failures, trouble_since = FIRST_PAUSE, 0, float("inf")
+        while True:
+            wanted, problem = 0.0, ""
+            try:
+                response = await client.post(request.url, json=request.body)
+            except httpx.TransportError as error:
+                problem = f"{self.url} does not answer ({type(error).__name__})"
+            except ValueError as error:  # NaN, or half a surrogate pair: no JSON that could be sent
+                return request.result(None, "invalid_line", f"line {request.number}: body cannot be sent: {error}")
+            else:
+                failures += 1
+                if response.status_code in COME_BACK:
+                    problem, wanted = f"{self.url} is busy ({response.status_code})", retry_after(response)
+                elif response.status_code < 500 or failures >= TRIES:
+                    return request.result(_response(response))
+            trouble_since = min(trouble_since, time.monotonic()) if problem else float("inf")
+            if time.monotonic() - max(trouble_since, self._last_answer) > self.patience:
+                again = "run the same command again to go on where it stopped"
+                raise ClusterError(f"line {request.number}: {problem} for {self.patience:.0f} s; {again}")
+            self.summary.retries += 1
+            await asyncio.sleep(max(wanted, pause * self.rng.uniform(0.5, 1.5)))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _count(self, result: dict[str, Any]) -> None:
+        response = result["response"]
+        if response is None or response["status_code"] != 200:
+            self.summary.failed += 1
+            return
+        self.summary.succeeded += 1
+        usage = response["body"].get("usage") if isinstance(response["body"], dict) else None
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+            self.summary.completion_tokens += usage["completion_tokens"]
+
+
+def _response(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = response.text
+    request_id = response.headers.get("x-request-id") or (body.get("id") if isinstance(body, dict) else None)
+    return {"status_code": response.status_code, "request_id": request_id, "body": body}
+
+
+def retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks to wait (RFC 9110, 10.2.3): a number or a date; 0 if it does not say."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), 120.0) if seconds == seconds else 0.0

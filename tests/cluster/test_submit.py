@@ -1,0 +1,238 @@
+"""`baton submit` against a real HTTP server: no line is lost, none is asked twice, over however many runs."""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.batch import Results
+from cluster.errors import ClusterError
+from cluster.submit import Batch, Summary
+
+Answer = Callable[[dict[str, Any], int], tuple[int, dict[str, str], dict[str, Any]]]
+
+
+class Server:
+    """Answers each request through ``answer(body, how many times this body came)``; remembers all of them."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.answer: Answer = lambda body, times: (200, {}, {"id": "x", "usage": {"completion_tokens": 2}})
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    outer.bodies.append(body)
+                    times = outer.bodies.count(body)
+                status, headers, content = outer.answer(body, times)
+                if status == 0:  # drop the connection
+                    self.close_connection = True
+                    return
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                for name, value in {**headers, "content-length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+def line(custom_id: str, **body: Any) -> str:
+    request = {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"prompt": custom_id, **body},
+    }
+    return json.dumps(request)
+
+
+class Files:
+    def __init__(self, folder: Path) -> None:
+        self.source, self.target = folder / "prompts.jsonl", folder / "results.jsonl"
+
+    def write(self, *lines: str) -> None:
+        self.source.write_text("".join(f"{text}\n" for text in lines))
+
+    def results(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in self.target.read_text().splitlines()]
+
+    def ids(self) -> list[str]:
+        return sorted(result["custom_id"] for result in self.results())
+
+    def submit(self, server: Server, **options: Any) -> Summary:
+        return Batch(server.url, self.source, self.target, **options).run()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+def test_every_line_gets_its_answer_in_the_batch_format(server: Server, files: Files) -> None:
+    names = [f"r{i}" for i in range(50)]
+    files.write(*map(line, names))
+    summary = files.submit(server, concurrency=8)
+    assert (summary.total, summary.succeeded, summary.completion_tokens) == (50, 50, 100)
+    assert files.ids() == sorted(names)
+    first = files.results()[0]
+    assert first["error"] is None
+    assert first["response"] == {
+        "status_code": 200, "request_id": "x", "body": {"id": "x", "usage": {"completion_tokens": 2}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("torn", ['{"id": "line-3", "cust', "", json.dumps({"id": "line-3", "custom_id": "c"})])
+def test_a_second_run_goes_on_where_the_first_was_torn(server: Server, files: Files, torn: str) -> None:
+    files.write(*map(line, "abcd"))
+    done = [{"id": f"line-{i}", "custom_id": name, "response": {}, "error": None} for i, name in ((1, "a"), (2, "b"))]
+    files.target.write_text("".join(f"{json.dumps(result)}\n" for result in done) + torn)
+    summary = files.submit(server)
+    assert (summary.before, summary.succeeded) == (2, 2)
+    assert files.ids() == ["a", "b", "c", "d"]
+    assert sorted(body["prompt"] for body in server.bodies) == ["c", "d"]
+
+
+def test_a_run_that_is_done_asks_nothing(server: Server, files: Files) -> None:
+    files.write(line("a"), "no json", line("b"))
+    files.submit(server)
+    before = files.target.read_bytes()
+    server.bodies.clear()
+    summary = files.submit(server)
+    assert summary.before == summary.total == 3
+    assert server.bodies == []
+    assert files.target.read_bytes() == before
+
+
+def test_a_run_that_is_cut_short_anywhere_is_finished_by_the_next(server: Server, files: Files) -> None:
+    files.write(*(line(f"r{i}") for i in range(6)), "broken", line("last"))
+    files.submit(server)
+    whole = files.target.read_bytes()
+    for cut in range(0, len(whole), 37):
+        files.target.write_bytes(whole[:cut])
+        files.submit(server, concurrency=3)
+        results = files.results()
+        assert len(results) == 8
+        assert len({result["id"] for result in results}) == 8
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "no JSON object"),
+        ('{"url": "/v1/completions", "body": {}}', "custom_id"),
+        ('{"custom_id": "x", "url": "http://elsewhere/v1/x", "body": {}}', "url must be a path"),
+        ('{"custom_id": "x", "url": "/v1/completions"}', "body is missing"),
+        ('{"custom_id": "x", "method": "GET", "url": "/v1/completions", "body": {}}', "method must be POST"),
+        ('{"custom_id": "x", "url": "/v1/completions", "body": {"stream": true}}', "stream"),
+        ('{"custom_id": "x", "url": "/v1/completions", "body": {"temperature": NaN}}', "cannot be sent"),
+        ('{"custom_id": "x", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}', "cannot be sent"),
+    ],
+)
+def test_a_bad_line_becomes_an_error_result_and_the_rest_goes_on(
+    server: Server, files: Files, bad: str, why: str
+) -> None:
+    files.write(line("before"), bad, "", line("after"))
+    summary = files.submit(server)
+    assert (summary.succeeded, summary.failed) == (2, 1)
+    (error,) = (result["error"] for result in files.results() if result["error"])
+    assert error["code"] == "invalid_line"
+    assert error["message"].startswith("line 2: ")
+    assert why in error["message"]
+
+
+def test_a_refused_request_keeps_the_servers_answer(server: Server, files: Files) -> None:
+    server.answer = lambda body, times: (400, {}, {"error": {"message": "no such model"}})
+    files.write(line("a"))
+    summary = files.submit(server)
+    assert summary.failed == len(server.bodies) == 1
+    assert files.results()[0]["response"]["status_code"] == 400
+
+
+def test_busy_servers_dropped_connections_and_failures_are_tried_again(server: Server, files: Files) -> None:
+    trouble = itertools.cycle([(429, {"retry-after": "0.05"}), (503, {}), (0, {}), (502, {})])
+
+    def answer(body: dict[str, Any], times: int) -> tuple[int, dict[str, str], dict[str, Any]]:
+        return (*next(trouble), {}) if times == 1 else (200, {}, {"id": "x"})
+
+    server.answer = answer
+    names = [f"r{i}" for i in range(8)]
+    files.write(*map(line, names))
+    summary = files.submit(server, concurrency=4)
+    assert (summary.succeeded, summary.retries) == (8, 8)
+    assert files.ids() == names
+
+
+def test_retry_after_is_honoured(server: Server, files: Files) -> None:
+    server.answer = lambda body, times: (429, {"retry-after": "1"}, {}) if times == 1 else (200, {}, {})
+    files.write(line("a"))
+    started = time.monotonic()
+    files.submit(server)
+    assert time.monotonic() - started >= 1.0
+
+
+def test_a_server_that_stays_away_ends_the_run_and_spoils_no_line(server: Server, files: Files) -> None:
+    server.answer = lambda body, times: (200 if body["prompt"] == "a" else 0, {}, {})
+    files.write(*map(line, "abc"))
+    with pytest.raises(ClusterError, match="run the same command again"):
+        files.submit(server, patience=0.3, concurrency=1)
+    assert files.ids() == ["a"]
+    server.answer = lambda body, times: (200, {}, {})
+    assert files.submit(server).before == 1
+    assert files.ids() == ["a", "b", "c"]
+
+
+def test_two_lines_with_one_custom_id_are_two_lines(server: Server, files: Files) -> None:
+    files.write(line("a", n=1), line("a", n=2), line("b"))
+    files.submit(server)
+    whole = files.target.read_bytes()
+    assert files.ids() == ["a", "a", "b"]
+    files.target.write_bytes(whole[: whole.index(b"\n") + 1])
+    files.submit(server)
+    assert files.ids() == ["a", "a", "b"]
+
+
+def test_a_file_that_holds_something_else_is_not_written_to(server: Server, files: Files) -> None:
+    files.write(line("a"))
+    files.target.write_text('{"my": "data"}\n')
+    with pytest.raises(ClusterError, match=r"results\.jsonl:1: is no result"):
+        files.submit(server)
+    assert files.target.read_text() == '{"my": "data"}\n'
+
+
+def test_only_one_process_writes_a_file(server: Server, files: Files) -> None:
+    files.write(line("a"))
+    with Results(files.target), pytest.raises(ClusterError, match="another"):
+        files.submit(server)
+    with pytest.raises(ClusterError, match="is the input"):
+        Batch(server.url, files.source, files.source).run()
