@@ -1,0 +1,215 @@
+"""How an answer leaves: as server-sent events or in one piece. A client that goes away cancels its sequences at once.
+
+The HTTP status is decided with the first token or the first error, so what is refused anywhere in the cluster keeps its
+own status; an error after the first byte is one typed event, then the end.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.choice import Choice
+from gateway.core.errors import GatewayError
+from gateway.hub import Hub, Order, Relay
+from gateway.rendering import DONE, Renderer, encode, error_body, event
+
+log = logging.getLogger(__name__)
+
+LINGER = 0.3
+"""Seconds that a refused client may go on sending before its connection is closed under it."""
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Exchange:
+    """The sequences of one HTTP request."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._changed = asyncio.Event()
+        self._gone = False
+        self.choices: list[Choice] = []
+        self.relays: list[Relay] = []
+
+    def changed(self) -> None:
+        self._changed.set()
+
+    def open(self, orders: Sequence[Order], choices: list[Choice]) -> None:
+        """Run ``orders``, one a choice. Raises ``GatewayError``."""
+        self.choices = choices
+        self.relays = self._hub.open(zip(orders, choices, strict=True))
+
+    async def wait(self) -> None:
+        """Until something has happened since the last time."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def first_error(self) -> GatewayError | None:
+        return next((choice.error for choice in self.choices if choice.error is not None), None)
+
+    @property
+    def over(self) -> bool:
+        return all(choice.over for choice in self.choices)
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        for relay in self.relays:
+            self._hub.cancel(relay)
+
+    def client_gone(self) -> bool:
+        return self._gone
+
+    def drop_client(self) -> None:
+        self._gone = True
+        self.changed()
+
+    async def watch(self, receive: Receive) -> None:
+        """Until the client goes away."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.drop_client()
+
+
+class Answer(Response):
+    """Answers one request: a response in FastAPI's eyes, with a body and headers that come when they are there."""
+
+    background = None
+
+    def __init__(self, exchange: Exchange, renderer: Renderer, *, stall: float) -> None:
+        """``stall``: seconds after which a client that does not read is dropped."""
+        self._exchange = exchange
+        self._renderer = renderer
+        self._stall = stall
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._exchange.watch(receive))
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._exchange.close()
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class WholeAnswer(Answer):
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = self._exchange
+        while not (exchange.over or exchange.first_error() or exchange.client_gone()):
+            await exchange.wait()
+        if exchange.client_gone():
+            return
+        error = exchange.first_error()
+        if error is not None:
+            await send_error(error, send)
+            return
+        pieces = [choice.take(even_without_text=True) for choice in exchange.choices]
+        present = [piece for piece in pieces if piece is not None]
+        body = self._renderer.answer(exchange.choices, exchange.relays, present)
+        await send_json(200, body, send)
+
+
+class EventStream(Answer):
+    def __init__(self, exchange: Exchange, renderer: Renderer, *, stall: float, include_usage: bool) -> None:
+        super().__init__(exchange, renderer, stall=stall)
+        self._include_usage = include_usage
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = self._exchange
+        await exchange.wait()
+        error = exchange.first_error()
+        if error is not None:
+            await send_error(error, send)
+            return
+        if exchange.client_gone():
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        while not exchange.client_gone():
+            error, over = exchange.first_error(), exchange.over
+            body = self._news()
+            if error is not None:
+                await self._write(send, body + event(error_body(error)), last=True)
+                return
+            if over:
+                usage = self._renderer.usage_chunk(exchange.choices) if self._include_usage else b""
+                await self._write(send, body + usage + DONE, last=True)
+                return
+            if body:
+                await self._write(send, body)
+            await exchange.wait()
+
+    def _news(self) -> bytes:
+        """Chunks for everything that came since the last time."""
+        renderer, exchange = self._renderer, self._exchange
+        chunks = []
+        for choice, relay in zip(exchange.choices, exchange.relays, strict=True):
+            if choice.fresh:
+                piece = choice.take(even_without_text=renderer.even_without_text)
+                if piece is not None:
+                    chunks.append(renderer.chunk(choice, relay, piece))
+        return b"".join(chunks)
+
+    async def _write(self, send: Send, body: bytes, *, last: bool = False) -> None:
+        """Waits while the client does not read; gives it up after a while."""
+        try:
+            async with asyncio.timeout(self._stall):
+                await send({"type": "http.response.body", "body": body, "more_body": not last})
+        except TimeoutError:
+            log.info("dropped a client that did not read for %.0f s", self._stall)
+            self._exchange.drop_client()
+
+
+async def send_json(status: int, body: bytes, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(error: GatewayError, send: Send) -> None:
+    await send_json(error.status, encode(error_body(error)), send, error_headers(error))
+
+
+def error_headers(error: GatewayError) -> list[tuple[bytes, bytes]]:
+    if error.retry_after is None:
+        return []
+    return [(b"retry-after", str(max(1, math.ceil(error.retry_after))).encode())]
+
+
+class ErrorAnswer:
+    """An error as ASGI application. ``close``: the body was not read, so the connection ends with the answer."""
+
+    def __init__(self, error: GatewayError, *, close: bool = False) -> None:
+        self._error = error
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._close:
+            await send_error(self._error, send)
+            return
+        body = encode(error_body(self._error))
+        headers: list[Any] = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            *error_headers(self._error),
+        ]
+        await send({"type": "http.response.start", "status": self._error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        # Closing while the client still sends would reset the connection, and it might never see the answer.
+        try:
+            async with asyncio.timeout(LINGER):
+                while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                    pass
+        except TimeoutError:
+            log.debug("a refused client went on sending")
+        await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,169 @@
+"""One choice of an answer while it grows: tokens in, text out.
+
+Pieces that the client has not taken yet are joined, so a slow client costs no more than the answer's length, and delays
+nobody.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gateway.core.errors import GatewayError
+from gateway.core.session import Deliver
+from gateway.core.stop_strings import StopStrings
+from gateway.detokenizer import Detokenizer
+from gateway.metrics import Metrics
+from messages.common import Logprobs
+from messages.sampling import FinishReason
+
+
+class TokenLogprob(NamedTuple):
+    token: int
+    logprob: float | None
+    """None for the first token of a prompt."""
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True)
+class Piece:
+    """What came since the last ``take``."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    first: bool = False
+    """Whether nothing was taken before."""
+
+
+class Choice:
+    """A ``Listener`` of the hub."""
+
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        *,
+        include_stop: bool,
+        logprobs: bool,
+        echo: tuple[str, list[int]] | None,
+        arrived: float,
+        changed: Callable[[], None],
+        metrics: Metrics,
+    ) -> None:
+        """``echo``: text and tokens of the prompt, to begin with. ``arrived``: when the request came in."""
+        self.index = index
+        self.num_tokens = 0
+        self.finish: FinishReason | None = None
+        self.error: GatewayError | None = None
+        self.first_at: float | None = None
+        self.last_at = arrived
+        self._arrived = arrived
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._include_stop = include_stop
+        self._with_logprobs = logprobs
+        self._echo = echo
+        self._changed = changed
+        self._metrics = metrics
+        self._stopped = False
+        self._taken = False
+        self.fresh = False
+        """Whether something came since the last ``take``."""
+        self._text: list[str] = []
+        self._piece = Piece()
+
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first_at is None else self.first_at - self._arrived
+
+    @property
+    def tpot(self) -> float | None:
+        if self.first_at is None or self.num_tokens < 2:
+            return None
+        return (self.last_at - self.first_at) / (self.num_tokens - 1)
+
+    def deliver(self, tokens: Deliver, now: float) -> bool:
+        if self._echo is not None:
+            self._begin_with_prompt(*self._echo, tokens.prompt_logprobs)
+            self._echo = None
+        if tokens.tokens:
+            self._observe(now)
+        used = self._decode(tokens.tokens, silent_last=tokens.finish is FinishReason.STOP and not self._include_stop)
+        self.num_tokens += used
+        piece = self._piece
+        piece.tokens += tokens.tokens[:used]
+        if self._with_logprobs and tokens.logprobs is not None:
+            piece.logprobs += entries(tokens.tokens[:used], tokens.logprobs)
+        self.fresh = True
+        self._changed()
+        return self._stopped
+
+    def _decode(self, tokens: list[int], *, silent_last: bool) -> int:
+        """Append the tokens' text; how many of them there were up to a stop string. The token that ended the sequence
+        is silent: it belongs to the output, but not to its text."""
+        speaking = len(tokens) - silent_last
+        for i in range(speaking):
+            text, self._stopped = self._stops.feed(self._detokenizer.step(tokens[i]))
+            if text:
+                self._text.append(text)
+            if self._stopped:
+                return i + 1
+        return len(tokens)
+
+    def ended(self, reason: FinishReason, now: float) -> None:
+        if not self._stopped:
+            text, self._stopped = self._stops.feed(self._detokenizer.flush())
+            self._text.append(text if self._stopped else text + self._stops.flush())
+        self.finish = FinishReason.STOP if self._stopped else reason
+        self._metrics.e2e.observe(now - self._arrived)
+        if self.tpot is not None:
+            self._metrics.tpot.observe(self.tpot)
+        self.fresh = True
+        self._changed()
+
+    def failed(self, error: GatewayError) -> None:
+        self.error = error
+        self._changed()
+
+    def take(self, *, even_without_text: bool) -> Piece | None:
+        """What came since the last time; None where that is nothing to show."""
+        self.fresh = False
+        piece = self._piece
+        if not (self._text or self.finish is not None or (even_without_text and (piece.tokens or piece.logprobs))):
+            return None
+        piece.text = "".join(self._text)
+        piece.finish = self.finish
+        piece.first = not self._taken
+        self._taken = True
+        self._text.clear()
+        self._piece = Piece()
+        return piece
+
+    def _begin_with_prompt(self, text: str, tokens: list[int], logprobs: Logprobs | None) -> None:
+        self._text.append(text)
+        if self._with_logprobs:
+            self._piece.logprobs.append(TokenLogprob(tokens[0], None, ()))
+            if logprobs is not None:
+                self._piece.logprobs += entries(tokens[1:], logprobs)
+
+    def _observe(self, now: float) -> None:
+        if self.first_at is None:
+            self.first_at = now
+            self._metrics.ttft.observe(now - self._arrived)
+        else:
+            self._metrics.itl.observe(now - self.last_at)
+        self.last_at = now
+
+
+def entries(tokens: list[int], logprobs: Logprobs) -> list[TokenLogprob]:
+    """The log-probabilities of ``tokens``, which may be fewer than there are entries."""
+    return [
+        TokenLogprob(token, logprobs.sampled[i], tuple(zip(logprobs.top_ids[i], logprobs.top_logprobs[i], strict=True)))
+        for i, token in enumerate(tokens)
+    ]

@@ -1,0 +1,34 @@
+"""What the composition root tells a gateway."""
+
+from dataclasses import dataclass, field
+
+from gateway.core.limits import Limits
+from gateway.core.session import SessionTimeouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    model: str
+    """Folder with config.json and the tokenizer."""
+    served_model_name: str
+    router: str
+    """The router's mailbox."""
+    host: str = "127.0.0.1"
+    """Address that HTTP binds to."""
+    port: int = 8000
+    """0: a free one."""
+    mailbox_host: str = "127.0.0.1"
+    """Address of this machine that the mailbox binds to; workers and router reach it."""
+    max_model_len: int | None = None
+    """Tokens of prompt and output together; None: the model's own."""
+    max_attempts: int = 4
+    limits: Limits = field(default_factory=Limits)
+    timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
+    body_timeout: float = 10.0
+    """Seconds that a client may take to send its request's body."""
+    client_stall: float = 60.0
+    """Seconds that a client may take to read nothing before it is dropped."""
+    drain: float = 5.0
+    """Seconds that requests in flight get to finish when the gateway stops."""
+    state_every: float = 0.5
+    """Seconds between two questions to the router for the cluster's state."""

@@ -1,0 +1,85 @@
+"""What a gateway answers when it does not answer with tokens. One tree; each error knows its HTTP status.
+
+GatewayError
+├── InvalidRequest (400)
+│   └── ContextExceeded
+├── ModelNotFound (404), PathNotFound (404), MethodNotAllowed (405)
+├── BodyTimeout (408), BodyTooLarge (413)
+├── Overloaded (429)
+├── Unavailable (503)
+│   └── AttemptsExhausted
+└── InternalError (500)
+"""
+
+from typing import ClassVar
+
+
+class GatewayError(Exception):
+    """An answer to the client: its message is shown as it stands, so it names nothing but the client's own request."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+        self.retry_after = retry_after
+        """Seconds after which asking again may help."""
+
+
+class InvalidRequest(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextExceeded(InvalidRequest):
+    default_code = "context_length_exceeded"
+
+
+class ModelNotFound(InvalidRequest):
+    status = 404
+    default_code = "model_not_found"
+
+
+class PathNotFound(InvalidRequest):
+    status = 404
+    default_code = "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+    default_code = "method_not_allowed"
+
+
+class BodyTimeout(InvalidRequest):
+    status = 408
+    default_code = "body_timeout"
+
+
+class BodyTooLarge(InvalidRequest):
+    status = 413
+    default_code = "body_too_large"
+
+
+class Overloaded(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    default_code = "overloaded"
+
+
+class Unavailable(GatewayError):
+    status = 503
+    default_code = "unavailable"
+
+
+class AttemptsExhausted(Unavailable):
+    default_code = "attempts_exhausted"
+
+
+class InternalError(GatewayError):
+    default_code = "internal_error"

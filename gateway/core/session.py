@@ -1,0 +1,450 @@
+"""One request's life: it owns the transcript, and asks for attempts until the transcript is complete.
+
+1. ``start``: ``PlacementWanted`` goes to the router, again until an answer comes.
+2. ``Placed``: ``Prefill`` goes to the prefill worker (``Generate`` to the decode worker where one does both), again
+   until the first token comes.
+3. Tokens come by index. A chunk of an older attempt is dropped and counted, a repeat is dropped; after a gap nothing is
+   delivered before decode has sent the missing tokens again.
+4. The last chunk: ``EndAck`` to its worker, ``Finished`` to the router, ``Ended`` to the shell.
+
+When an attempt fails, when a worker in use is lost, or when nothing comes until a deadline, the old attempt is aborted
+and the next one placed; it gets the tokens delivered so far, so the stream goes on without a gap or a repeat. After
+``max_attempts`` there is one typed error. Whatever happens, there is exactly one ``Ended`` or ``Failed``.
+"""
+
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
+from messages.codec import count_tokens, unpack_tokens
+from messages.common import FailReason, Generation, Logprobs, WorkerAddress
+from messages.gateway_to_router import Finished, PlacementWanted, Prefilled
+from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
+from messages.ids import Address, Attempt, RequestId, WorkerId
+from messages.router_to_gateway import Placed, Rejected, WorkerLost
+from messages.sampling import FinishReason, SamplingParams
+from messages.worker_to_gateway import AttemptFailed, TokenChunk
+from runtime.core.actions import Send, WakeAt
+
+
+class Status(StrEnum):
+    PLACING = "placing"
+    """The router is asked for workers."""
+    STARTING = "starting"
+    """A worker has the request; no token of this attempt is there yet."""
+    STREAMING = "streaming"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    """The client went away."""
+
+    @property
+    def over(self) -> bool:
+        return not _MOVES[self]
+
+
+_ENDS = frozenset({Status.FINISHED, Status.FAILED, Status.CANCELLED})
+_MOVES: dict[Status, frozenset[Status]] = {
+    Status.PLACING: _ENDS | {Status.STARTING},
+    Status.STARTING: _ENDS | {Status.STREAMING, Status.PLACING},
+    Status.STREAMING: _ENDS | {Status.PLACING},
+    Status.FINISHED: frozenset(),
+    Status.FAILED: frozenset(),
+    Status.CANCELLED: frozenset(),
+}
+
+
+class Chunk(NamedTuple):
+    """Tokens came from ``worker``."""
+
+    worker: WorkerId
+    chunk: TokenChunk
+
+
+class Tick(NamedTuple):
+    """The time that a ``WakeAt`` asked for has come."""
+
+
+class StopMatched(NamedTuple):
+    """The text contains a stop string: no more tokens are wanted."""
+
+
+class ClientGone(NamedTuple):
+    """Nobody reads the answer any more."""
+
+
+class ShutDown(NamedTuple):
+    """The gateway stops: the client gets an error now."""
+
+
+Event = Placed | Rejected | Chunk | AttemptFailed | WorkerLost | Tick | StopMatched | ClientGone | ShutDown
+
+
+class Deliver(NamedTuple):
+    """These tokens are the client's next ones."""
+
+    tokens: list[int]
+    logprobs: Logprobs | None
+    """One entry a token."""
+    prompt_logprobs: Logprobs | None
+    finish: FinishReason | None
+    """Set with the last tokens; ``Ended`` follows."""
+
+
+class Ended(NamedTuple):
+    reason: FinishReason
+
+
+class Failed(NamedTuple):
+    error: GatewayError
+
+
+Action = Send | WakeAt | Deliver | Ended | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionTimeouts:
+    """Seconds."""
+
+    ask_again: float = 1.0
+    """Until a placement or start message without an effect is sent again; doubles each time."""
+    ask_again_most: float = 8.0
+    placement: float = 60.0
+    """Until a request that the router does not answer fails. Longer than the router lets one wait."""
+    first_token: float = 120.0
+    """Until an attempt without any token is given up. Long, since it may wait its turn in a prefill worker's queue, and
+    since the router tells when that worker is lost."""
+    progress: float = 30.0
+    """Until an attempt whose tokens stop coming is given up."""
+    gap: float = 0.25
+    """Until missing tokens are asked for again."""
+
+
+class Session:
+    """``handle(event, now)``; ``now`` in seconds never goes back. Nothing happens after ``Ended`` or ``Failed``."""
+
+    def __init__(
+        self,
+        request: RequestId,
+        prompt: bytes,
+        sampling: SamplingParams,
+        *,
+        gateway: Address,
+        router: Address,
+        tenant: str,
+        timeouts: SessionTimeouts,
+        max_attempts: int,
+    ) -> None:
+        """``prompt``: packed token ids, at least one."""
+        self.request = request
+        self.prompt = prompt
+        self.sampling = sampling
+        self.generated = bytearray()
+        """The transcript: packed ids of every token delivered."""
+        self.status = Status.PLACING
+        self.attempt = Attempt(0)
+        self.placed: Placed | None = None
+        """Of this attempt, or of the last one when the session is over."""
+        self.kv_bytes = 0
+        """KV bytes that moved between workers for this request, all attempts together."""
+        self.late_chunks = 0
+        self.repeated_chunks = 0
+        self.bad_chunks = 0
+        self._gateway = gateway
+        self._router = router
+        self._tenant = tenant
+        self._timeouts = timeouts
+        self._max_attempts = max_attempts
+        self._avoid: dict[WorkerId, None] = {}
+        self._mailboxes: dict[WorkerId, Address] = {}  # of all attempts' workers
+        self._decode_streams = False  # whether decode has sent tokens of this attempt: prefill is done
+        self._attempt_kv_bytes = 0
+        self._prompt_logprobs_due = sampling.prompt_logprobs is not None
+        self._again_at = self._again_after = 0.0
+        self._give_up_at = 0.0
+        self._gap_at: float | None = None
+        self._wake_at = float("inf")  # the earliest wake that the shell owes
+        self._story: deque[str] = deque(maxlen=64)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.generated) // 4
+
+    def start(self, now: float) -> list[Action]:
+        """The first attempt."""
+        return self._with_wake(self._place(now))
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What ``event`` calls for."""
+        if isinstance(event, Chunk):
+            return self._with_wake(self._chunk(event.worker, event.chunk, now))
+        if isinstance(event, Tick):
+            self._wake_at = float("inf")
+        else:
+            self._story.append(f"{now:.3f} {self.status} #{self.attempt}: {event!r:.200}")
+        if self.status.over:
+            return []
+        return self._with_wake(self._dispatch(event, now))
+
+    def _dispatch(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Placed():
+                return self._on_placed(event, now)
+            case Rejected() if event.attempt == self.attempt and self.status is Status.PLACING:
+                return self._fail(_rejection(event))
+            case AttemptFailed():
+                return self._on_attempt_failed(event, now)
+            case WorkerLost():
+                return self._on_worker_lost(event, now)
+            case Tick():
+                return self._on_tick(now)
+            case StopMatched():
+                return [*self._abort(), *self._end(Status.FINISHED, FinishReason.STOP)]
+            case ClientGone():
+                return [*self._abort(), *self._end(Status.CANCELLED, FinishReason.ABORT)]
+            case ShutDown():
+                return self._fail(Unavailable("the server is shutting down", retry_after=1.0))
+        return []
+
+    # Attempts
+
+    def _place(self, now: float) -> list[Action]:
+        self.attempt = Attempt(self.attempt + 1)
+        self.placed = None
+        self._decode_streams = False
+        self._attempt_kv_bytes = 0
+        self._gap_at = None
+        self._give_up_at = now + self._timeouts.placement
+        self._ask_from(now)
+        return [self._placement_wanted()]
+
+    def _placement_wanted(self) -> Send:
+        wanted = PlacementWanted(
+            request=self.request,
+            attempt=self.attempt,
+            gateway=self._gateway,
+            tenant=self._tenant,
+            num_tokens=count_tokens(self.prompt) + self.num_generated,
+            max_new_tokens=max(0, self.sampling.max_tokens - self.num_generated),
+            avoid=tuple(self._avoid),
+        )
+        return Send(self._router, wanted)
+
+    def _on_placed(self, placed: Placed, now: float) -> list[Action]:
+        if placed.attempt != self.attempt or self.status is not Status.PLACING:
+            return []
+        self._move(Status.STARTING)
+        self.placed = placed
+        for worker in self._workers():
+            self._mailboxes[worker.worker] = worker.mailbox
+        self._give_up_at = now + self._timeouts.first_token
+        self._ask_from(now)
+        return [self._start_message(placed)]
+
+    def _start_message(self, placed: Placed) -> Send:
+        sampling = self.sampling
+        if sampling.prompt_logprobs is not None and not self._prompt_logprobs_due:
+            sampling = _without_prompt_logprobs(sampling)
+        work = Generation(self.prompt, sampling, bytes(self.generated))
+        if placed.prefill is None or placed.ticket is None:
+            message: Any = Generate(request=self.request, attempt=self.attempt, gateway=self._gateway, generation=work)
+            return Send(placed.decode.mailbox, message)
+        message = Prefill(
+            request=self.request,
+            attempt=self.attempt,
+            gateway=self._gateway,
+            generation=work,
+            decode=placed.decode,
+            ticket=placed.ticket,
+        )
+        return Send(placed.prefill.mailbox, message)
+
+    def _on_attempt_failed(self, event: AttemptFailed, now: float) -> list[Action]:
+        if event.attempt != self.attempt or self.placed is None:
+            return []
+        if not event.reason.retryable:
+            return self._fail(InvalidRequest("the request does not fit: " + event.detail, code="capacity_exceeded"))
+        decode = self.placed.decode.worker
+        match event.reason:
+            case FailReason.REFUSED:
+                blamed = [decode]
+            case FailReason.TRANSFER:
+                blamed = [event.worker, decode]
+            case _:
+                blamed = [event.worker]
+        return self._retry(blamed, now)
+
+    def _on_worker_lost(self, event: WorkerLost, now: float) -> list[Action]:
+        lost = [worker for worker in self._workers() if (worker.worker, worker.epoch) == (event.worker, event.epoch)]
+        if not lost or self.placed is None:
+            return []
+        if lost[0] is not self.placed.decode and self._decode_streams:
+            return []  # the prefill worker has done its part
+        return self._retry([event.worker], now)
+
+    def _retry(self, blamed: list[WorkerId], now: float) -> list[Action]:
+        actions = self._abort()
+        if self.attempt >= self._max_attempts:
+            message = f"all {self.attempt} attempts to run the request failed"
+            return [*actions, *self._end(Status.FAILED, AttemptsExhausted(message, retry_after=1.0))]
+        self._avoid.update(dict.fromkeys(blamed))
+        self._move(Status.PLACING)
+        return [*actions, *self._place(now)]
+
+    def _on_tick(self, now: float) -> list[Action]:
+        if now >= self._give_up_at:
+            if self.status is Status.PLACING:
+                return self._fail(Unavailable("no worker could be assigned in time", retry_after=1.0))
+            suspects = self._workers()[-1:] if self._decode_streams else self._workers()
+            return self._retry([worker.worker for worker in suspects], now)
+        if self._gap_at is not None and now >= self._gap_at:
+            return self._ask_for_tokens(now)
+        if self.status is not Status.STREAMING and now >= self._again_at:
+            self._again_after = min(2 * self._again_after, self._timeouts.ask_again_most)
+            self._again_at = now + self._again_after
+            return [self._placement_wanted() if self.placed is None else self._start_message(self.placed)]
+        return []
+
+    # Tokens
+
+    def _chunk(self, worker: WorkerId, chunk: TokenChunk, now: float) -> list[Action]:
+        placed = self.placed
+        if self.status.over or placed is None or chunk.attempt != self.attempt:
+            self.late_chunks += 1
+            mailbox = self._mailboxes.get(worker)
+            return [] if mailbox is None else [answer_to_unwanted(mailbox, chunk)]
+        have = self.num_generated
+        prompt_logprobs = chunk.prompt_logprobs if self._prompt_logprobs_due else None
+        if chunk.index > have:
+            return self._ask_for_tokens(now) if self._gap_at is None or now >= self._gap_at else []
+        end = chunk.index + count_tokens(chunk.tokens)
+        if end < have or (end == have and chunk.finish is None and prompt_logprobs is None):
+            self.repeated_chunks += 1
+            return []
+        if worker not in self._mailboxes or not self._sound(chunk, end):
+            self.bad_chunks += 1
+            return []
+        return self._take(worker, chunk, prompt_logprobs, have - chunk.index, now)
+
+    def _take(
+        self, worker: WorkerId, chunk: TokenChunk, prompt_logprobs: Logprobs | None, known: int, now: float
+    ) -> list[Action]:
+        """Deliver the chunk's tokens, but for the first ``known``."""
+        assert self.placed is not None
+        actions: list[Action] = []
+        if self.status is Status.STARTING:
+            self._move(Status.STREAMING)
+            actions.append(Send(self._router, Prefilled(request=self.request, attempt=self.attempt)))
+        self._decode_streams = self._decode_streams or worker == self.placed.decode.worker
+        self.kv_bytes += max(0, chunk.kv_bytes - self._attempt_kv_bytes)
+        self._attempt_kv_bytes = max(self._attempt_kv_bytes, chunk.kv_bytes)
+        self._give_up_at = now + self._timeouts.progress
+        self._gap_at = None
+        self._prompt_logprobs_due = self._prompt_logprobs_due and prompt_logprobs is None
+        fresh = chunk.tokens[4 * known :]
+        self.generated += fresh
+        logprobs = None if chunk.logprobs is None else _suffix(chunk.logprobs, known)
+        actions.append(Deliver(unpack_tokens(fresh).tolist(), logprobs, prompt_logprobs, chunk.finish))
+        if chunk.finish is not None:
+            ack = EndAck(request=self.request, attempt=self.attempt)
+            actions.append(Send(self._mailboxes[worker], ack))
+            actions += self._end(Status.FINISHED, chunk.finish)
+        return actions
+
+    def _sound(self, chunk: TokenChunk, end: int) -> bool:
+        """Whether a worker in its senses can have sent this."""
+        logprobs = chunk.logprobs
+        return (
+            end <= self.sampling.max_tokens
+            and all(token >= 0 for token in unpack_tokens(chunk.tokens).tolist())
+            and (logprobs is None or _lengths(logprobs) == {end - chunk.index})
+            and (chunk.prompt_logprobs is None or _lengths(chunk.prompt_logprobs) == {count_tokens(self.prompt) - 1})
+        )
+
+    def _ask_for_tokens(self, now: float) -> list[Action]:
+        assert self.placed is not None
+        self._gap_at = now + self._timeouts.gap
+        wanted = TokensWanted(request=self.request, attempt=self.attempt, index=self.num_generated)
+        return [Send(self.placed.decode.mailbox, wanted)]
+
+    # Ends
+
+    def _fail(self, error: GatewayError) -> list[Action]:
+        return [*self._abort(), *self._end(Status.FAILED, error)]
+
+    def _abort(self) -> list[Action]:
+        """Workers of this attempt shall drop it."""
+        abort = Abort(request=self.request, attempt=self.attempt)
+        return [Send(worker.mailbox, abort) for worker in self._workers()]
+
+    def _end(self, status: Status, outcome: FinishReason | GatewayError) -> list[Action]:
+        self._move(status)
+        finished = Send(self._router, Finished(request=self.request, attempt=self.attempt))
+        return [finished, Failed(outcome) if isinstance(outcome, GatewayError) else Ended(outcome)]
+
+    def _workers(self) -> list[WorkerAddress]:
+        """Of this attempt, decode last."""
+        if self.placed is None:
+            return []
+        return [worker for worker in (self.placed.prefill, self.placed.decode) if worker is not None]
+
+    def _move(self, status: Status) -> None:
+        if status not in _MOVES[self.status]:
+            story = "\n  ".join(self._story)
+            raise AssertionError(f"request {self.request} cannot go from {self.status} to {status}:\n  {story}")
+        self._story.append(f"{self.status} -> {status}")
+        self.status = status
+
+    # Time
+
+    def _ask_from(self, now: float) -> None:
+        self._again_after = self._timeouts.ask_again
+        self._again_at = now + self._again_after
+
+    def _with_wake(self, actions: list[Action]) -> list[Action]:
+        """Ask for a wake if the next deadline comes before the wake that was asked for last."""
+        if self.status.over:
+            return actions
+        due = self._give_up_at
+        if self.status is not Status.STREAMING:
+            due = min(due, self._again_at)
+        if self._gap_at is not None:
+            due = min(due, self._gap_at)
+        if due < self._wake_at:
+            self._wake_at = due
+            actions.append(WakeAt(due))
+        return actions
+
+
+def answer_to_unwanted(worker: Address, chunk: TokenChunk) -> Send:
+    """What a worker hears that sends tokens nobody waits for, so that it keeps no request that nobody wants."""
+    kind = Abort if chunk.finish is None else EndAck
+    return Send(worker, kind(request=chunk.request, attempt=chunk.attempt))
+
+
+def _rejection(rejected: Rejected) -> GatewayError:
+    if rejected.retry_after is not None:
+        return Overloaded(rejected.detail or "no capacity", retry_after=rejected.retry_after)
+    return InvalidRequest(rejected.detail or "the request cannot be placed", code="not_placeable")
+
+
+def _without_prompt_logprobs(sampling: SamplingParams) -> SamplingParams:
+    return dataclasses.replace(sampling, prompt_logprobs=None)
+
+
+def _lengths(logprobs: Logprobs) -> set[int]:
+    return {len(logprobs.sampled), len(logprobs.ranks), len(logprobs.top_ids), len(logprobs.top_logprobs)}
+
+
+def _suffix(logprobs: Logprobs, first: int) -> Logprobs:
+    if first == 0:
+        return logprobs
+    return Logprobs(
+        sampled=logprobs.sampled[first:],
+        ranks=logprobs.ranks[first:],
+        top_ids=logprobs.top_ids[first:],
+        top_logprobs=logprobs.top_logprobs[first:],
+    )

@@ -1,0 +1,114 @@
+"""Token ids to text, a token at a time: never half a character, and together the text of all tokens decoded at once.
+
+Pure functions of the tokens: replaying a transcript gives the same text in the same pieces.
+"""
+
+import codecs
+import json
+from functools import lru_cache
+from typing import Protocol
+
+from tokenizers import Tokenizer as Backend
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+PATIENCE = 8
+"""Tokens after which an unfinished character is taken for a broken one: the longest has 4 bytes."""
+
+
+class Detokenizer(Protocol):
+    def step(self, token: int) -> str:
+        """The text that is certain with this token; often empty within a character."""
+
+    def flush(self) -> str:
+        """The rest, after the last token."""
+
+
+class Vocabulary:
+    """The backend's tokens as bytes, where its decoder joins bytes (all byte-level BPE models)."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        state = json.loads(backend.to_str())
+        self._special = {added["id"] for added in state["added_tokens"] if added["special"]}
+        self.is_byte_level = (state.get("decoder") or {}).get("type") == "ByteLevel"
+        self._bytes: dict[int, bytes] = {}
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one; special tokens have no text."""
+        return ByteDetokenizer(self) if self.is_byte_level else WindowDetokenizer(self.backend)
+
+    def text_bytes(self, token: int) -> bytes:
+        """What ``token`` adds to a text: nothing for special tokens, and for ids without a token."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = b"" if token in self._special else self.token_bytes(token)
+        return known
+
+    def token_bytes(self, token: int) -> bytes:
+        """The token's own bytes, for log-probabilities; of special tokens too."""
+        piece = self.backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if self.is_byte_level:
+            return _byte_level(piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+class ByteDetokenizer:
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._text_bytes = vocabulary.text_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def step(self, token: int) -> str:
+        return self._decoder.decode(self._text_bytes(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For any decoder: decodes the last few tokens with and without the new ones, and emits the difference (as
+    text-generation-inference does)."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._window: list[int] = []
+        self._known = 0  # tokens of the window whose text is emitted
+
+    def step(self, token: int) -> str:
+        self._window.append(token)
+        fresh = self._difference()
+        pending = len(self._window) - self._known
+        if not fresh or (fresh.endswith(UNFINISHED) and pending < PATIENCE):
+            return ""
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
+        return fresh
+
+    def flush(self) -> str:
+        fresh = self._difference()
+        self._known = len(self._window)
+        return fresh
+
+    def _difference(self) -> str:
+        known: str = self._backend.decode(self._window[: self._known], skip_special_tokens=True)
+        every: str = self._backend.decode(self._window, skip_special_tokens=True)
+        return every[len(known) :]
+
+
+@lru_cache(1)
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_level(piece: str) -> bytes:
+    alphabet = _byte_of_character()
+    if all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    return piece.encode()  # an added token outside the alphabet stands for itself

@@ -1,0 +1,317 @@
+"""All sessions of one gateway: messages to events, actions to messages. Lives on one event loop.
+
+A batch of tokens costs each request in it one ``Session.handle`` and one call of its listener; nobody waits.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.core.errors import GatewayError, InternalError, Unavailable
+from gateway.core.limits import Limits
+from gateway.core.session import (
+    Action,
+    Chunk,
+    ClientGone,
+    Deliver,
+    Ended,
+    Event,
+    Failed,
+    Session,
+    SessionTimeouts,
+    ShutDown,
+    StopMatched,
+    Tick,
+    answer_to_unwanted,
+)
+from gateway.metrics import Metrics
+from messages.gateway_to_router import ClusterStateWanted, Finished
+from messages.ids import Address, RequestId, WorkerId
+from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
+from messages.sampling import FinishReason, SamplingParams
+from messages.worker_to_gateway import AttemptFailed, TokenBatch
+from runtime.core.actions import Send, WakeAt
+from runtime.mailbox import AsyncMailbox
+
+log = logging.getLogger(__name__)
+
+Messages = (TokenBatch, AttemptFailed, Placed, Rejected, WorkerLost, ClusterState)
+"""What a gateway's mailbox takes."""
+MESSAGES_A_TURN = 64
+"""Messages handled in a row before others get the loop."""
+FORGET_AFTER = 60.0
+"""Seconds after which the socket to a lost worker is closed; until then it may be frozen and wake up."""
+STATE_FRESH = 5.0
+"""Seconds for which the router's last answer counts."""
+
+
+class Listener(Protocol):
+    """What waits for one sequence. Called on the loop; must not block, nor call back into the hub."""
+
+    def deliver(self, tokens: Deliver, now: float) -> bool:
+        """The next tokens; True if the text is complete with them."""
+
+    def ended(self, reason: FinishReason, now: float) -> None: ...
+
+    def failed(self, error: GatewayError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One sequence to run."""
+
+    prompt: bytes
+    sampling: SamplingParams
+    tenant: str = "default"
+
+
+@dataclass(slots=True)
+class Relay:
+    """One sequence under way, with who waits for it."""
+
+    session: Session
+    listener: Listener
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def baton(self) -> dict[str, Any]:
+        """Who ran it, and what moved."""
+        placed = self.session.placed
+        prefill = None if placed is None else (placed.prefill or placed.decode).worker
+        return {
+            "prefill_worker": prefill,
+            "decode_worker": None if placed is None else placed.decode.worker,
+            "attempts": self.session.attempt,
+            "kv_bytes": self.session.kv_bytes,
+        }
+
+
+class Hub:
+    """``run`` is its loop; ``open`` and ``cancel`` are for handlers on the same event loop."""
+
+    def __init__(
+        self,
+        mailbox: AsyncMailbox,
+        router: Address,
+        *,
+        limits: Limits,
+        timeouts: SessionTimeouts,
+        max_attempts: int,
+        metrics: Metrics,
+        state_every: float,
+    ) -> None:
+        self.metrics = metrics
+        self.cluster: ClusterState | None = None
+        self._mailbox = mailbox
+        self._router = router
+        self._limits = limits
+        self._timeouts = timeouts
+        self._max_attempts = max_attempts
+        self._state_every = state_every
+        self._loop = asyncio.get_running_loop()
+        self._relays: dict[RequestId, Relay] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._mailboxes: dict[WorkerId, Address] = {}  # by the last placement
+        self._cluster_heard = float("-inf")
+        self._draining = False
+        self._finished = {reason: metrics.finished.labels(reason.value) for reason in FinishReason}
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._relays)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the router has said, and lately, that every role has a worker."""
+        fresh = self._loop.time() - self._cluster_heard < STATE_FRESH
+        return fresh and not self._draining and self.cluster is not None and self.cluster.ready
+
+    def open(self, orders: Iterable[tuple[Order, Listener]]) -> list[Relay]:
+        """Run all these sequences, or none: raises ``GatewayError`` where they are too many now."""
+        wanted = list(orders)
+        if self._draining:
+            raise Unavailable("the server is shutting down", retry_after=1.0)
+        refusal = self._limits.admit(len(self._relays), len(wanted))
+        if refusal is not None:
+            raise refusal
+        return [self._open(order, listener) for order, listener in wanted]
+
+    def _open(self, order: Order, listener: Listener) -> Relay:
+        session = Session(
+            RequestId(secrets.token_hex(16)),
+            order.prompt,
+            order.sampling,
+            gateway=self._mailbox.address,
+            router=self._router,
+            tenant=order.tenant,
+            timeouts=self._timeouts,
+            max_attempts=self._max_attempts,
+        )
+        relay = Relay(session, listener)
+        self._relays[session.request] = relay
+        self._idle.clear()
+        self.metrics.in_flight.set(len(self._relays))
+        self.metrics.prompt_tokens.inc(len(order.prompt) // 4)
+        now = self._loop.time()
+        self._perform(relay, session.start(now), now)
+        return relay
+
+    def cancel(self, relay: Relay) -> None:
+        """Nobody waits for this sequence any more; nothing happens where it has ended."""
+        if not relay.session.status.over:
+            self._feed(relay, ClientGone())
+
+    async def run(self) -> None:
+        """Handle messages until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive())
+            tasks.create_task(self._ask_for_state())
+
+    async def drain(self, grace: float) -> None:
+        """Take nothing new; what still runs after ``grace`` seconds gets an error."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        except TimeoutError:
+            for relay in list(self._relays.values()):
+                self._feed(relay, ShutDown())
+
+    # In
+
+    async def _receive(self) -> None:
+        handled = 0
+        while True:
+            message = await self._mailbox.receive()
+            try:
+                self._handle(message)
+            except Exception:
+                log.exception("could not handle a %s", type(message).__name__)
+            handled += 1
+            if handled % MESSAGES_A_TURN == 0:  # receiving what is already there does not give way by itself
+                await asyncio.sleep(0)
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case TokenBatch():
+                for chunk in message.chunks:
+                    relay = self._relays.get(chunk.request)
+                    if relay is not None:
+                        self._feed(relay, Chunk(message.worker, chunk))
+                    else:
+                        self._unwanted(message.worker, Chunk(message.worker, chunk))
+            case Placed():
+                for worker in (message.prefill, message.decode):
+                    if worker is not None:
+                        self._mailboxes[worker.worker] = worker.mailbox
+                relay = self._relays.get(message.request)
+                if relay is None:  # the router must have missed the end
+                    self._mailbox.send(self._router, Finished(request=message.request, attempt=message.attempt))
+                else:
+                    self._feed(relay, message)
+            case Rejected() | AttemptFailed():
+                relay = self._relays.get(message.request)
+                if relay is not None:
+                    self._feed(relay, message)
+            case WorkerLost():
+                self._worker_lost(message)
+            case ClusterState():
+                self.cluster = self.metrics.cluster = message
+                self._cluster_heard = self._loop.time()
+                self.metrics.malformed.set(self._mailbox.malformed)
+
+    def _unwanted(self, worker: WorkerId, event: Chunk) -> None:
+        self.metrics.late_chunks.inc()
+        mailbox = self._mailboxes.get(worker)
+        if mailbox is not None:
+            answer = answer_to_unwanted(mailbox, event.chunk)
+            self._mailbox.send(answer.to, answer.message)
+
+    def _worker_lost(self, lost: WorkerLost) -> None:
+        for relay in list(self._relays.values()):
+            self._feed(relay, lost)
+        mailbox = self._mailboxes.get(lost.worker)
+        if mailbox is not None:
+            self._loop.call_later(FORGET_AFTER, self._forget, lost.worker, mailbox)
+
+    def _forget(self, worker: WorkerId, mailbox: Address) -> None:
+        if self._mailboxes.get(worker) != mailbox:
+            self._mailbox.outbox.forget(mailbox)
+
+    async def _ask_for_state(self) -> None:
+        while True:
+            self._mailbox.send(self._router, ClusterStateWanted(gateway=self._mailbox.address))
+            await asyncio.sleep(self._state_every)
+
+    # Out
+
+    def _feed(self, relay: Relay, event: Event) -> None:
+        """One event to one session. A bug that one request hits fails that request, and no other."""
+        now = self._loop.time()
+        try:
+            self._perform(relay, relay.session.handle(event, now), now)
+        except Exception:
+            log.exception("request %s failed", relay.session.request)
+            if relay.session.request in self._relays:
+                self._close(relay)
+                self._give_up(relay)
+
+    def _give_up(self, relay: Relay) -> None:
+        """The session is broken: tell everyone by hand."""
+        session = relay.session
+        if not session.status.over:
+            for action in session.handle(ClientGone(), self._loop.time()):
+                if isinstance(action, Send):
+                    self._mailbox.send(action.to, action.message)
+        self.metrics.failed.labels("internal_error").inc()
+        relay.listener.failed(InternalError("internal error"))
+
+    def _perform(self, relay: Relay, actions: list[Action], now: float) -> None:
+        complete = False
+        for action in actions:
+            match action:
+                case Deliver():
+                    self.metrics.generation_tokens.inc(len(action.tokens))
+                    complete = relay.listener.deliver(action, now)
+                case Send():
+                    self._mailbox.send(action.to, action.message)
+                case WakeAt():
+                    self._wake_at(relay, action.time)
+                case Ended():
+                    self._close(relay)
+                    self._finished[action.reason].inc()
+                    relay.listener.ended(action.reason, now)
+                case Failed():
+                    self._close(relay)
+                    self.metrics.failed.labels(action.error.code or "").inc()
+                    relay.listener.failed(action.error)
+        if complete and not relay.session.status.over:
+            self._perform(relay, relay.session.handle(StopMatched(), now), now)
+
+    def _wake_at(self, relay: Relay, time: float) -> None:
+        if relay.timer is not None:
+            relay.timer.cancel()
+        relay.timer = self._loop.call_at(time, self._tick, relay)
+
+    def _tick(self, relay: Relay) -> None:
+        relay.timer = None
+        self._feed(relay, Tick())
+
+    def _close(self, relay: Relay) -> None:
+        session = relay.session
+        del self._relays[session.request]
+        if relay.timer is not None:
+            relay.timer.cancel()
+        if not self._relays:
+            self._idle.set()
+        metrics = self.metrics
+        metrics.in_flight.set(len(self._relays))
+        metrics.attempts.inc(session.attempt)
+        metrics.resumes.inc(session.attempt - 1)
+        metrics.late_chunks.inc(session.late_chunks)
+        metrics.repeated_chunks.inc(session.repeated_chunks)
+        metrics.bad_chunks.inc(session.bad_chunks)

@@ -1,0 +1,84 @@
+"""Figures for Prometheus. TTFT, TPOT and ITL are by the gateway's clock: from the request's arrival to the tokens'."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from messages.router_to_gateway import ClusterState
+
+LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+INTERVAL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+WORKER_GAUGES = {
+    "running": "sequences that run",
+    "waiting": "sequences that wait",
+    "assigned": "requests placed there and not finished",
+    "steps": "engine steps",
+    "kv_bytes_sent": "KV bytes sent",
+    "kv_bytes_received": "KV bytes received",
+    "transfers": "KV transfers",
+}
+"""Fields of ``WorkerState``."""
+
+
+class Metrics(Collector):
+    """One gateway's figures, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.cluster: ClusterState | None = None
+        """The router's last answer."""
+
+        def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+            return Counter(f"baton_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"baton_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+        self.responses = counter("http_responses", "HTTP responses", ("route", "code"))
+        self.finished = counter("sequences_finished", "sequences that ended well", ("reason",))
+        self.failed = counter("sequences_failed", "sequences that ended with an error", ("code",))
+        self.prompt_tokens = counter("prompt_tokens", "prompt tokens of sequences begun")
+        self.generation_tokens = counter("generation_tokens", "tokens delivered")
+        self.attempts = counter("attempts", "attempts to run a sequence")
+        self.resumes = counter("resumes", "attempts after the first")
+        self.late_chunks = counter("late_chunks", "token chunks of fenced attempts or ended requests, dropped")
+        self.repeated_chunks = counter("repeated_chunks", "token chunks that came twice, dropped")
+        self.bad_chunks = counter("bad_chunks", "token chunks that made no sense, dropped")
+        self.ttft = histogram("time_to_first_token", "from the request's arrival to its first token", LATENCY)
+        self.tpot = histogram("time_per_output_token", "mean time between a sequence's tokens", INTERVAL)
+        self.itl = histogram("inter_token_latency", "time between two tokens", INTERVAL)
+        self.e2e = histogram("request_latency", "from the request's arrival to its sequence's end", LATENCY)
+        self.in_flight = Gauge("baton_sequences_in_flight", "sequences in flight", registry=self.registry)
+        self.malformed = Gauge(
+            "baton_malformed_frames", "frames in the mailbox that were no message", registry=self.registry
+        )
+        self.registry.register(self)
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return bytes(generate_latest(self.registry))
+
+    def collect(self) -> Iterable[Metric]:
+        """The workers' gauges, from the router's last answer."""
+        if self.cluster is None:
+            return
+        queued = GaugeMetricFamily("baton_router_queued", "requests that wait for a placement")
+        queued.add_metric([], self.cluster.queued)
+        yield queued
+        alive = GaugeMetricFamily("baton_worker_alive", "whether the worker reports", labels=("worker", "role"))
+        blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks", labels=("worker", "role", "state"))
+        for worker in self.cluster.workers:
+            labels = [worker.worker, worker.role.value]
+            alive.add_metric(labels, float(worker.alive))
+            for state in ("free", "held", "cached", "total"):
+                blocks.add_metric([*labels, state], getattr(worker.blocks, state))
+        yield alive
+        yield blocks
+        for name, text in WORKER_GAUGES.items():
+            family = GaugeMetricFamily(f"baton_worker_{name}", text, labels=("worker", "role"))
+            for worker in self.cluster.workers:
+                family.add_metric([worker.worker, worker.role.value], getattr(worker, name))
+            yield family

@@ -1,0 +1,236 @@
+"""The HTTP API: OpenAI's completions, chat completions and models; health, readiness, status, metrics.
+
+A request's life here: read the body within its bounds -> decode it strictly -> plan its sequences -> hand them to the
+hub -> send what comes back, as it comes.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import secrets
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.answers import Answer, ErrorAnswer, EventStream, Exchange, WholeAnswer
+from gateway.body import Unread, read_body
+from gateway.choice import Choice
+from gateway.config import GatewayConfig
+from gateway.core.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, PathNotFound
+from gateway.core.stop_strings import StopStrings
+from gateway.hub import Hub, Order
+from gateway.metrics import Metrics
+from gateway.orders import Plan, Planner
+from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode, openapi_schema
+from gateway.request_models import ChatRequest, CompletionRequest, chat_request, completion_request
+from gateway.tokenization import Tokenizer
+from messages.router_to_gateway import ClusterState
+
+log = logging.getLogger(__name__)
+
+SHORT_BODY = 4096
+"""Bytes of a request that is planned on the event loop; longer ones are planned in a thread."""
+TRACE_HEADER = "x-baton-trace"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Api:
+    """What the routes need."""
+
+    config: GatewayConfig
+    hub: Hub
+    tokenizer: Tokenizer
+    planner: Planner
+    metrics: Metrics
+    executor: Executor
+    max_model_len: int
+
+    async def complete(self, request: Request) -> Answer:
+        return await self._generate(request, completion_request, self.planner.completion, CompletionRenderer)
+
+    async def chat(self, request: Request) -> Answer:
+        return await self._generate(request, chat_request, self.planner.chat, ChatRenderer)
+
+    async def _generate(
+        self,
+        request: Request,
+        decode: Callable[[bytes], Any],
+        plan_for: Callable[[Any], Plan],
+        renderer: type[Renderer],
+    ) -> Answer:
+        loop = asyncio.get_running_loop()
+        arrived = loop.time()
+        body = await read_body(request, self.config.limits.max_body_bytes, self.config.body_timeout)
+
+        def planned() -> Plan:
+            return plan_for(decode(body))
+
+        plan = planned() if len(body) <= SHORT_BODY else await loop.run_in_executor(self.executor, planned)
+        exchange = Exchange(self.hub)
+        exchange.open(_orders(plan), [self._choice(i, plan, exchange, arrived) for i in range(len(plan.sampling))])
+        trace = request.headers.get(TRACE_HEADER) == "1"
+        rendered = renderer(request.state.request_id, self.config.served_model_name, plan, self.tokenizer, trace=trace)
+        stall = self.config.client_stall
+        if plan.stream:
+            return EventStream(exchange, rendered, stall=stall, include_usage=plan.include_usage)
+        return WholeAnswer(exchange, rendered, stall=stall)
+
+    def _choice(self, index: int, plan: Plan, exchange: Exchange, arrived: float) -> Choice:
+        echo = None
+        if plan.echo:
+            prompt = plan.prompts[index // plan.n]
+            echo = (self.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text, prompt.tokens)
+        return Choice(
+            index,
+            self.tokenizer.detokenizer(),
+            StopStrings(plan.stops, include=plan.include_stop),
+            include_stop=plan.include_stop,
+            logprobs=plan.logprobs,
+            echo=echo,
+            arrived=arrived,
+            changed=exchange.changed,
+            metrics=self.metrics,
+        )
+
+    def models(self) -> Response:
+        return _json({"object": "list", "data": [self._model_card()]})
+
+    def model(self, name: str) -> Response:
+        if name != self.config.served_model_name:
+            raise PathNotFound(f"the model {name[:100]!r} does not exist", param="model", code="model_not_found")
+        return _json(self._model_card())
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self.config.served_model_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "baton",
+            "max_model_len": self.max_model_len,
+        }
+
+    def ready(self) -> Response:
+        ready = self.hub.ready
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    def status(self) -> Response:
+        cluster = None if self.hub.cluster is None else _cluster(self.hub.cluster)
+        in_flight = self.hub.num_sequences
+        return _json({"ready": self.hub.ready, "sequences_in_flight": in_flight, "cluster": cluster})
+
+
+def create_app(api: Api) -> ASGIApp:
+    """The application; ``api`` must live on the event loop that runs it."""
+    app = FastAPI(title="Baton", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+
+    def post(path: str, body: type[Any], handler: Callable[[Request], Any]) -> None:
+        content = {"application/json": {"schema": openapi_schema(body)}}
+        extra = {"requestBody": {"required": True, "content": content}}
+
+        async def route(request: Request) -> Any:
+            return await handler(request)
+
+        app.add_api_route(path, route, methods=["POST"], openapi_extra=extra, response_model=None, name=path)
+
+    def get(path: str, handler: Callable[..., Response]) -> None:
+        async def route() -> Response:
+            return handler()
+
+        app.add_api_route(path, route, methods=["GET"], response_model=None, name=path)
+
+    post("/v1/completions", CompletionRequest, api.complete)
+    post("/v1/chat/completions", ChatRequest, api.chat)
+    get("/v1/models", api.models)
+    get("/health", lambda: _json({"status": "ok"}))
+    get("/ready", api.ready)
+    get("/status", api.status)
+    get("/version", lambda: _json({"version": version()}))
+    get("/metrics", lambda: Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"))
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def model(name: str) -> Response:
+        return api.model(name)
+
+    _add_error_handlers(app)
+    return Envelope(app, api.metrics, {getattr(route, "path", "") for route in app.routes})
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def refused(_: Request, error: Any) -> Any:
+        return ErrorAnswer(error)
+
+    async def unread(_: Request, error: Any) -> Any:
+        return ErrorAnswer(error.error, close=True)
+
+    async def http(_: Request, error: Any) -> Any:
+        if error.status_code == 404:
+            return ErrorAnswer(PathNotFound("there is nothing at this path"))
+        if error.status_code == 405:
+            return ErrorAnswer(MethodNotAllowed("this path does not take this method"))
+        return ErrorAnswer(InvalidRequest("the request is not valid"))
+
+    async def bug(_: Request, error: Any) -> Any:
+        return ErrorAnswer(InternalError("internal error"))
+
+    app.add_exception_handler(GatewayError, refused)
+    app.add_exception_handler(Unread, unread)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, bug)
+
+
+class Envelope:
+    """Gives each request an id of ours, shown in ``x-request-id``, and counts the responses."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: set[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        route = scope["path"] if scope["path"] in self._routes else "other"
+
+        async def labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                self._metrics.responses.labels(route, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, labelled)
+
+
+def _orders(plan: Plan) -> list[Order]:
+    return [
+        Order(prompt=plan.prompts[i // plan.n].packed, sampling=sampling) for i, sampling in enumerate(plan.sampling)
+    ]
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(encode(body), status, media_type="application/json")
+
+
+def _cluster(state: ClusterState) -> dict[str, Any]:
+    """Workers as objects; on the wire between processes they are arrays."""
+    workers = []
+    for worker in state.workers:
+        fields = {name: getattr(worker, name) for name in worker.__struct_fields__}
+        blocks = {name: getattr(worker.blocks, name) for name in worker.blocks.__struct_fields__}
+        workers.append(fields | {"epoch": str(worker.epoch), "blocks": blocks})
+    return {"ready": state.ready, "queued": state.queued, "workers": workers}
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("baton-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

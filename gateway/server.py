@@ -1,0 +1,176 @@
+"""One gateway as a thread with an event loop of its own: HTTP in front, the mailbox behind, the hub between them."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from gateway.config import GatewayConfig
+from gateway.hub import Hub, Messages
+from gateway.metrics import Metrics
+from gateway.openai_api import Api, create_app
+from gateway.orders import Planner
+from gateway.tokenization import Tokenizer, UnusableModel
+from messages.codec import decoder_for
+from messages.ids import Address
+from runtime.mailbox import AsyncMailbox
+
+log = logging.getLogger(__name__)
+
+HEADER_BYTES = 32 << 10
+PLANNERS = 2
+"""Threads that tokenise long prompts."""
+CLOSE_AFTER = 2.0
+"""Seconds that connections get to close once their requests are answered."""
+
+
+class GatewayServer:
+    """``start`` returns once requests are taken; ``stop`` once everything is closed. Neither is for an event loop."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._hub: Hub | None = None
+        self._port = 0
+        self._address = Address("")
+
+    @property
+    def port(self) -> int:
+        """That HTTP is bound to."""
+        return self._port
+
+    @property
+    def address(self) -> Address:
+        """The mailbox's."""
+        return self._address
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        return f"http://{host}:{self._port}"
+
+    @property
+    def ready(self) -> bool:
+        """Whether the cluster behind takes requests."""
+        return self._hub is not None and self._hub.ready
+
+    def start(self, timeout: float = 60.0) -> int:
+        """Bind, start the thread, return HTTP's port. Raises what kept it from starting."""
+        tokenizer = Tokenizer(Path(self._config.model))
+        listener = _listen(self._config.host, self._config.port)
+        self._port = listener.getsockname()[1]
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(tokenizer, listener, started), name="gateway", daemon=True
+        )
+        self._thread.start()
+        started.result(timeout)
+        return self._port
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Finish or fail what is in flight, close everything. Harmless if it does not run."""
+        if self._thread is None or self._loop is None or self._stop is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the gateway did not stop within {timeout:g} s")
+        self._thread = None
+
+    def _run(self, tokenizer: Tokenizer, listener: socket.socket, started: "Future[None]") -> None:
+        try:
+            asyncio.run(self._serve(tokenizer, listener, started))
+        except BaseException as error:
+            if started.done():
+                log.exception("the gateway has failed")
+            else:
+                started.set_exception(error)
+        finally:
+            listener.close()
+
+    async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: "Future[None]") -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        mailbox = AsyncMailbox(self._config.mailbox_host, decoder_for(*Messages))
+        with ThreadPoolExecutor(PLANNERS, "gateway-planner") as executor:
+            try:
+                metrics = Metrics()
+                self._hub = hub = self._make_hub(mailbox, metrics)
+                http = self._make_http(tokenizer, hub, metrics, executor)
+                self._address = mailbox.address
+                async with asyncio.TaskGroup() as tasks:
+                    messages = tasks.create_task(hub.run())
+                    serving = tasks.create_task(http.serve(sockets=[listener]))
+                    while not http.started and not serving.done():
+                        await asyncio.sleep(0.005)
+                    started.set_result(None)
+                    await self._stop.wait()
+                    await hub.drain(self._config.drain)
+                    http.should_exit = True
+                    await serving
+                    messages.cancel()
+            finally:
+                mailbox.close()
+
+    def _make_hub(self, mailbox: AsyncMailbox, metrics: Metrics) -> Hub:
+        config = self._config
+        return Hub(
+            mailbox,
+            Address(config.router),
+            limits=config.limits,
+            timeouts=config.timeouts,
+            max_attempts=config.max_attempts,
+            metrics=metrics,
+            state_every=config.state_every,
+        )
+
+    def _make_http(self, tokenizer: Tokenizer, hub: Hub, metrics: Metrics, executor: Any) -> uvicorn.Server:
+        config = self._config
+        max_model_len = config.max_model_len or tokenizer.max_position_embeddings
+        if max_model_len is None:
+            raise UnusableModel(f"{config.model} does not say how long its context is; set max_model_len")
+        planner = Planner(tokenizer, config.served_model_name, max_model_len, config.limits)
+        api = Api(
+            config=config,
+            hub=hub,
+            tokenizer=tokenizer,
+            planner=planner,
+            metrics=metrics,
+            executor=executor,
+            max_model_len=max_model_len,
+        )
+        settings = uvicorn.Config(
+            create_app(api),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            timeout_graceful_shutdown=round(CLOSE_AFTER),
+        )
+        return uvicorn.Server(settings)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener

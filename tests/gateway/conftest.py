@@ -1,0 +1,64 @@
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
+from gateway.tokenization import Tokenizer
+from tests.gateway.fake_cluster import FakeCluster
+
+MODEL = "tiny-llama"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return Tokenizer(tiny_llama)
+
+
+@contextlib.contextmanager
+def serving(model: Path, **settings: object) -> Iterator[tuple[FakeCluster, GatewayServer]]:
+    """A gateway before a scripted cluster; both are gone afterwards."""
+    cluster = FakeCluster()
+    config = GatewayConfig(
+        model=str(model), served_model_name=MODEL, router=cluster.address, port=0, drain=0.2, **settings
+    )
+    server = GatewayServer(config)
+    try:
+        server.start()
+        yield cluster, server
+    finally:
+        server.stop()
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def served(tiny_llama: Path) -> Iterator[tuple[FakeCluster, GatewayServer]]:
+    with serving(tiny_llama) as pair:
+        yield pair
+
+
+@pytest.fixture
+def cluster(served: tuple[FakeCluster, GatewayServer]) -> FakeCluster:
+    served[0].reset()
+    return served[0]
+
+
+@pytest.fixture
+def server(served: tuple[FakeCluster, GatewayServer], cluster: FakeCluster) -> GatewayServer:
+    return served[1]
+
+
+@pytest.fixture
+def client(server: GatewayServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: GatewayServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+        yield client

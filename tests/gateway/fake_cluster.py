@@ -1,0 +1,209 @@
+"""A scripted cluster behind a gateway: router, prefill and decode worker in one thread with one real mailbox.
+
+It stands in for the gateway's peers only; it speaks their real messages over real sockets. What a test asks of it is
+scripted by ``script`` (token ids of an answer) and by the switches.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from messages.codec import decoder_for, pack_tokens, unpack_tokens
+from messages.common import BlockCounts, Generation, Logprobs, Role, Ticket, WorkerAddress
+from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
+from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
+from messages.ids import Address, Epoch, RequestId, WorkerId
+from messages.router_to_gateway import ClusterState, Placed, WorkerState
+from messages.sampling import FinishReason
+from messages.worker_to_gateway import TokenBatch, TokenChunk
+from runtime.mailbox import Mailbox
+
+EPOCH = Epoch(7)
+PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
+TICKET = Ticket(prefill=PREFILL, prefill_epoch=EPOCH, decode=DECODE, decode_epoch=EPOCH, mac=bytes(32))
+KV_BYTES = 4096
+TIMEOUT = 10.0
+
+Script = Callable[[list[int], int], list[int]]
+"""Prompt and ``max_tokens`` -> the answer's tokens; shorter than ``max_tokens`` means that it ended by itself."""
+
+
+def counting(prompt: list[int], max_tokens: int) -> list[int]:
+    return [(prompt[0] + i) % 1000 + 100 for i in range(max_tokens)]
+
+
+class FakeCluster:
+    def __init__(self) -> None:
+        self.script: Script = counting
+        self.hold_after: int | None = None
+        """Tokens after which an answer stands still until ``release``."""
+        self.on_placement: Callable[[PlacementWanted], Any] | None = None
+        """Answers ``PlacementWanted`` instead of a ``Placed``; None: does not answer."""
+        self.ready = True
+        self.received: list[Any] = []
+        self.chunk_size = 3
+        self._held: dict[RequestId, Callable[[], None]] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="fake-cluster")
+        self._thread.start()
+        assert started.wait(TIMEOUT)
+
+    # From the test's thread
+
+    @property
+    def address(self) -> Address:
+        return self._mailbox.address
+
+    def reset(self) -> None:
+        with self._changed:
+            self.script, self.hold_after, self.on_placement, self.ready = counting, None, None, True
+            self.received.clear()
+            self._held.clear()
+
+    def wait_for(self, kind: type[Any], count: int = 1, timeout: float = TIMEOUT) -> list[Any]:
+        """The messages of this kind so far, once there are ``count``."""
+        with self._changed:
+            enough = self._changed.wait_for(lambda: len(self.of(kind)) >= count, timeout)
+            assert enough, f"{len(self.of(kind))} {kind.__name__} of {count} came; received {self.received}"
+            return self.of(kind)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [message for message in self.received if isinstance(message, kind)]
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Run ``action`` in the cluster's thread."""
+        self._mailbox.post(action)
+
+    def send(self, gateway: Address, message: Any) -> None:
+        self.do(lambda: self._mailbox.send(gateway, message))
+
+    def release(self) -> None:
+        """Go on with what stands still."""
+
+        def go_on() -> None:
+            held, self._held = self._held, {}
+            for action in held.values():
+                action()
+
+        self.hold_after = None
+        self.do(go_on)
+
+    def stop(self) -> None:
+        def stop() -> None:
+            self._stopping = True
+
+        self.do(stop)
+        self._thread.join(TIMEOUT)
+
+    # In the cluster's thread
+
+    def _run(self, started: threading.Event) -> None:
+        decode = decoder_for(
+            PlacementWanted, Prefilled, Finished, ClusterStateWanted, Prefill, Generate, Abort, EndAck, TokensWanted
+        )
+        with Mailbox("127.0.0.1", decode) as self._mailbox:
+            started.set()
+            while not self._stopping:
+                for message in self._mailbox.receive(None):
+                    if callable(message):
+                        message()
+                        continue
+                    self._handle(message)
+                    with self._changed:
+                        self.received.append(message)
+                        self._changed.notify_all()
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case ClusterStateWanted():
+                self._mailbox.send(message.gateway, self.state())
+            case PlacementWanted():
+                answer = self.placed(message) if self.on_placement is None else self.on_placement(message)
+                if answer is not None:
+                    self._mailbox.send(message.gateway, answer)
+            case Prefill() | Generate():
+                self.answer(message)
+            case Abort():
+                self._held.pop(message.request, None)
+
+    def placed(self, wanted: PlacementWanted) -> Placed:
+        prefill, decode = (WorkerAddress(worker, EPOCH, self._mailbox.address) for worker in (PREFILL, DECODE))
+        return Placed(request=wanted.request, attempt=wanted.attempt, prefill=prefill, decode=decode, ticket=TICKET)
+
+    def answer(self, order: Prefill | Generate) -> None:
+        """The script's tokens: the first from prefill, the others from decode."""
+        generation = order.generation
+        start = len(generation.generated) // 4
+        prompt = unpack_tokens(generation.prompt).tolist()
+        tokens = self.script(prompt, generation.sampling.max_tokens)
+        ended = len(tokens) < generation.sampling.max_tokens
+        reason = FinishReason.STOP if ended else FinishReason.LENGTH
+        cuts = [start, min(start + 1, len(tokens)), *range(start + 1 + self.chunk_size, len(tokens), self.chunk_size)]
+        if len(tokens) > cuts[-1]:
+            cuts.append(len(tokens))
+        self._go_on(order, tokens, list(dict.fromkeys(cuts)), reason)
+
+    def _go_on(self, order: Any, tokens: list[int], cuts: list[int], reason: FinishReason) -> None:
+        if len(cuts) == 1:
+            cuts = cuts * 2
+        for i, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            if self.hold_after is not None and last > self.hold_after:
+                rest = cuts[i:]
+                self._held[order.request] = lambda: self._go_on(order, tokens, rest, reason)
+                return
+            finish = reason if last == len(tokens) else None
+            start = len(order.generation.generated) // 4
+            self._send_chunk(order, order.generation, first, tokens[first:last], finish, start)
+
+    def _send_chunk(
+        self, order: Any, work: Generation, index: int, tokens: list[int], finish: FinishReason | None, start: int
+    ) -> None:
+        sampling = work.sampling
+        prompt_logprobs = None
+        if sampling.prompt_logprobs is not None and index == 0:
+            prompt_logprobs = logprobs_of(unpack_tokens(work.prompt).tolist()[1:], sampling.prompt_logprobs)
+        chunk = TokenChunk(
+            request=order.request,
+            attempt=order.attempt,
+            index=index,
+            tokens=pack_tokens(tokens),
+            logprobs=None if sampling.logprobs is None else logprobs_of(tokens, sampling.logprobs),
+            prompt_logprobs=prompt_logprobs,
+            finish=finish,
+            kv_bytes=KV_BYTES if index == start + 1 else 0,
+        )
+        worker = PREFILL if index == start and isinstance(order, Prefill) else DECODE
+        self._mailbox.send(order.gateway, TokenBatch(worker, (chunk,)))
+
+    def state(self) -> ClusterState:
+        blocks = BlockCounts(free=90, held=8, cached=2, total=100)
+        workers = tuple(
+            WorkerState(
+                worker=worker,
+                epoch=EPOCH,
+                role=role,
+                alive=True,
+                running=1,
+                waiting=2,
+                steps=3,
+                blocks=blocks,
+                kv_bytes_sent=4,
+                kv_bytes_received=5,
+                transfers=6,
+                assigned=7,
+            )
+            for worker, role in ((PREFILL, Role.PREFILL), (DECODE, Role.DECODE))
+        )
+        return ClusterState(workers=workers, queued=0, ready=self.ready)
+
+
+def logprobs_of(tokens: list[int], top: int) -> Logprobs:
+    """Token t has logprob -t / 1000, and the alternatives t, t+1, ..."""
+    return Logprobs(
+        sampled=tuple(-token / 1000 for token in tokens),
+        ranks=tuple(1 for _ in tokens),
+        top_ids=tuple(tuple((token + i) % 2048 for i in range(top)) for token in tokens),
+        top_logprobs=tuple(tuple(-(token + i) / 1000 for i in range(top)) for token in tokens),
+    )
