@@ -4,6 +4,8 @@ It stands in for the gateway's peers only; it speaks their real messages over re
 scripted by ``script`` (token ids of an answer) and by the switches.
 """
 
+import functools
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -146,16 +148,14 @@ class FakeCluster:
         self._go_on(order, tokens, list(dict.fromkeys(cuts)), reason)
 
     def _go_on(self, order: Any, tokens: list[int], cuts: list[int], reason: FinishReason) -> None:
-        if len(cuts) == 1:
-            cuts = cuts * 2
-        for i, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for i, (first, last) in enumerate(itertools.pairwise(cuts if len(cuts) > 1 else cuts * 2)):
             if self.hold_after is not None and last > self.hold_after:
-                rest = cuts[i:]
-                self._held[order.request] = lambda: self._go_on(order, tokens, rest, reason)
+                self._held[order.request] = functools.partial(self._go_on, order, tokens, cuts[i:], reason)
                 return
-            finish = reason if last == len(tokens) else None
             start = len(order.generation.generated) // 4
-            self._send_chunk(order, order.generation, first, tokens[first:last], finish, start)
+            self._send_chunk(
+                order, order.generation, first, tokens[first:last], reason if last == len(tokens) else None, start
+            )
 
     def _send_chunk(
         self, order: Any, work: Generation, index: int, tokens: list[int], finish: FinishReason | None, start: int

@@ -1,0 +1,497 @@
+"""Promise: whatever happens to workers and links, the client gets tokens 0..k once each, in order, and one end."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
+from gateway.core.session import (
+    Chunk,
+    ClientGone,
+    Deliver,
+    Ended,
+    Failed,
+    Session,
+    SessionTimeouts,
+    ShutDown,
+    Status,
+    StopMatched,
+    Tick,
+    answer_to_unwanted,
+)
+from messages.codec import pack_tokens, unpack_tokens
+from messages.common import FailReason, Logprobs, Ticket, WorkerAddress
+from messages.gateway_to_router import Finished, PlacementWanted, Prefilled
+from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.router_to_gateway import Placed, Rejected, WorkerLost
+from messages.sampling import FinishReason, SamplingParams
+from messages.worker_to_gateway import AttemptFailed, TokenChunk
+from runtime.core.actions import Send, WakeAt
+
+REQUEST = RequestId("r")
+GATEWAY, ROUTER = Address("gateway"), Address("router")
+PROMPT = pack_tokens([1, 2, 3])
+TIMEOUTS = SessionTimeouts(ask_again=1, placement=60, first_token=20, progress=30, gap=0.25)
+MAX_TOKENS = 20
+
+
+def token(index: int) -> int:
+    """The model: what stands at each output position, whoever computes it."""
+    return 100 + 7 * index % 50
+
+
+def worker(name: str, epoch: int = 1) -> WorkerAddress:
+    return WorkerAddress(WorkerId(name), Epoch(epoch), Address(f"{name}-mailbox"))
+
+
+class Play:
+    """A session, its clock, and what it has done so far."""
+
+    def __init__(self, *, max_attempts: int = 4, **sampling: Any) -> None:
+        fields = {"max_tokens": MAX_TOKENS} | sampling
+        self.session = Session(
+            REQUEST,
+            PROMPT,
+            SamplingParams(**fields),
+            gateway=GATEWAY,
+            router=ROUTER,
+            tenant="t",
+            timeouts=TIMEOUTS,
+            max_attempts=max_attempts,
+        )
+        self.now = 0.0
+        self.tokens: list[int] = []
+        self.ends: list[Ended | Failed] = []
+        self.wakes: list[float] = []
+        self._see(self.session.start(0.0))
+
+    def _see(self, actions: list[Any]) -> list[Send]:
+        for action in actions:
+            match action:
+                case Deliver():
+                    assert not self.ends
+                    self.tokens += action.tokens
+                case Ended() | Failed():
+                    self.ends.append(action)
+                case WakeAt():
+                    self.wakes.append(action.time)
+        self.sent = [action for action in actions if isinstance(action, Send)]
+        return self.sent
+
+    def handle(self, event: Any) -> list[Send]:
+        return self._see(self.session.handle(event, self.now))
+
+    def sleep(self, seconds: float) -> list[Send]:
+        """Let time pass; the shell wakes the session when it asked for it."""
+        until, sent = self.now + seconds, []
+        while self.wakes and min(self.wakes) <= until:
+            self.now = max(self.now, min(self.wakes))
+            self.wakes.clear()
+            sent += self.handle(Tick())
+        self.now = until
+        self.sent = sent
+        return sent
+
+    def place(self, prefill: str | None = "p0", decode: str = "d0", attempt: int | None = None) -> list[Send]:
+        decode_worker = worker(decode)
+        prefill_worker = None if prefill is None else worker(prefill)
+        ticket = None
+        if prefill is not None:
+            ticket = Ticket(WorkerId(prefill), Epoch(1), WorkerId(decode), Epoch(1), bytes(32))
+        number = Attempt(self.session.attempt if attempt is None else attempt)
+        placed = Placed(request=REQUEST, attempt=number, prefill=prefill_worker, decode=decode_worker, ticket=ticket)
+        return self.handle(placed)
+
+    def chunk(
+        self, first: int, last: int, by: str = "d0", attempt: int | None = None, finish: FinishReason | None = None
+    ) -> list[Send]:
+        """Tokens first..last-1 come from a worker."""
+        number = Attempt(self.session.attempt if attempt is None else attempt)
+        tokens = pack_tokens([token(i) for i in range(first, last)])
+        return self.handle(Chunk(WorkerId(by), TokenChunk(REQUEST, number, first, tokens, finish=finish)))
+
+    def fail(self, reason: FailReason, by: str = "p0", attempt: int | None = None) -> list[Send]:
+        number = Attempt(self.session.attempt if attempt is None else attempt)
+        return self.handle(
+            AttemptFailed(request=REQUEST, attempt=number, worker=WorkerId(by), reason=reason, detail="why")
+        )
+
+    def lose(self, name: str, epoch: int = 1) -> list[Send]:
+        return self.handle(WorkerLost(worker=WorkerId(name), epoch=Epoch(epoch), detail="dead"))
+
+    def sent_to(self, to: str, kind: type[Any]) -> list[Any]:
+        return [send.message for send in self.sent if send.to == to and isinstance(send.message, kind)]
+
+    @property
+    def delivered_right(self) -> bool:
+        return self.tokens == [token(i) for i in range(len(self.tokens))]
+
+    @property
+    def error(self) -> GatewayError:
+        (end,) = self.ends
+        assert isinstance(end, Failed)
+        return end.error
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play()
+
+
+def streaming(**sampling: Any) -> Play:
+    """A play in which prefill has sent token 0 and decode tokens 1 and 2."""
+    play = Play(**sampling)
+    play.place()
+    play.chunk(0, 1, by="p0")
+    play.chunk(1, 3)
+    return play
+
+
+def test_a_request_goes_from_placement_to_its_last_token(play: Play) -> None:
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert (wanted.attempt, wanted.num_tokens, wanted.max_new_tokens, wanted.gateway) == (1, 3, MAX_TOKENS, GATEWAY)
+    play.place()
+    (order,) = play.sent_to("p0-mailbox", Prefill)
+    assert (order.generation.prompt, order.generation.generated, order.decode.worker) == (PROMPT, b"", "d0")
+    play.chunk(0, 1, by="p0")
+    assert play.sent_to(ROUTER, Prefilled)
+    assert play.chunk(1, 5) == []
+    play.chunk(5, MAX_TOKENS, finish=FinishReason.LENGTH)
+    assert play.sent_to("d0-mailbox", EndAck) and play.sent_to(ROUTER, Finished)
+    assert play.ends == [Ended(FinishReason.LENGTH)]
+    assert play.delivered_right and len(play.tokens) == MAX_TOKENS
+
+
+def test_without_a_prefill_worker_decode_runs_the_whole_sequence(play: Play) -> None:
+    play.place(prefill=None)
+    assert play.sent_to("d0-mailbox", Generate)
+    play.chunk(0, 2, finish=FinishReason.STOP)
+    assert play.ends == [Ended(FinishReason.STOP)]
+
+
+def test_the_ack_of_an_end_goes_to_the_worker_that_sent_it(play: Play) -> None:
+    play.place()
+    play.chunk(0, 1, by="p0", finish=FinishReason.STOP)
+    assert play.sent_to("p0-mailbox", EndAck) and not play.sent_to("d0-mailbox", EndAck)
+
+
+def test_an_answer_of_no_tokens_ends_well() -> None:
+    play = Play(max_tokens=0, prompt_logprobs=0)
+    play.place()
+    chunk = TokenChunk(
+        REQUEST, Attempt(1), 0, b"", prompt_logprobs=Logprobs((-1.0, -2.0), (1, 1), ((), ()), ((), ())),
+        finish=FinishReason.LENGTH,
+    )  # fmt: skip
+    play.handle(Chunk(WorkerId("p0"), chunk))
+    assert play.ends == [Ended(FinishReason.LENGTH)]
+
+
+def test_repeated_tokens_are_delivered_once() -> None:
+    play = streaming()
+    play.chunk(1, 3)
+    play.chunk(0, 5)
+    assert play.delivered_right and len(play.tokens) == 5
+    assert play.session.repeated_chunks == 1
+
+
+def test_after_a_gap_nothing_is_delivered_before_it_is_filled() -> None:
+    play = streaming()
+    play.chunk(5, 7)
+    (wanted,) = play.sent_to("d0-mailbox", TokensWanted)
+    assert wanted.index == 3 and len(play.tokens) == 3
+    play.chunk(7, 8)
+    assert play.sent == [], "asked once, not with every chunk"
+    play.sleep(0.3)
+    assert play.sent_to("d0-mailbox", TokensWanted), "asked again when nothing came"
+    play.chunk(3, 8)
+    assert play.delivered_right and len(play.tokens) == 8
+
+
+def test_a_lost_first_token_is_asked_of_decode(play: Play) -> None:
+    play.place()
+    play.chunk(1, 2)
+    assert [wanted.index for wanted in play.sent_to("d0-mailbox", TokensWanted)] == [0]
+    play.chunk(0, 2)
+    assert play.delivered_right and len(play.tokens) == 2
+
+
+def test_an_end_behind_a_gap_is_not_the_end() -> None:
+    play = streaming()
+    play.chunk(5, 7, finish=FinishReason.STOP)
+    assert play.ends == [] and len(play.tokens) == 3
+    play.chunk(0, 7, finish=FinishReason.STOP)
+    assert play.ends == [Ended(FinishReason.STOP)] and len(play.tokens) == 7
+
+
+def test_a_failed_attempt_is_followed_by_one_that_knows_the_tokens_so_far() -> None:
+    play = streaming()
+    play.fail(FailReason.ENGINE, by="d0")
+    assert play.sent_to("p0-mailbox", Abort)[0].attempt == 1 and play.sent_to("d0-mailbox", Abort)
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert (wanted.attempt, wanted.num_tokens, wanted.max_new_tokens) == (2, 6, MAX_TOKENS - 3)
+    assert wanted.avoid == ("d0",)
+    play.place("p1", "d1")
+    (order,) = play.sent_to("p1-mailbox", Prefill)
+    assert unpack_tokens(order.generation.generated).tolist() == play.tokens
+    play.chunk(3, 4, by="p1")
+    play.chunk(4, MAX_TOKENS, by="d1", finish=FinishReason.LENGTH)
+    assert play.delivered_right and len(play.tokens) == MAX_TOKENS
+
+
+def test_late_tokens_of_an_older_attempt_are_dropped_and_their_sender_is_stopped() -> None:
+    play = streaming()
+    play.fail(FailReason.TRANSFER)
+    play.place("p1", "d1")
+    play.chunk(3, 6, by="d0", attempt=1)
+    assert [abort.attempt for abort in play.sent_to("d0-mailbox", Abort)] == [1]
+    play.chunk(3, 6, by="d0", attempt=1, finish=FinishReason.STOP)
+    assert [ack.attempt for ack in play.sent_to("d0-mailbox", EndAck)] == [1]
+    assert len(play.tokens) == 3 and play.ends == []
+    assert play.session.late_chunks == 2
+
+
+def test_a_late_failure_of_an_older_attempt_changes_nothing() -> None:
+    play = streaming()
+    play.fail(FailReason.ENGINE)
+    play.place("p1", "d1")
+    assert play.fail(FailReason.ENGINE, attempt=1) == []
+    assert play.session.attempt == 2
+
+
+def test_a_refused_hand_over_blames_decode(play: Play) -> None:
+    play.place()
+    play.fail(FailReason.REFUSED, by="p0")
+    assert play.sent_to(ROUTER, PlacementWanted)[0].avoid == ("d0",)
+
+
+def test_what_can_never_fit_is_the_requests_fault(play: Play) -> None:
+    play.place()
+    play.fail(FailReason.CAPACITY)
+    assert isinstance(play.error, InvalidRequest) and play.sent_to(ROUTER, Finished)
+
+
+@pytest.mark.parametrize("lost", ["p0", "d0"])
+def test_a_lost_worker_of_the_attempt_starts_the_next(play: Play, lost: str) -> None:
+    play.place()
+    play.chunk(0, 1, by="p0")
+    play.lose(lost)
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert (wanted.attempt, wanted.avoid) == (2, (lost,))
+
+
+def test_other_workers_and_other_incarnations_may_die(play: Play) -> None:
+    play.place()
+    assert play.lose("d7") == [] and play.lose("d0", epoch=2) == []
+
+
+def test_the_prefill_worker_may_die_once_decode_streams() -> None:
+    play = streaming()
+    assert play.lose("p0") == []
+    assert play.lose("d0")
+
+
+def test_an_unanswered_placement_is_asked_for_again_ever_less_often(play: Play) -> None:
+    times = []
+    for _ in range(16):
+        if [send for send in play.sleep(1) if isinstance(send.message, PlacementWanted)]:
+            times.append(play.now)
+    assert times == [1, 3, 7, 15]
+
+
+def test_an_unanswered_start_is_sent_again(play: Play) -> None:
+    play.place()
+    play.sleep(1.1)
+    assert play.sent_to("p0-mailbox", Prefill)
+
+
+def test_a_router_that_never_answers_is_an_error_in_the_end(play: Play) -> None:
+    play.sleep(61)
+    assert isinstance(play.error, Unavailable) and play.error.retry_after is not None
+
+
+def test_a_stream_that_stands_still_is_taken_elsewhere() -> None:
+    play = streaming()
+    play.sleep(31)
+    assert play.session.attempt == 2 and play.session.status is Status.PLACING
+    assert play.sent_to("d0-mailbox", Abort)
+    assert play.sent_to(ROUTER, PlacementWanted)[0].avoid == ("d0",)
+
+
+def test_tokens_push_the_deadline_back() -> None:
+    play = streaming()
+    for i in range(3, 10):
+        play.sleep(20)
+        play.chunk(i, i + 1)
+    assert play.session.attempt == 1
+
+
+def test_an_attempt_that_never_begins_is_taken_elsewhere(play: Play) -> None:
+    play.place()
+    play.sleep(21)
+    assert play.session.attempt == 2
+    assert play.sent_to(ROUTER, PlacementWanted)[0].avoid == ("p0", "d0")
+
+
+def test_after_the_last_attempt_there_is_one_typed_error() -> None:
+    play = Play(max_attempts=2)
+    for _ in range(2):
+        play.place()
+        play.fail(FailReason.ENGINE)
+    assert isinstance(play.error, AttemptsExhausted)
+    assert play.sent_to(ROUTER, Finished) and play.sent_to("p0-mailbox", Abort)
+
+
+@pytest.mark.parametrize(("retry_after", "error"), [(2.0, Overloaded), (None, InvalidRequest)])
+def test_a_rejection_says_whether_to_come_again(play: Play, retry_after: float | None, error: type[Exception]) -> None:
+    play.handle(Rejected(request=REQUEST, attempt=Attempt(1), detail="full", retry_after=retry_after))
+    assert type(play.error) is error and play.error.retry_after == retry_after
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_a_client_that_goes_away_frees_everything_at_once(play: Play, placed: bool) -> None:
+    if placed:
+        play.place()
+    play.handle(ClientGone())
+    assert bool(play.sent_to("p0-mailbox", Abort)) is placed and bool(play.sent_to("d0-mailbox", Abort)) is placed
+    assert play.sent_to(ROUTER, Finished)
+    assert play.ends == [Ended(FinishReason.ABORT)] and play.session.status is Status.CANCELLED
+
+
+def test_a_stop_string_ends_the_request_and_the_work() -> None:
+    play = streaming()
+    play.handle(StopMatched())
+    assert play.sent_to("d0-mailbox", Abort) and play.ends == [Ended(FinishReason.STOP)]
+
+
+def test_a_shutdown_is_an_error_for_the_client_and_an_abort_for_the_workers() -> None:
+    play = streaming()
+    play.handle(ShutDown())
+    assert isinstance(play.error, Unavailable) and play.sent_to("d0-mailbox", Abort)
+
+
+def test_whoever_still_sends_for_an_ended_request_is_answered() -> None:
+    more = TokenChunk(REQUEST, Attempt(3), 0, pack_tokens([1]))
+    last = TokenChunk(REQUEST, Attempt(3), 0, pack_tokens([1]), finish=FinishReason.STOP)
+    assert answer_to_unwanted(Address("d"), more) == Send(Address("d"), Abort(request=REQUEST, attempt=Attempt(3)))
+    assert isinstance(answer_to_unwanted(Address("d"), last).message, EndAck)
+
+
+def test_prompt_logprobs_are_computed_once(play: Play) -> None:
+    play = Play(prompt_logprobs=0)
+    play.place()
+    scores = Logprobs((-1.0, -2.0), (1, 1), ((), ()), ((), ()))
+    play.handle(Chunk(WorkerId("p0"), TokenChunk(REQUEST, Attempt(1), 0, pack_tokens([token(0)]), None, scores)))
+    play.fail(FailReason.ENGINE)
+    play.place()
+    assert play.sent_to("p0-mailbox", Prefill)[0].generation.sampling.prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        TokenChunk(REQUEST, Attempt(1), 3, pack_tokens([-1])),
+        TokenChunk(REQUEST, Attempt(1), 3, pack_tokens([1] * MAX_TOKENS)),
+        TokenChunk(REQUEST, Attempt(1), 3, pack_tokens([1, 2]), Logprobs((-1.0,), (1,), ((),), ((),))),
+    ],
+    ids=["negative id", "more than max_tokens", "logprobs of another length"],
+)
+def test_chunks_that_make_no_sense_are_dropped(chunk: TokenChunk) -> None:
+    play = streaming()
+    assert play.handle(Chunk(WorkerId("d0"), chunk)) == []
+    assert len(play.tokens) == 3 and play.session.bad_chunks == 1
+
+
+def test_an_illegal_move_tells_the_requests_story(play: Play) -> None:
+    with pytest.raises(AssertionError, match=r"request r cannot go from placing to streaming(?s:.*)Placed") as raised:
+        play.place(attempt=9)
+        play.session._move(Status.STREAMING)
+    assert "placing #1" in str(raised.value)
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("place"), st.sampled_from([None, "p0", "p1"]), st.sampled_from(["d0", "d1"])),
+    st.tuples(
+        st.just("chunk"),
+        st.sampled_from(["p0", "p1", "d0", "d1"]),
+        st.integers(0, 1),  # attempts back
+        st.integers(0, MAX_TOKENS),
+        st.integers(0, 6),
+    ),
+    st.tuples(st.just("next"), st.integers(-3, 3), st.integers(0, 5)),
+    st.tuples(st.just("fail"), st.sampled_from(list(FailReason)), st.integers(0, 1)),
+    st.tuples(st.just("lose"), st.sampled_from(["p0", "p1", "d0", "d1"])),
+    st.tuples(st.just("sleep"), st.sampled_from([0.1, 1.0, 15.0, 70.0])),
+    st.tuples(
+        st.just("reject"),
+    ),
+    st.tuples(
+        st.just("stop"),
+    ),
+    st.tuples(
+        st.just("gone"),
+    ),
+)
+MOSTLY = st.lists(EVENTS.filter(lambda event: event[0] not in ("reject", "stop", "gone")), max_size=40)
+
+
+def finish_of(last: int) -> FinishReason | None:
+    return FinishReason.LENGTH if last == MAX_TOKENS else None
+
+
+def perform(play: Play, event: tuple[Any, ...]) -> None:
+    match event:
+        case ("place", prefill, decode):
+            play.place(prefill, decode)
+        case ("chunk", by, back, first, length):
+            last = min(first + length, MAX_TOKENS)
+            play.chunk(first, last, by, max(1, play.session.attempt - back), finish_of(last))
+        case ("next", shift, length) if play.session.placed is not None:
+            first = min(max(0, len(play.tokens) + shift), MAX_TOKENS)
+            last = min(first + length, MAX_TOKENS)
+            play.chunk(first, last, play.session.placed.decode.worker, finish=finish_of(last))
+        case ("fail", reason, back):
+            play.fail(reason, attempt=max(1, play.session.attempt - back))
+        case ("lose", name):
+            play.lose(name)
+        case ("sleep", seconds):
+            play.sleep(seconds)
+        case ("reject",):
+            play.handle(Rejected(request=REQUEST, attempt=play.session.attempt, detail="", retry_after=None))
+        case ("stop",):
+            play.handle(StopMatched())
+        case ("gone",):
+            play.handle(ClientGone())
+
+
+@settings(max_examples=300, deadline=None)
+@given(events=MOSTLY, last=EVENTS)
+def test_any_order_of_events_delivers_each_token_once_and_ends_once(events: list[Any], last: Any) -> None:
+    play = Play()
+    for event in [*events, last]:
+        perform(play, event)
+        assert play.delivered_right
+        assert unpack_tokens(bytes(play.session.generated)).tolist() == play.tokens
+    # Whatever came before: with nobody answering any more, and time passing, there is one end.
+    play.sleep(2000)
+    assert len(play.ends) == 1
+    assert play.session.status.over
+    if play.ends == [Ended(FinishReason.LENGTH)]:
+        assert len(play.tokens) == MAX_TOKENS
+
+
+@settings(max_examples=100, deadline=None)
+@given(events=MOSTLY)
+def test_after_any_trouble_working_workers_complete_the_answer(events: list[Any]) -> None:
+    play = Play(max_attempts=1000)
+    for event in events:
+        if event[:2] != ("fail", FailReason.CAPACITY) and event != ("sleep", 70.0):
+            perform(play, event)
+    while not play.session.status.over:
+        if play.session.placed is None:
+            play.place()
+        play.chunk(len(play.tokens), len(play.tokens) + 1, play.session.placed.decode.worker,
+                   finish=finish_of(len(play.tokens) + 1))  # fmt: skip
+    assert play.ends == [Ended(FinishReason.LENGTH)] and play.delivered_right and len(play.tokens) == MAX_TOKENS
