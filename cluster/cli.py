@@ -1,0 +1,180 @@
+"""The command line: `baton up | down | status | validate | submit | chat | demo`.
+
+Commands import what they need when they run, so that `baton --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.errors import ClusterError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cluster.submit import Summary
+
+HELP = """
+Serve a language model with prefill and decode in separate workers, from one YAML file.
+
+Start with `baton demo`. Then `baton up configs/topologies/local.yaml`, and talk to it with `baton chat`, with
+`baton submit`, or with any OpenAI client at http://127.0.0.1:8000/v1.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+TopologyFile = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The YAML file that says what runs.")]
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which cluster, where several run.")]
+Url = Annotated[str | None, typer.Option(help="A gateway, such as http://127.0.0.1:8000.")]
+
+
+@app.command()
+def up(
+    topology: TopologyFile,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; it runs on.")] = False,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Instead of gateway.port; 0: any free one.")
+    ] = None,
+) -> None:
+    """Start a cluster and stay with it; Ctrl-C takes it down.
+
+    In the foreground: `baton up configs/topologies/local.yaml`
+
+    In the background: `baton up -d configs/topologies/local.yaml`, and later `baton down`
+    """
+    from cluster import updown
+
+    (updown.up_detached if detach else updown.up)(_console(), topology, port)
+
+
+@app.command()
+def down(name: Name = None) -> None:
+    """Stop a cluster, and clean up after one whose launcher was killed."""
+    from cluster import updown
+
+    updown.down(_console(), name)
+
+
+@app.command()
+def status(name: Name = None) -> None:
+    """Show the clusters that run here: every worker, its load, its KV blocks, the bytes it moved."""
+    from cluster.status import show_status
+
+    show_status(_console(), name)
+
+
+@app.command()
+def validate(topology: TopologyFile) -> None:
+    """Say what would be wrong with a topology, before anything starts.
+
+    Checks the file, the model's folder and architecture, memory, CPUs and the gateway's port. Each complaint is one
+    line, `FILE:LINE: what is wrong and what to do`, and the exit code is 2.
+    """
+    from cluster.plan import is_hub_id
+    from cluster.topology import Topology
+    from cluster.validate import check, summary
+
+    loaded = Topology.load(topology)
+    console = _console()
+    if is_hub_id(loaded):
+        console.print(f"OK, as far as can be said: {loaded.model} will be fetched from the Hugging Face Hub first")
+        return
+    plan = check(loaded, download=False)
+    console.print("[green]OK[/]")
+    for row, text in summary(plan):
+        console.print(f"  {row:9} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def submit(
+    requests: Annotated[Path, typer.Argument(metavar="PROMPTS.JSONL", help="One request a line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RESULTS.JSONL", help="One result a line.")],
+    url: Url = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="A cluster that runs here.")] = None,
+    topology: Annotated[Path | None, typer.Option(help="Start this one for the time of the run.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Requests at a time.")] = 32,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that is away or busy.")] = 300.0,
+) -> None:
+    """Run a file of requests in OpenAI's batch format; run it again to go on where it stopped.
+
+    A line: {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "Once"}}
+
+    For example: `baton submit prompts.jsonl -o results.jsonl --topology configs/topologies/local.yaml`
+
+    Every line gets exactly one result, over however many runs; a line that is no request gets an error for a result.
+    Without --url, --cluster or --topology the one cluster that runs here is used.
+    """
+    from cluster import batch_run
+
+    if sum(option is not None for option in (url, cluster, topology)) > 1:
+        raise typer.BadParameter("name one of --url, --cluster and --topology")
+    run = batch_run.BatchRun(_console(), requests, output, concurrency=concurrency, patience=patience)
+    _tell(run.on_topology(topology) if topology is not None else run.on_url(_url(url, cluster)))
+
+
+@app.command()
+def chat(
+    name: Name = None,
+    url: Url = None,
+    system: Annotated[str | None, typer.Option(help="A system message to start with.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Talk to the model of a cluster that runs here, or of any gateway with --url."""
+    from cluster.chat import chat as run_chat
+
+    run_chat(_console(), _url(url, name), system=system, temperature=temperature, max_tokens=max_tokens)
+
+
+@app.command()
+def demo() -> None:
+    """Start a small cluster, stream a few stories at once, show who ran what, and stop again."""
+    from cluster.demo import demo as run_demo
+
+    run_demo(_console())
+
+
+def _url(url: str | None, name: str | None) -> str:
+    from cluster import state
+
+    if url is not None:
+        return url.rstrip("/").removesuffix("/v1")
+    found = state.find(name)
+    if found.url is None:
+        raise ClusterError(f"{found.name} is still starting")
+    return found.url
+
+
+def _tell(summary: "Summary") -> None:
+    speed = summary.completion_tokens / summary.seconds if summary.seconds else 0.0
+    parts = [
+        f"{summary.finished} of {summary.total} lines have their results",
+        f"{summary.succeeded} answered now" + (f", {summary.before} before" if summary.before else ""),
+        *([f"{summary.failed} with an error"] if summary.failed else []),
+        *([f"{summary.retries} retries"] if summary.retries else []),
+        f"{summary.seconds:.1f} s, {speed:.0f} tokens/s",
+    ]
+    print("; ".join(parts))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """Entry point; errors of ours are one line each on stderr, and an exit code."""
+    try:
+        app()
+    except ClusterError as error:
+        print(error, file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

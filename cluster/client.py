@@ -1,0 +1,89 @@
+"""A small client of the gateway's HTTP API, for the command line."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+
+from cluster.errors import ClusterError
+
+_TIMEOUT = httpx.Timeout(connect=5.0, read=600.0, write=30.0, pool=None)
+TRACE = {"X-Baton-Trace": "1"}
+"""Asks the gateway to say, with the last chunk, who ran the request and how long it took."""
+
+
+def get(url: str, path: str) -> Any:
+    """The JSON at ``path``; ``ClusterError`` if there is no gateway."""
+    try:
+        response = httpx.get(url + path, timeout=5.0, trust_env=False)
+        return response.raise_for_status().json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ClusterError(f"{url} does not answer: {error or type(error).__name__}") from error
+
+
+def only_model(url: str) -> str:
+    """The name of the model that is served at ``url``."""
+    return str(get(url, "/v1/models")["data"][0]["id"])
+
+
+def stream(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed answer."""
+    try:
+        with (
+            httpx.Client(timeout=_TIMEOUT, trust_env=False) as client,
+            client.stream("POST", url + path, json={**body, "stream": True}, headers=TRACE) as response,
+        ):
+            if response.status_code != 200:
+                raise ClusterError(_problem(response.status_code, response.read()))
+            for line in response.iter_lines():
+                yield from _chunk(line)
+    except httpx.HTTPError as error:
+        raise ClusterError(f"{url}: the answer was cut off ({type(error).__name__})") from error
+
+
+async def astream(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The same on an event loop, with a client that several share."""
+    try:
+        async with client.stream("POST", path, json={**body, "stream": True}, headers=TRACE) as response:
+            if response.status_code != 200:
+                raise ClusterError(_problem(response.status_code, await response.aread()))
+            async for line in response.aiter_lines():
+                for chunk in _chunk(line):
+                    yield chunk
+    except httpx.HTTPError as error:
+        raise ClusterError(f"{client.base_url}: the answer was cut off ({type(error).__name__})") from error
+
+
+def async_client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, trust_env=False)
+
+
+def text_of(chunk: dict[str, Any]) -> str:
+    """The text in a chunk of either API."""
+    for choice in chunk.get("choices", ()):
+        return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
+    return ""
+
+
+def trace_of(chunk: dict[str, Any]) -> dict[str, Any] | None:
+    """Which workers ran it, in the last chunk."""
+    for choice in chunk.get("choices", ()):
+        found: dict[str, Any] | None = choice.get("baton")
+        return found
+    return None
+
+
+def _chunk(line: str) -> Iterator[dict[str, Any]]:
+    if line.startswith("data: ") and line != "data: [DONE]":
+        chunk = json.loads(line.removeprefix("data: "))
+        if "error" in chunk:
+            raise ClusterError(f"the server gave up: {chunk['error'].get('message', chunk['error'])}")
+        yield chunk
+
+
+def _problem(status: int, content: bytes) -> str:
+    try:
+        return f"{status}: {json.loads(content)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {status}"

@@ -1,0 +1,83 @@
+"""A cluster in the foreground: from a topology to a URL and back to nothing, whoever interrupts it."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from cluster import state
+from cluster.display import StartProgress
+from cluster.errors import ClusterError, Interrupted
+from cluster.launch import Cluster, Remains
+from cluster.topology import Topology
+from cluster.validate import check
+
+
+class Signals:
+    """SIGINT and SIGTERM while this is entered: the first raises ``Interrupted``, or sets ``seen`` where that was asked
+    for; further ones are ignored, for the cluster is being taken down by then."""
+
+    def __init__(self) -> None:
+        self.seen = threading.Event()
+        self._raises = True
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def only_note(self) -> None:
+        """From now on a signal raises nothing."""
+        self._raises = False
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        first = not self.seen.is_set()
+        self.seen.set()
+        if first and self._raises:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+
+@contextlib.contextmanager
+def running(
+    topology: Topology, console: Console, *, source: Path, on_end: Callable[[Remains], None] = lambda remains: None
+) -> Iterator[tuple[Cluster, Signals]]:
+    """A ready cluster, known by its state file; taken down at the end of the block. Only in the main thread.
+
+    Within the block the first SIGINT or SIGTERM raises ``Interrupted``, unless ``Signals.only_note`` was called.
+    """
+    plan = check(topology)
+    with Signals() as signals:
+        file = state.claim(topology.name, source)
+        progress = StartProgress(console)
+
+        def note(who: str, what: str) -> None:
+            nonlocal file
+            if cluster.ray_folder is not None and file.ray_folder is None:
+                file = state.update(file, url=None, ray_folder=cluster.ray_folder)
+            progress.note(who, what)
+
+        cluster = Cluster(plan, note, keep_logs_in=state.folder() / f"{topology.name}-logs")
+        try:
+            with progress:
+                cluster.start()
+            file = state.update(file, url=cluster.url, ray_folder=cluster.ray_folder)
+            yield cluster, signals
+        finally:
+            signals.only_note()
+            signals.seen.set()
+            remains = cluster.stop()
+            state.remove(topology.name)
+            if remains.logs is not None:
+                console.print(f"the processes' logs are in {remains.logs}", highlight=False)
+            on_end(remains)
+            if remains.items:
+                raise ClusterError(f"could not remove: {', '.join(remains.items)}")

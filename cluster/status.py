@@ -1,0 +1,54 @@
+"""`baton status`: what runs, and what each worker is doing."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster import state
+from cluster.client import get
+from cluster.errors import ClusterError
+from cluster.plan import size
+
+
+def show_status(console: Console, name: str | None) -> None:
+    """One cluster in full, or all that run."""
+    files = [file for file in state.every() if name is None or file.name == name]
+    if not files:
+        raise ClusterError(
+            "no cluster runs; start one with `baton up TOPOLOGY`" if name is None else f"no cluster named {name!r} runs"
+        )
+    for file in files:
+        console.print(f"[bold]{file.name}[/]  {_state(file)}", highlight=False, soft_wrap=True)
+        if file.alive and file.url is not None:
+            console.print(_table(get(file.url, "/status")))
+
+
+def _state(file: state.ClusterFile) -> str:
+    if not file.alive:
+        return f"[red]its launcher (pid {file.pid}) is gone[/]; `baton down {file.name}` cleans up"
+    return f"{file.url or 'starting'}  pid {file.pid}  {file.topology}"
+
+
+def _table(status: dict[str, Any]) -> Table:
+    cluster = status["cluster"] or {"workers": [], "queued": 0}
+    in_flight = f"{status['sequences_in_flight']} sequences in flight, {cluster['queued']} waiting for a worker"
+    ready = "ready" if status["ready"] else "not ready"
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), caption=f"{ready}; {in_flight}")
+    table.caption_justify = "left"
+    right = ("running", "waiting", "free", "held", "cached", "blocks", "KV sent", "KV received")
+    for column in ("worker", "role", "alive", *right):
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for worker in cluster["workers"]:
+        blocks = worker["blocks"]
+        table.add_row(
+            worker["worker"],
+            worker["role"],
+            "[green]yes[/]" if worker["alive"] else "[red]lost[/]",
+            str(worker["running"]),
+            str(worker["waiting"]),
+            *(str(blocks[kind]) for kind in ("free", "held", "cached", "total")),
+            size(worker["kv_bytes_sent"]),
+            size(worker["kv_bytes_received"]),
+        )
+    return table

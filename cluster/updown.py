@@ -1,0 +1,126 @@
+"""`baton up` and `baton down`: a launcher that stays with its cluster, in the foreground or as a daemon."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from cluster import state
+from cluster.errors import ClusterError
+from cluster.ray_session import remove_remains
+from cluster.running import running
+from cluster.topology import Topology
+
+STOP_WITHIN = 60.0
+"""Seconds that a launcher gets to take its cluster down."""
+LOG_LINES = 20
+
+
+def up(console: Console, source: Path, port: int | None) -> None:
+    """Start, stay until SIGINT or SIGTERM, take down."""
+    topology = load(source, port)
+    with running(topology, console, source=source.resolve()) as (cluster, signals):
+        signals.only_note()
+        _banner(console, cluster.url, cluster.plan.served_model_name, topology.name)
+        console.print("Ctrl-C stops it", style="dim")
+        while not signals.seen.is_set():
+            cluster.supervise(0.5)
+        console.print("stopping")
+    console.print("stopped")
+
+
+def up_detached(console: Console, source: Path, port: int | None) -> None:
+    """Start a launcher of its own session; return when its cluster is ready, or raise with what it said."""
+    topology = load(source, port)
+    name, log = topology.name, state.log_file(topology.name)
+    running_already = state.read(name)
+    if running_already is not None and running_already.alive:
+        raise ClusterError(f"a cluster named {name!r} runs already; stop it with `baton down {name}`")
+    command = [sys.executable, "-m", "cluster.cli", "up", str(source)]
+    if port is not None:
+        command += ["--port", str(port)]
+    with log.open("wb") as output:
+        launcher = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    with console.status(f"starting {name}") as status:
+        try:
+            url = _wait_until_ready(launcher, name, log, status.update)
+        except BaseException:
+            _terminate(launcher)
+            raise
+    from cluster.client import only_model
+
+    _banner(console, url, only_model(url), name)
+    console.print(f"log: {log}; `baton down {name}` stops it", style="dim", soft_wrap=True, highlight=False)
+
+
+def down(console: Console, name: str | None) -> None:
+    """Stop a cluster, and clean up after one whose launcher was killed."""
+    files = [file for file in state.every() if name is None or file.name == name]
+    if not files:
+        raise ClusterError("no cluster runs" if name is None else f"no cluster named {name!r} runs")
+    if len(files) > 1:
+        raise ClusterError(f"several clusters run ({', '.join(file.name for file in files)}); name the one to stop")
+    (file,) = files
+    if file.alive:
+        launcher = psutil.Process(file.pid)
+        with console.status(f"stopping {file.name}"), contextlib.suppress(psutil.NoSuchProcess):
+            launcher.send_signal(signal.SIGTERM)
+            try:
+                launcher.wait(STOP_WITHIN)
+            except psutil.TimeoutExpired:
+                launcher.kill()
+                launcher.wait(5)
+    if file.ray_folder is not None:
+        remove_remains(Path(file.ray_folder))
+    state.remove(file.name)
+    console.print(f"{file.name} is stopped", highlight=False)
+
+
+def load(source: Path, port: int | None) -> Topology:
+    topology = Topology.load(source)
+    return topology if port is None else topology.with_overrides({"gateway.port": port})
+
+
+def _wait_until_ready(launcher: subprocess.Popen[bytes], name: str, log: Path, show: object) -> str:
+    while launcher.poll() is None:
+        file = state.read(name)
+        if file is not None and file.pid == launcher.pid and file.url is not None:
+            return file.url
+        last = _tail(log, 1)
+        if last and callable(show):
+            show(f"starting {name} [dim]{last[0].strip()}[/]")
+        time.sleep(0.1)
+    lines = "\n".join(_tail(log, LOG_LINES))
+    error = ClusterError(lines or f"the launcher ended with {launcher.returncode} and said nothing")
+    error.exit_code = launcher.returncode or 1
+    raise error
+
+
+def _terminate(launcher: subprocess.Popen[bytes]) -> None:
+    if launcher.poll() is None:
+        launcher.terminate()
+        try:
+            launcher.wait(STOP_WITHIN)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+
+
+def _tail(log: Path, lines: int) -> list[str]:
+    try:
+        return log.read_text(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def _banner(console: Console, url: str, model: str, name: str) -> None:
+    body = f'{{"model": "{model}", "prompt": "Once upon a time", "max_tokens": 32, "stream": true}}'
+    console.print(f"\n[bold green]ready[/]  {name}: [bold]{model}[/] at [bold]{url}[/]\n", highlight=False)
+    example = f"  curl -N {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n"
+    console.print(example, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,82 @@
+"""What would be wrong, before anything starts."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+import psutil
+
+from cluster.document import Loc
+from cluster.errors import TopologyError
+from cluster.plan import Plan, make_plan, size
+from cluster.topology import Topology
+
+
+def check(topology: Topology, *, download: bool = True) -> Plan:
+    """The plan, if this machine can run it; else a ``TopologyError`` with one line for each thing that is wrong."""
+    plan = make_plan(topology, download=download)
+    problems = list(_problems(plan))
+    if problems:
+        raise TopologyError(*(str(topology.error(loc, text)) for loc, text in problems))
+    return plan
+
+
+def summary(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What would start, as rows of name and text."""
+    topology, config = plan.topology, plan.model_config
+    yield "model", f"{plan.served_model_name} ({config.architecture}, {config.num_layers} layers, {plan.layout.dtype})"
+    yield "folder", str(plan.model)
+    for pool in topology.pools:
+        names = f"{pool.name}-0" if pool.replicas == 1 else f"{pool.name}-0 ... {pool.name}-{pool.replicas - 1}"
+        cpus = f"{pool.resources.cpus:g} CPUs and {size(plan.kv_memory)} of KV each"
+        yield pool.role, f"{names}: {pool.max_num_seqs} sequences a step, {cpus}"
+    blocks = f"{plan.num_blocks} blocks of {plan.layout.block_size} tokens in each worker"
+    yield "kv", f"{blocks}, moved over {plan.transport}"
+    yield "context", f"{plan.max_model_len} tokens"
+    gateway = topology.gateway
+    yield "gateway", f"http://{gateway.host}:{gateway.port or '(any free port)'}"
+    yield "ray", "started here, on loopback" if topology.cluster.address == "local" else topology.cluster.address
+
+
+def _problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
+    topology = plan.topology
+    if not (plan.model / "tokenizer.json").is_file():
+        yield ("model",), f"{plan.model} holds no tokenizer.json"
+    yield from _gateway_problems(topology)
+    if topology.cluster.address != "local":
+        return
+    cpus = len(os.sched_getaffinity(0))
+    if plan.cpus > cpus + 1e-9:
+        text = f"all processes together take {plan.cpus:.4g} CPUs, this machine has {cpus}"
+        yield ("pools",), f"{text}; lower replicas or resources.cpus"
+    wanted, free = _memory(plan), psutil.virtual_memory().available
+    if wanted > free:
+        text = f"weights and KV of all workers take {size(wanted)}, this machine has {size(free)} free"
+        yield ("kv", "memory"), f"{text}; lower kv.memory or replicas"
+
+
+def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
+    host, port = topology.gateway.host, topology.gateway.port
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        yield ("gateway", "host"), f"gateway.host: {host!r} is not known here; write an address of this machine"
+        return
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                yield ("gateway", "host"), f"gateway.host: {host} is not an address of this machine; write one that is"
+            else:
+                text = "is taken by another program" if error.errno == errno.EADDRINUSE else f"{error.strerror}"
+                yield ("gateway", "port"), f"gateway.port: {port} {text}; write another, or 0 for any free one"
+
+
+def _memory(plan: Plan) -> int:
+    """Bytes that all workers' weights and KV pools take."""
+    weights = sum(file.stat().st_size for file in plan.model.glob("*.safetensors"))
+    workers = sum(pool.replicas for pool in plan.topology.pools)
+    return workers * (weights + plan.kv_memory)
