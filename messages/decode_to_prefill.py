@@ -27,6 +27,8 @@ class TransferAcked(AttemptMessage, frozen=True):
 class BlocksWanted(AttemptMessage, frozen=True):
     """Push these again: missing, or their digest is wrong."""
 
+    round: Count
+    """Of the end that this answers; a sender that is further on does not heed it."""
     indices: PackedBlocks
     """Indices within the sequence's blocks, packed int32."""
 

@@ -32,6 +32,8 @@ class EndTransfer(AttemptMessage, frozen=True):
 
     mailbox: Address
     """The sender's, for a receiver that has forgotten the transfer."""
+    round: Count
+    """1 the first time, one more after each repair; a resend keeps its number."""
     first: FirstToken
     num_blocks: Count
     """Blocks pushed: all of the sequence's but those that decode had cached."""

@@ -1,7 +1,8 @@
 """The sixty prompts that every way through Baton must answer as transformers does, and transformers' answers.
 
-Prompts of 1 to 3,000 tokens, cut from a text that the test makes; greedy, fp32, end-of-sequence ignored, so that an answer
-has a known length. A prompt at whose answer transformers' two best logits nearly tie is of no use and is not among them.
+Prompts of 1 to 3,000 tokens, cut from a text that the test makes; greedy, fp32, end-of-sequence ignored, so that an
+answer has a known length. A prompt at whose answer transformers' two best logits nearly tie is of no use and is not
+among them.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import numpy as np
 
 OUTPUT_TOKENS = 16
 LENGTHS = [
-    1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 18, 23, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 70, 79, 80, 81, 90, 95, 96, 97, 100,
-    111, 112, 113, 120, 127, 128, 129, 150, 180, 200, 230, 255, 256, 257, 300, 350, 400, 480, 511, 512, 513, 600, 750, 900,
-    1024, 1300, 1777, 2400, 3000,
+    1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 18, 23, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 70, 79, 80, 81, 90, 95, 96, 97,
+    100, 111, 112, 113, 120, 127, 128, 129, 150, 180, 200, 230, 255, 256, 257, 300, 350, 400, 480, 511, 512, 513, 600,
+    750, 900, 1024, 1300, 1777, 2400, 3000,
 ]  # fmt: skip
 NEAR_TIE = 1e-3
 """A gap between the two best logits below which rounding could choose; fp32 differs by about 1e-5 between kernels."""

@@ -157,6 +157,7 @@ class SendSession:
         self._digests: dict[int, bytes] = {}  # by first block
         self._digested = 0
         self._first: FirstToken | None = None
+        self._round = 0
         self._resend_at = float("inf")
         self._deadline = float("inf")
         self._detail = ""
@@ -197,7 +198,7 @@ class SendSession:
                 return self._close(Outcome.REFUSED, event.detail, retryable=event.retryable)
             case TransferAcked() if self.state is SendState.ENDING:
                 return self._close(Outcome.DONE, "")
-            case BlocksWanted() if self.state is SendState.ENDING:
+            case BlocksWanted() if self.state is SendState.ENDING and event.round == self._round:
                 return self._push_again(unpack_tokens(event.indices), now)
             case CancelTransfer():
                 return self._cancelled_by_peer(event)
@@ -282,6 +283,7 @@ class SendSession:
         if self._first is None or self.state is not SendState.PUSHING or not complete:
             return []
         self._move(SendState.ENDING)
+        self._round += 1
         self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.progress
         return [self._end_message()]
 
@@ -291,6 +293,7 @@ class SendSession:
             request=self.key.request,
             attempt=self.key.attempt,
             mailbox=self._open_message.prefill.mailbox,
+            round=self._round,
             first=self._first,
             num_blocks=self._asked - self._cached,
             digests=b"".join(self._digests[first] for first in sorted(self._digests)),
@@ -344,6 +347,8 @@ class ReceiveSession:
     first: FirstToken | None = None
     repairs: int = 0
     _end: EndTransfer | None = None
+    _wanted: BlocksWanted | None = None
+    """The repair last asked for; ends of that round and before are answered by it and not believed."""
     _deadline: float = float("inf")
     _resend_at: float = float("inf")
     _outcome: Outcome = Outcome.CLOSED
@@ -426,6 +431,8 @@ class ReceiveSession:
         if event.num_blocks != len(self.blocks) or len(event.digests) != len(self.blocks) * DIGEST_BYTES:
             detail = f"the end names {event.num_blocks} blocks where {len(self.blocks)} were reserved"
             return self.give_up(detail, Outcome.FAILED, now=now)
+        if self._wanted is not None and event.round <= self._wanted.round:
+            return [self._wanted] if event.round == self._wanted.round else []
         if self._end is None and not self._landed.all():
             self._resend_at = now + self.timeouts.resend  # data may still be behind the end
         self._end = event
@@ -453,12 +460,15 @@ class ReceiveSession:
     def _repair(self, places: Blocks, now: float) -> list[Action]:
         if self.repairs == MAX_REPAIRS:
             return self.give_up(f"{len(places)} blocks are still bad or missing", Outcome.FAILED, now=now)
+        assert self._end is not None
         self.repairs += 1
         self._landed[places] = False
-        self._end = None  # the sender ends again when it has pushed them
         indices = pack_tokens(places + self.cached)
-        wanted = BlocksWanted(request=self.key.request, attempt=self.key.attempt, indices=indices)
-        return [wanted]
+        self._wanted = BlocksWanted(
+            request=self.key.request, attempt=self.key.attempt, round=self._end.round, indices=indices
+        )
+        self._end = None  # the sender ends again when it has pushed them
+        return [self._wanted]
 
     def _accepted(self) -> TransferAccepted:
         return TransferAccepted(

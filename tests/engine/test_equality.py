@@ -62,7 +62,9 @@ def test_every_shape_of_the_family_is_answered_as_by_transformers(tmp_path: Path
     model.save_pretrained(tmp_path, max_shard_size="40KB" if sharded else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == sharded
     engine = Engine(tmp_path, dtype="float32", prefill_chunk=24, kv_bytes=8 << 20)
-    prompts = [[(seed * 31 + place * 17) % 300 for place in range(length)] for seed, length in enumerate((1, 20, 90, 200))]
+    prompts = [
+        [(seed * 31 + place * 17) % 300 for place in range(length)] for seed, length in enumerate((1, 20, 90, 200))
+    ]
     made = engine.generate(prompts, GREEDY)
     for prompt, completion in zip(prompts, made, strict=True):
         assert completion.token_ids == transformers_answer(model, prompt, OUTPUT_TOKENS)[0], f"{len(prompt)} tokens"

@@ -14,7 +14,9 @@ from messages.sampling import SamplingParams
 VOCAB = 40
 
 
-def sequence(seed: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **params: object) -> Sequence:
+def sequence(
+    seed: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **params: object
+) -> Sequence:
     sampling = SamplingParams(max_tokens=99, seed=seed, **params)  # type: ignore[arg-type]
     return Sequence("s", np.array(prompt, np.int32), sampling, generated=np.array(output, np.int32))
 

@@ -88,7 +88,8 @@ def test_tokens_of_earlier_attempts_count_as_output() -> None:
     scheduler, _ = scheduler_of()
     seq = sequence("a", 5, max_tokens=4, generated=np.array([1, 2, 3], np.int32))
     scheduler.add(seq)
-    assert counts(plan := scheduler.schedule()) == {"a": 8}
+    plan = scheduler.schedule()
+    assert counts(plan) == {"a": 8}
     assert plan is not None
     (progress,) = run(scheduler, plan)
     assert progress.finish_reason is FinishReason.LENGTH

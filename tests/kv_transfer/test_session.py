@@ -30,11 +30,11 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
-from messages.codec import pack_tokens
+from messages.codec import pack_tokens, unpack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
-from messages.decode_to_prefill import CancelTransfer, TransferRefused
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.prefill_to_decode import FirstToken, OpenTransfer, TransferClosed
+from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
 from messages.sampling import SamplingParams
 
 KEY = TransferKey(RequestId("f" * 32), Attempt(1))
@@ -170,7 +170,7 @@ def test_a_good_link_moves_every_block_once(one_sided: bool) -> None:
     assert world.receiver is not None and world.receiver.first == FirstToken(42)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     blocks=st.integers(1, 20),
@@ -252,3 +252,27 @@ def test_a_sender_that_is_cancelled_waits_for_its_transport_before_it_lets_go() 
     assert world.sender.state is SendState.CLOSING
     kinds = [type(action) for action in world.sender.handle(Cancelled(KEY), 0.1)]
     assert kinds == [TransferClosed, Ended]
+
+
+def test_a_repair_that_is_asked_for_twice_is_made_once() -> None:
+    """A late request for blocks must not have them written again into what decode reads already."""
+    world = World(3, random.Random(5), one_sided=True)
+    world.prefill(1)
+    while world.sender.state is not SendState.ENDING:
+        world.deliver()
+    wanted = BlocksWanted(KEY.request, KEY.attempt, 1, pack_tokens([1]))
+    assert [type(action) for action in world.sender.handle(wanted, world.now)] == [Push]
+    (end,) = world.sender.handle(Pushed(KEY, 1, 1), world.now)
+    assert isinstance(end, EndTransfer) and end.round == 2
+    assert world.sender.handle(wanted, world.now) == []
+
+
+def test_an_end_from_before_a_repair_is_answered_with_the_repair() -> None:
+    receiver = ReceiveSession(KEY, DECODE, np.arange(2, dtype=np.int32), 0, True, TIMEOUTS)
+    receiver.accept(0.0)
+    end = EndTransfer(KEY.request, KEY.attempt, PREFILL, 1, FirstToken(1), 2, b"a" * 8 + b"b" * 8)
+    receiver.handle(end, 0.0)
+    (wanted,) = receiver.handle(Digested(KEY, 0, b"a" * 8 + b"X" * 8), 0.0)
+    assert isinstance(wanted, BlocksWanted) and unpack_tokens(wanted.indices).tolist() == [1]
+    assert receiver.handle(end, 0.1) == [wanted]
+    assert receiver.repairs == 1

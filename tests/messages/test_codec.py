@@ -46,7 +46,9 @@ def test_another_implementation_of_messagepack_reads_our_frames() -> None:
         pytest.param(msgpack.packb({"type": "Abort", "request": "x", "attempt": "1"}), id="text for a number"),
         pytest.param(msgpack.packb({"type": "Abort", "request": b"x", "attempt": 1}), id="bytes for text"),
         pytest.param(msgpack.packb({"type": "Abort", "request": "x"}), id="missing field"),
-        pytest.param(msgpack.packb({"type": "Abort", "request": msgpack.ExtType(5, b"x"), "attempt": 1}), id="extension"),
+        pytest.param(
+            msgpack.packb({"type": "Abort", "request": msgpack.ExtType(5, b"x"), "attempt": 1}), id="extension"
+        ),
         pytest.param(b"\x81" * 100_000, id="deep nesting"),
         pytest.param(b"\xdf\xff\xff\xff\xff", id="map of 2**32 entries"),
     ],
