@@ -1,9 +1,9 @@
 """Attention over a paged KV cache on a CPU, batched: a step's sequences form a few rectangles, whatever their number.
 
 The cache is ``[block, layer, k|v, kv_head, token, head_dim]``. Keys and values are written token by token, as rows of
-``head_dim``, and gathered block by block, as rows of ``token * head_dim``. Within a layer a row has the same number in every
-layer, so a step's row numbers are computed once (numpy) and serve all layers: each layer is a view of the cache that
-begins at its own first row.
+``head_dim``, and gathered block by block, as rows of ``token * head_dim``. A row has the same number in every layer, so
+a step's row numbers are computed once (numpy) and serve all layers: each layer is a view of the cache that begins at
+its own first row.
 """
 
 from dataclasses import dataclass

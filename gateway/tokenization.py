@@ -80,6 +80,8 @@ class Tokenizer:
 
 
 def _load(folder: Path) -> Any:
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise UnusableModel(f"{folder} has no tokenizer")
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else {}
     self_contained = config.get("tokenizer_class") in SELF_CONTAINED and (folder / "tokenizer.json").exists()

@@ -3,8 +3,8 @@
 There are no phases. A step gives each sequence some tokens until ``num_computed_tokens`` has caught up with
 ``num_tokens``, and one that catches up samples its next token. Chunked prefill, landed KV, recomputation and decoding
 are all that. Sequences that run come first, in order of arrival, so decoding is never held up by prompts; what is left
-of the token budget goes to those that wait. When blocks run out the youngest running sequence gives up its own and is computed
-again later; the oldest always goes on, so nothing deadlocks.
+of the token budget goes to those that wait. When blocks run out the youngest running sequence gives up its own and is
+computed again later; the oldest always goes on, so nothing deadlocks.
 """
 
 from collections import deque
