@@ -15,6 +15,9 @@ from gateway.detokenizer import Detokenizer, Vocabulary
 SELF_CONTAINED = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 """Tokenizer classes that are their tokenizer.json and no code; loading one does not load torch."""
 
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template can raise over messages that it was not made for."""
+
 
 class UnusableModel(ValueError):
     """The model folder cannot be served."""
@@ -45,7 +48,9 @@ class Tokenizer:
         return len(text) > num_tokens * self._longest_token
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch form lets go of the interpreter's lock: a long prompt must not hold up everybody's stream.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -71,8 +76,9 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, **options
             )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            detail = str(error)[:200] if isinstance(error, TemplateError) else "it does not fit"
+        except TEMPLATE_FAULTS as error:
+            # Only what the template itself says (raise_exception) is meant for the client's eyes.
+            detail = str(error)[:200] if type(error) is TemplateError else "they do not fit it"
             raise InvalidRequest(
                 f"the model's chat template refuses the messages: {detail}", param="messages"
             ) from error

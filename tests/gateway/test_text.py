@@ -3,8 +3,11 @@ strings wherever they are cut."""
 
 import itertools
 import json
+import sys
+import threading
 from pathlib import Path
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,18 +151,62 @@ def with_template(folder: Path, model: Path, template: str) -> Tokenizer:
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ lipsum.__globals__['os'] }}",
+        "{{ lipsum.__globals__['os'].mkdir('MARKER') }}",
+        "{{ lipsum.__globals__['__builtins__']['open']('MARKER', 'w') }}",
+        "{{ raise_exception.__globals__['jinja2'] }}",
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ '{0.__class__.__mro__}'.format(messages) }}",
         "{% for i in range(10**9) %}{% endfor %}",
-        "{{ raise_exception('no such role') }}",
+        "{{ 1 // 0 }}",
+        "{{ messages['content'] + 1 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% if %}",
     ],
 )
 def test_a_hostile_template_gets_nothing_but_a_refusal(template: str, tmp_path: Path, tiny_llama: Path) -> None:
-    hostile = with_template(tmp_path, tiny_llama, template)
-    with pytest.raises(InvalidRequest, match="chat template") as refused:
+    marker = tmp_path / "executed"
+    hostile = with_template(tmp_path, tiny_llama, template.replace("MARKER", str(marker)))
+    with pytest.raises(InvalidRequest) as refused:
         hostile.render_chat([{"role": "user", "content": "hi"}], {"add_generation_prompt": True})
-    assert "function" not in refused.value.message
+    assert not marker.exists(), "the template has run code"
+    assert refused.value.message == "the model's chat template refuses the messages: they do not fit it"
+
+
+def test_the_marker_of_hostile_templates_shows_a_template_that_runs_free(tmp_path: Path) -> None:
+    template = jinja2.Template("{{ lipsum.__globals__['os'].mkdir(marker) }}")
+    template.render(marker=str(tmp_path / "executed"))
+    assert (tmp_path / "executed").exists()
+
+
+def test_a_template_may_say_why_it_refuses(tmp_path: Path, tiny_llama: Path) -> None:
+    strict = with_template(tmp_path, tiny_llama, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InvalidRequest, match="refuses the messages: roles must alternate"):
+        strict.render_chat([{"role": "user", "content": "hi"}], {})
+
+
+def test_a_long_prompt_is_encoded_without_the_interpreters_lock(tokenizer: Tokenizer) -> None:
+    text = "hello world " * 20_000
+    done = threading.Event()
+    ids: list[int] = []
+
+    def encode() -> None:
+        ids.extend(tokenizer.encode(text, add_special_tokens=True))
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    turns = 0
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        thread.start()
+        while not done.is_set():
+            turns += 1
+    finally:
+        sys.setswitchinterval(switch)
+        thread.join()
+    assert turns > 30_000, "another thread stood still meanwhile"
+    assert ids == tokenizer.vocabulary.backend.encode(text).ids
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
