@@ -188,20 +188,23 @@ def error_headers(error: GatewayError) -> list[tuple[bytes, bytes]]:
 class ErrorAnswer:
     """An error as ASGI application. ``close``: the body was not read, so the connection ends with the answer."""
 
-    def __init__(self, error: GatewayError, *, close: bool = False) -> None:
+    def __init__(
+        self, error: GatewayError, headers: Sequence[tuple[bytes, bytes]] = (), *, close: bool = False
+    ) -> None:
         self._error = error
+        self._headers = [*error_headers(error), *headers]
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._close:
-            await send_error(self._error, send)
-            return
         body = encode(error_body(self._error))
+        if not self._close:
+            await send_json(self._error.status, body, send, self._headers)
+            return
         headers: list[Any] = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
-            *error_headers(self._error),
+            *self._headers,
         ]
         await send({"type": "http.response.start", "status": self._error.status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.requests import ClientDisconnect, Request
 
-from gateway.core.errors import BodyTimeout, BodyTooLarge, GatewayError, InvalidRequest
+from gateway.core.errors import BodyTimeout, BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMediaType
 
 
 class Unread(Exception):
@@ -16,7 +16,11 @@ class Unread(Exception):
 
 
 async def read_body(request: Request, most: int, timeout: float) -> bytes:
-    """The whole body. Raises ``Unread``."""
+    """The whole body of a JSON request. Raises ``Unread``."""
+    # Not only for order: with any other type a web page could send requests here without asking the browser first.
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Unread(UnsupportedMediaType("the content type must be application/json"))
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise Unread(InvalidRequest("compressed bodies are not supported", code="unsupported_encoding"))

@@ -172,7 +172,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             return ErrorAnswer(PathNotFound("there is nothing at this path"))
         if error.status_code == 405:
-            return ErrorAnswer(MethodNotAllowed("this path does not take this method"))
+            allow = (error.headers or {}).get("Allow", "")
+            return ErrorAnswer(MethodNotAllowed("this path does not take this method"), [(b"allow", allow.encode())])
         return ErrorAnswer(InvalidRequest("the request is not valid"))
 
     async def bug(_: Request, error: Any) -> Any:

@@ -4,7 +4,7 @@ GatewayError
 ├── InvalidRequest (400)
 │   └── ContextExceeded
 ├── ModelNotFound (404), PathNotFound (404), MethodNotAllowed (405)
-├── BodyTimeout (408), BodyTooLarge (413)
+├── BodyTimeout (408), BodyTooLarge (413), UnsupportedMediaType (415)
 ├── Overloaded (429)
 ├── Unavailable (503)
 │   └── AttemptsExhausted
@@ -64,6 +64,11 @@ class BodyTimeout(InvalidRequest):
 class BodyTooLarge(InvalidRequest):
     status = 413
     default_code = "body_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+    default_code = "unsupported_media_type"
 
 
 class Overloaded(GatewayError):
