@@ -28,6 +28,7 @@ from gateway.core.session import (
     answer_to_unwanted,
 )
 from gateway.metrics import Metrics
+from messages.common import WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished
 from messages.ids import Address, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
@@ -115,7 +116,8 @@ class Hub:
         self._relays: dict[RequestId, Relay] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._mailboxes: dict[WorkerId, Address] = {}  # by the last placement
+        self._workers: dict[WorkerId, WorkerAddress] = {}  # by the last placement
+        self._forgetting: dict[WorkerId, asyncio.TimerHandle] = {}  # lost workers whose sockets will be closed
         self._cluster_heard = float("-inf")
         self._draining = False
         self._finished = {reason: metrics.finished.labels(reason.value) for reason in FinishReason}
@@ -207,7 +209,7 @@ class Hub:
             case Placed():
                 for worker in (message.prefill, message.decode):
                     if worker is not None:
-                        self._mailboxes[worker.worker] = worker.mailbox
+                        self._know(worker)
                 relay = self._relays.get(message.request)
                 if relay is None:  # the router must have missed the end
                     self._mailbox.send(self._router, Finished(request=message.request, attempt=message.attempt))
@@ -226,21 +228,31 @@ class Hub:
 
     def _unwanted(self, worker: WorkerId, event: Chunk) -> None:
         self.metrics.late_chunks.inc()
-        mailbox = self._mailboxes.get(worker)
-        if mailbox is not None:
-            answer = answer_to_unwanted(mailbox, event.chunk)
+        known = self._workers.get(worker)
+        if known is not None:
+            answer = answer_to_unwanted(known.mailbox, event.chunk)
             self._mailbox.send(answer.to, answer.message)
+
+    def _know(self, worker: WorkerAddress) -> None:
+        """Where ``worker`` is now; the socket to where it was before is closed."""
+        before = self._workers.get(worker.worker)
+        self._workers[worker.worker] = worker
+        forgetting = self._forgetting.pop(worker.worker, None)
+        if forgetting is not None:
+            forgetting.cancel()
+        if before is not None and before.mailbox != worker.mailbox:
+            self._loop.call_later(FORGET_AFTER, self._mailbox.outbox.forget, before.mailbox)
 
     def _worker_lost(self, lost: WorkerLost) -> None:
         for relay in list(self._relays.values()):
             self._feed(relay, lost)
-        mailbox = self._mailboxes.get(lost.worker)
-        if mailbox is not None:
-            self._loop.call_later(FORGET_AFTER, self._forget, lost.worker, mailbox)
+        known = self._workers.get(lost.worker)
+        if known is not None and known.epoch == lost.epoch and lost.worker not in self._forgetting:
+            self._forgetting[lost.worker] = self._loop.call_later(FORGET_AFTER, self._forget, lost.worker)
 
-    def _forget(self, worker: WorkerId, mailbox: Address) -> None:
-        if self._mailboxes.get(worker) != mailbox:
-            self._mailbox.outbox.forget(mailbox)
+    def _forget(self, worker: WorkerId) -> None:
+        del self._forgetting[worker]
+        self._mailbox.outbox.forget(self._workers.pop(worker).mailbox)
 
     async def _ask_for_state(self) -> None:
         while True:
@@ -258,15 +270,16 @@ class Hub:
             log.exception("request %s failed", relay.session.request)
             if relay.session.request in self._relays:
                 self._close(relay)
-                self._give_up(relay)
+            self._give_up(relay)
 
     def _give_up(self, relay: Relay) -> None:
         """The session is broken: tell everyone by hand."""
         session = relay.session
-        if not session.status.over:
-            for action in session.handle(ClientGone(), self._loop.time()):
-                if isinstance(action, Send):
-                    self._mailbox.send(action.to, action.message)
+        if session.status.over:  # what it said at its end may not have been sent
+            self._mailbox.send(self._router, Finished(request=session.request, attempt=session.attempt))
+        for action in session.handle(ClientGone(), self._loop.time()):
+            if isinstance(action, Send):
+                self._mailbox.send(action.to, action.message)
         self.metrics.failed.labels("internal_error").inc()
         relay.listener.failed(InternalError("internal error"))
 
