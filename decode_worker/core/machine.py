@@ -10,7 +10,7 @@
 older one wherever it stands; an older one that comes late is dropped.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
 from engine.core.blocks import BlockPool
@@ -164,8 +164,9 @@ class DecodeMachine:
         assert held == self._pool.counts().held, f"{held} blocks have an owner, {self._pool.counts().held} are held"
 
     def inspect(self) -> dict[str, int]:
-        """What is here now, for status pages and tests."""
-        return {"runs": len(self._runs), "reservations": len(self._reservations), "deliveries": len(self._deliveries)}
+        """What is here now, and the pool's accounting; for status pages and tests."""
+        counts = asdict(self._pool.counts())
+        return counts | {"runs": len(self._runs), "reservations": len(self._reservations), "deliveries": len(self._deliveries)}
 
     def _opened(self, order: OpenTransfer, now: float) -> list[Action]:
         if not self._fences.admits(order.request, order.attempt):

@@ -58,7 +58,7 @@ class BlockPool:
         self._free += len(blocks)
 
     def counts(self) -> BlockCounts:
-        return BlockCounts(free=self._free, held=self.num_blocks - self._free, cached=0, total=self.num_blocks)
+        return BlockCounts(free=self._free, held=int(np.count_nonzero(self._held)), cached=0, total=self.num_blocks)
 
     def check_integrity(self) -> None:
         """Every block is free or held, not both."""

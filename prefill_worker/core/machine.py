@@ -11,7 +11,7 @@ dropped.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -193,8 +193,9 @@ class PrefillMachine:
         assert held == self._pool.counts().held, f"{held} blocks have an owner, {self._pool.counts().held} are held"
 
     def inspect(self) -> dict[str, int]:
-        """What is here now, for status pages and tests."""
-        return {"legs": len(self._legs), "handoffs": len(self._handoffs), "deliveries": len(self._deliveries)}
+        """What is here now, and the pool's accounting; for status pages and tests."""
+        counts = asdict(self._pool.counts())
+        return counts | {"legs": len(self._legs), "handoffs": len(self._handoffs), "deliveries": len(self._deliveries)}
 
     def _arrived(self, order: Prefill) -> list[Action]:
         if not self._fences.admits(order.request, order.attempt):

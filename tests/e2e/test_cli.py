@@ -1,0 +1,116 @@
+"""Promise: the commands that the README names do what they say, and leave nothing behind, however they end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import CONFIGS, remains, wait_until
+
+pytestmark = pytest.mark.ray
+BATON = Path(sys.executable).with_name("baton")
+COLOCATED = str(CONFIGS / "colocated.yaml")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """State files go to a folder of the test's own; afterwards no process, socket, shared memory or file is left."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    before, processes = remains(), ours()
+    yield
+    assert remains() <= before
+    assert ours() == processes
+
+
+def ours() -> set[int]:
+    """Processes of Ray's or of ours, whoever's children they are."""
+    names = re.compile(r"raylet|gcs_server|ray::|cluster\.cli|/baton ")
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if names.search(" ".join(process.info["cmdline"] or ())):
+            found.add(process.info["pid"])
+    return found
+
+
+def baton(*arguments: str, code: int = 0, stdin: str = "") -> str:
+    """What the command prints."""
+    done = subprocess.run([BATON, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def request(number: int, prompt: str) -> str:
+    body = {"model": "tiny-llama", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    return json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body})
+
+
+def test_up_status_submit_chat_down(tmp_path: Path) -> None:
+    shown = baton("up", "--detach", COLOCATED, "--port", "0")
+    url = re.search(r"http://127\.0\.0\.1:\d+", shown)
+    assert url is not None and "ready" in shown
+    assert httpx.get(url[0] + "/ready").status_code == 200
+
+    assert "runs already" in baton("up", "--detach", COLOCATED, "--port", "0", code=1)
+    status = baton("status")
+    assert "worker-0" in status and "worker-1" in status and "512" in status
+
+    prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    lines = [request(number, f"Story {number}: once") for number in range(20)]
+    prompts.write_text("\n".join(lines))
+    assert "20 of 20 lines have their results" in baton("submit", str(prompts), "-o", str(results))
+    first = results.read_bytes()
+    told = [json.loads(line) for line in first.splitlines()]
+    assert sorted(int(line["custom_id"]) for line in told) == list(range(20))
+    assert {line["response"]["status_code"] for line in told} == {200}
+    assert "20 before" in baton("submit", str(prompts), "-o", str(results))
+    assert results.read_bytes() == first
+
+    assert baton("chat", "--max-tokens", "8", stdin="Tell me a story.\n").strip()
+    assert "is stopped" in baton("down")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url[0] + "/health")
+
+
+def test_down_cleans_up_after_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    baton("up", "--detach", COLOCATED, "--port", "0")
+    (file,) = (tmp_path / "baton").glob("*.json")
+    launcher = json.loads(file.read_text())["pid"]
+    os.kill(launcher, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(launcher), within=10, what="the launcher is gone")
+    assert "is gone" in baton("status")
+    baton("down")
+    assert "no cluster runs" in baton("down", code=1)
+
+
+def test_up_in_the_foreground_ends_in_good_order_on_sigterm() -> None:
+    command = [BATON, "up", COLOCATED, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            if "Ctrl-C" in line:
+                launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 0
+
+
+def test_up_interrupted_while_it_starts_leaves_nothing() -> None:
+    command = [BATON, "up", COLOCATED, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            if "worker-1: loading" in line:
+                launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(60) == 130
+
+
+def test_the_demo_shows_who_ran_what() -> None:
+    shown = baton("demo")
+    assert re.search(r"1 +prefill-\d +decode-\d +[\d.]+ KiB +[\d.]+ m?s +[\d.]+ m?s", shown)
+    assert "no process, socket file or shared memory is left behind" in shown
