@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway.core.errors import ContextExceeded, InvalidRequest, ModelNotFound
 from gateway.core.limits import Limits, max_new_tokens
-from gateway.request_models import ChatMessage, ChatRequest, CompletionRequest, SamplingRequest
+from gateway.request_models import ChatMessage, ChatRequest, CompletionRequest, SamplingRequest, check_message
 from gateway.tokenization import Tokenizer
 from messages.codec import pack_tokens
 from messages.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
@@ -77,6 +77,7 @@ class Planner:
             request,
             encoded,
             n,
+            length="max_tokens",
             wanted=request.max_tokens,
             default=DEFAULT_COMPLETION_TOKENS,
             logprobs=logprobs,
@@ -90,15 +91,25 @@ class Planner:
         self._limits.check_fan_out(1, n)
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-        wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        wanted, length = request.max_completion_tokens, "max_completion_tokens"
+        if wanted is None:
+            wanted, length = request.max_tokens, "max_tokens"
         if wanted is not None and wanted < 1:
-            raise InvalidRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
+            raise InvalidRequest(f"{length} must be at least 1", param=length)
         logprobs = _logprobs("top_logprobs", request.top_logprobs or 0) if request.logprobs else None
         text = self._render(request)
         # The template writes special tokens itself.
         prompt = self._prompt(text, add_special_tokens=False)
         return self._plan(
-            request, [prompt], n, wanted=wanted, default=None, logprobs=logprobs, prompt_logprobs=None, echo=False
+            request,
+            [prompt],
+            n,
+            length=length,
+            wanted=wanted,
+            default=None,
+            logprobs=logprobs,
+            prompt_logprobs=None,
+            echo=False,
         )
 
     def _check_model(self, model: str) -> None:
@@ -129,6 +140,7 @@ class Planner:
         return self._tokenizer.render_chat(messages, options)
 
     def _message(self, i: int, message: ChatMessage) -> dict[str, str]:
+        check_message(message, f"messages[{i}]")
         if message.role not in CHAT_ROLES:
             roles = ", ".join(CHAT_ROLES)
             raise InvalidRequest(f"the role must be one of {roles}", param=f"messages[{i}].role")
@@ -173,14 +185,16 @@ class Planner:
         prompts: list[Prompt],
         n: int,
         *,
+        length: str,
         wanted: int | None,
         default: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
         echo: bool,
     ) -> Plan:
+        """``length``: the name of the parameter that said ``wanted``."""
         if wanted is not None and wanted < 0:
-            raise InvalidRequest("max_tokens must not be negative", param="max_tokens")
+            raise InvalidRequest(f"{length} must not be negative", param=length)
         if request.user is not None and len(request.user) > self._limits.max_label_chars:
             raise InvalidRequest("user is too long", param="user")
         if request.stream_options is not None and not request.stream:
@@ -191,7 +205,7 @@ class Planner:
         fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         sampling = []
         for prompt in prompts:
-            most = max_new_tokens(len(prompt.tokens), wanted, default, self._max_model_len)
+            most = max_new_tokens(len(prompt.tokens), wanted, default, self._max_model_len, param=length)
             for child in range(n):
                 seed = secrets.randbits(63) if request.seed is None else (request.seed + child) & SEED_BITS
                 sampling.append(_sampling_params(fields | {"max_tokens": most, "seed": seed}))

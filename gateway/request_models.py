@@ -130,9 +130,13 @@ def chat_request(body: bytes) -> ChatRequest:
     """Raises ``InvalidRequest``."""
     request: ChatRequest = _decoded(_chat_decoder, body)
     _refuse_unsupported(request, _INERT[SamplingRequest] + _INERT[ChatRequest], "")
-    for i, message in enumerate(request.messages):
-        _refuse_unsupported(message, _INERT[ChatMessage], f"messages[{i}].")
     return request
+
+
+def check_message(message: ChatMessage, where: str) -> None:
+    """Raises ``InvalidRequest`` for fields that are not supported. Not done while decoding: there may be far more
+    messages than a request can have."""
+    _refuse_unsupported(message, _INERT[ChatMessage], where + ".")
 
 
 def _decoded(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:

@@ -44,10 +44,12 @@ class Limits:
                 raise InvalidRequest(f"a stop string has 1 to {self.max_stop_chars} characters", param="stop")
 
 
-def max_new_tokens(num_prompt_tokens: int, wanted: int | None, default: int | None, max_model_len: int) -> int:
+def max_new_tokens(
+    num_prompt_tokens: int, wanted: int | None, default: int | None, max_model_len: int, *, param: str
+) -> int:
     """Tokens that a sequence may generate: as wanted, else ``default`` (None: all) as far as there is room.
 
-    Raises ``ContextExceeded`` where prompt and wanted tokens are more than the context.
+    Raises ``ContextExceeded``, which names ``param``, where prompt and wanted tokens are more than the context.
     """
     room = max_model_len - num_prompt_tokens
     if room < (1 if wanted is None else 0):
@@ -58,7 +60,7 @@ def max_new_tokens(num_prompt_tokens: int, wanted: int | None, default: int | No
         return room if default is None else min(default, room)
     if wanted > room:
         raise ContextExceeded(
-            f"{num_prompt_tokens} prompt tokens and max_tokens={wanted} exceed the context of {max_model_len} tokens",
-            param="max_tokens",
+            f"{num_prompt_tokens} prompt tokens and {param}={wanted} exceed the context of {max_model_len} tokens",
+            param=param,
         )
     return wanted

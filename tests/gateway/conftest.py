@@ -52,13 +52,22 @@ def server(served: tuple[FakeCluster, GatewayServer], cluster: FakeCluster) -> G
     return served[1]
 
 
-@pytest.fixture
-def client(server: GatewayServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=10) as client:
-        yield client
+@pytest.fixture(scope="module")
+def clients(served: tuple[FakeCluster, GatewayServer]) -> Iterator[tuple[openai.OpenAI, httpx.Client]]:
+    """Made once, since each reads the machine's certificates."""
+    url = served[1].url
+    with (
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=10) as client,
+        httpx.Client(base_url=url, timeout=10) as http,
+    ):
+        yield client, http
 
 
 @pytest.fixture
-def http(server: GatewayServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=10) as client:
-        yield client
+def client(clients: tuple[openai.OpenAI, httpx.Client], cluster: FakeCluster) -> openai.OpenAI:
+    return clients[0]
+
+
+@pytest.fixture
+def http(clients: tuple[openai.OpenAI, httpx.Client], cluster: FakeCluster) -> httpx.Client:
+    return clients[1]
