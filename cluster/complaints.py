@@ -1,6 +1,7 @@
 """From pydantic's errors to lines that a person can act on."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -33,20 +34,19 @@ _PATTERNS = {
 }
 
 
-def complaints(schema: type[BaseModel], document: Document, error: ValidationError) -> Iterator[str]:
-    """One line for each error, in the order of the file."""
+def complaints(schema: type[BaseModel], document: Document, error: ValidationError) -> Iterator[tuple[Loc, str]]:
+    """One for each error: where, and what to do."""
     details = error.errors()
     locs = [detail["loc"] for detail in details]
-    found = []
     for detail in details:
         loc = detail["loc"]
+        if any(loc[:length] in document.unread for length in range(1, len(loc) + 1)):
+            continue  # it is wrong only because it could not be read
         # A list whose items are wrong is also called too short.
         if detail["type"] != "too_short" or not any(
             len(other) > len(loc) and other[: len(loc)] == loc for other in locs
         ):
-            found.append((document.line(loc), document.at(loc, _text(schema, loc, detail))))
-    for _, line in sorted(found, key=lambda pair: pair[0]):
-        yield line
+            yield loc, _text(schema, loc, detail)
 
 
 def _text(schema: type[BaseModel], loc: Loc, detail: ErrorDetails) -> str:
@@ -72,9 +72,22 @@ def _text(schema: type[BaseModel], loc: Loc, detail: ErrorDetails) -> str:
             return f"{name} is too long; {context.get('max_length')} is the most"
         case _ if kind in _BOUNDS:
             words, key = _BOUNDS[kind]
-            return f"{name} {words} {context[key]}, got {got}"
+            return f"{name} {words} {_number(context[key])}, got {got}"
         case _:
-            return f"{name} {_NOUNS.get(kind, detail['msg'])}, got {got}"
+            return f"{name} {_NOUNS.get(kind, detail['msg'])}, got {got}{_quotes(kind, detail['input'])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value}"
+
+
+def _quotes(kind: str, value: object) -> str:
+    """YAML takes 8000 for a number, "8000" for text, and no for false."""
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; put it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value):
+        return "; remove the quotes"
+    return ""
 
 
 def _dotted(loc: Loc) -> str:

@@ -1,5 +1,6 @@
 """From a topology to what each process is told: the model is read here, and memory becomes blocks."""
 
+import difflib
 import re
 import secrets
 from dataclasses import dataclass
@@ -73,12 +74,6 @@ class Plan:
         """Bytes of one worker's KV pool."""
         return self.num_blocks * self.layout.block_bytes
 
-    @property
-    def cpus(self) -> float:
-        """What all processes take together, in Ray's books."""
-        pools = sum(pool.replicas * pool.resources.cpus for pool in self.topology.pools)
-        return pools + self.topology.router.cpus + self.topology.gateway.cpus
-
 
 def make_plan(topology: Topology, *, download: bool = True) -> Plan:
     """``TopologyError`` where topology and model do not go together. Fetches a model from the Hub if ``download``."""
@@ -86,11 +81,11 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
     try:
         config = ModelConfig.from_folder(folder)
         dtype = config.resolve_dtype(topology.dtype)
-    except ModelError as error:
+        layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, dtype)
+    except (ModelError, ValueError) as error:
         raise topology.error(("model",), str(error)) from error
     if not any(folder.glob("*.safetensors")):
         raise topology.error(("model",), f"{folder} holds no *.safetensors; other weight formats are not read")
-    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, dtype)
     max_model_len = topology.limits.max_model_len or config.max_position_embeddings
     if max_model_len > config.max_position_embeddings:
         text = f"the model's context is {config.max_position_embeddings} tokens, got {max_model_len}; lower it"
@@ -114,22 +109,54 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
 
 def find_model(topology: Topology, *, download: bool) -> Path:
     """The model's folder: relative to the file, to the working directory, or from the Hugging Face Hub."""
-    for base in (topology.base, Path.cwd()):
-        folder = (base / Path(topology.model).expanduser()).resolve()
-        if folder.is_dir():
-            return folder
-    if _HUB_ID.fullmatch(topology.model):
+    places = _places(topology)
+    for folder in places:
+        if _is_dir(folder):
+            return folder.resolve()
+    if _may_be_hub_id(topology):
         return _from_hub(topology, download=download)
-    raise topology.error(("model",), f"there is no folder {topology.model!r} beside this file or in {Path.cwd()}")
+    known = {str(Path(topology.model).parent / near.name): None for folder in places for near in _models_beside(folder)}
+    close = difflib.get_close_matches(topology.model, known, n=1)
+    advice = f"did you mean {close[0]!r}?" if close else "name a folder that holds config.json, or a Hugging Face id"
+    where = "" if Path(topology.model).is_absolute() else f" beside this file or in {Path.cwd()}"
+    raise topology.error(("model",), f"there is no folder {topology.model!r}{where}; {advice}")
 
 
 def is_hub_id(topology: Topology) -> bool:
-    """Whether the model comes from the Hub, not from a folder."""
+    """Whether the model is still to be fetched from the Hub."""
     try:
         find_model(topology, download=False)
     except TopologyError:
-        return _HUB_ID.fullmatch(topology.model) is not None
+        return _may_be_hub_id(topology)
     return False
+
+
+def _places(topology: Topology) -> list[Path]:
+    """Where the model's folder may be."""
+    try:
+        model = Path(topology.model).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise topology.error(("model",), f"{topology.model!r}: nobody here has that home; write it out") from error
+    return [topology.base / model, Path.cwd() / model]
+
+
+def _may_be_hub_id(topology: Topology) -> bool:
+    """``models/tiny`` beside a folder ``models`` is a folder's name."""
+    return _HUB_ID.fullmatch(topology.model) is not None and not any(_is_dir(p.parent) for p in _places(topology))
+
+
+def _models_beside(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.parent.iterdir() if (path / "config.json").is_file()]
+    except (OSError, ValueError):
+        return []
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long, or not allowed to look
+        return False
 
 
 def _from_hub(topology: Topology, *, download: bool) -> Path:

@@ -7,7 +7,8 @@ What depends on the model or on this machine is checked by ``cluster.plan`` and 
 import copy
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +19,7 @@ from cluster.document import Document, Loc, read
 from cluster.errors import TopologyError
 from messages.common import Role
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -31,7 +32,7 @@ def parse_size(value: object) -> object:
         raise ValueError("must be a size such as 256MiB or 2GiB")
     number, unit = match[1], (match[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(number) * base ** _UNITS[unit.removesuffix("i")])
+    return int(Fraction(number) * base ** _UNITS[unit.removesuffix("i")])
 
 
 def _plain_host(host: str) -> str:
@@ -50,7 +51,7 @@ def _plain_host(host: str) -> str:
 
 def _ray_address(address: str) -> str:
     if address.startswith("ray://"):
-        raise ValueError("Ray Client (ray://) is not supported yet; run on a node of that Ray and write auto")
+        raise ValueError("means Ray Client, which is not supported yet; run on a node of that Ray, and write auto")
     if address not in ("local", "auto") and not re.fullmatch(r"[^\s:/]+:\d{1,5}", address):
         raise ValueError("must be local (start a Ray here), auto (use the Ray running here) or HOST:PORT")
     return address
@@ -59,13 +60,13 @@ def _ray_address(address: str) -> str:
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Host = Annotated[str, AfterValidator(_plain_host)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
-Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Positive = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Section(BaseModel):
     """Unknown keys are refused, and "8" is not 8."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ClusterSection(Section):
@@ -173,11 +174,11 @@ class Topology(Section):
             # A section whose keys are all commented out is the section's defaults.
             topology = cls.model_validate({key: value for key, value in document.data.items() if value is not None})
         except ValidationError as error:
-            raise TopologyError(*complaints(cls, document, error)) from None
+            raise document.error(complaints(cls, document, error)) from None
         topology._document, topology._base = document, base
-        impossible = [document.at(loc, text) for loc, text in topology._impossible()]
-        if impossible:
-            raise TopologyError(*impossible)
+        impossible = list(topology._impossible())
+        if impossible or document.problems:
+            raise document.error(impossible)
         return topology
 
     @property
@@ -192,9 +193,18 @@ class Topology(Section):
         """The folder that a relative model path is relative to."""
         return self._base
 
+    @property
+    def cpus(self) -> float:
+        """What all processes take together, in Ray's books."""
+        return sum(pool.replicas * pool.resources.cpus for pool in self.pools) + self.router.cpus + self.gateway.cpus
+
     def error(self, loc: Loc, text: str) -> TopologyError:
         """A complaint about the value at ``loc``, with file and line."""
-        return TopologyError(self._document.at(loc, text))
+        return self.errors([(loc, text)])
+
+    def errors(self, found: Iterable[tuple[Loc, str]]) -> TopologyError:
+        """Several at once, in the order of the file."""
+        return self._document.error(found)
 
     def pools_of(self, *roles: Role) -> list[Pool]:
         return [pool for pool in self.pools if pool.role in roles]
@@ -214,12 +224,13 @@ class Topology(Section):
 
     def _impossible_pools(self) -> Iterator[tuple[Loc, str]]:
         roles = {pool.role for pool in self.pools}
-        seen: dict[str, int] = {}
+        seen: set[str] = set()
+        seen_roles: set[str] = set()
         for index, pool in enumerate(self.pools):
             here: Loc = ("pools", index)
             if pool.name in seen:
                 yield (*here, "name"), f"pool {pool.name!r} is there twice; give each pool a name of its own"
-            seen[pool.name] = index
+            seen.add(pool.name)
             if pool.tensor_parallel > 1:
                 got = pool.tensor_parallel
                 yield (*here, "tensor_parallel"), f"tensor_parallel is {got}: more than 1 comes next; write 1"
@@ -228,6 +239,9 @@ class Topology(Section):
                 yield (*here, "prefill_chunk"), f"{text} {pool.max_num_batched_tokens}; lower it, or raise the other"
             if pool.resources.gpus and self.device == "cpu":
                 yield (*here, "resources", "gpus"), "resources.gpus asks for GPUs, but device is cpu; write gpus: 0"
+            if pool.role in seen_roles:
+                continue  # said already
+            seen_roles.add(pool.role)
             if pool.role == "colocated" and len(roles) > 1:
                 text = "a colocated pool does prefill and decode itself; remove it, or the prefill and decode pools"
                 yield (*here, "role"), text

@@ -15,11 +15,22 @@ from cluster.topology import Topology
 
 def check(topology: Topology, *, download: bool = True) -> Plan:
     """The plan, if this machine can run it; else a ``TopologyError`` with one line for each thing that is wrong."""
-    plan = make_plan(topology, download=download)
-    problems = list(_problems(plan))
+    try:
+        plan = make_plan(topology, download=download)
+    except TopologyError as error:
+        machine = topology.errors(_machine_problems(topology))
+        raise TopologyError(*error.lines, *machine.lines) from error
+    problems = [*_model_problems(plan), *_machine_problems(topology)]
     if problems:
-        raise TopologyError(*(str(topology.error(loc, text)) for loc, text in problems))
+        raise topology.errors(problems)
     return plan
+
+
+def check_machine(topology: Topology) -> None:
+    """What can be said without the model; raises like ``check``."""
+    problems = list(_machine_problems(topology))
+    if problems:
+        raise topology.errors(problems)
 
 
 def summary(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -35,32 +46,34 @@ def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "kv", f"{blocks}, moved over {plan.transport}"
     yield "context", f"{plan.max_model_len} tokens"
     gateway = topology.gateway
-    yield "gateway", f"http://{gateway.host}:{gateway.port or '(any free port)'}"
+    host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
+    yield "gateway", f"http://{host}:{gateway.port or '(any free port)'}"
     yield "ray", "started here, on loopback" if topology.cluster.address == "local" else topology.cluster.address
 
 
-def _problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
-    topology = plan.topology
+def _model_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
     if not (plan.model / "tokenizer.json").is_file():
-        yield ("model",), f"{plan.model} holds no tokenizer.json"
+        yield ("model",), f"{plan.model} holds no tokenizer.json; save one there with the model's tokenizer"
+    if plan.topology.cluster.address == "local":
+        wanted, free = _memory(plan), psutil.virtual_memory().available
+        if wanted > free:
+            text = f"weights and KV of all workers take {size(wanted)}, this machine has {size(free)} free"
+            yield ("kv", "memory"), f"{text}; lower kv.memory or replicas"
+
+
+def _machine_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
     yield from _gateway_problems(topology)
-    if topology.cluster.address != "local":
-        return
     cpus = len(os.sched_getaffinity(0))
-    if plan.cpus > cpus + 1e-9:
-        text = f"all processes together take {plan.cpus:.4g} CPUs, this machine has {cpus}"
+    if topology.cluster.address == "local" and topology.cpus > cpus + 1e-9:
+        text = f"all processes together take {topology.cpus:.4g} CPUs, this machine has {cpus}"
         yield ("pools",), f"{text}; lower replicas or resources.cpus"
-    wanted, free = _memory(plan), psutil.virtual_memory().available
-    if wanted > free:
-        text = f"weights and KV of all workers take {size(wanted)}, this machine has {size(free)} free"
-        yield ("kv", "memory"), f"{text}; lower kv.memory or replicas"
 
 
 def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
     host, port = topology.gateway.host, topology.gateway.port
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: a part of the name is too long
         yield ("gateway", "host"), f"gateway.host: {host!r} is not known here; write an address of this machine"
         return
     with socket.socket(family, kind) as probe:
