@@ -100,7 +100,12 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if path.exists() and not path.is_file():
+            raise ClusterError(f"{path} is no file; name one for the results")
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise ClusterError(f"{path} cannot be written: {error.strerror}; name another file") from error
         try:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,8 +126,12 @@ class Results:
     def write(self, result: dict[str, Any]) -> None:
         """Append one result; a crash leaves it out or whole, or torn at the very end, which the next run cuts off."""
         line = json.dumps(result, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        while line:
-            line = line[os.write(self._fd, line) :]
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError as error:
+            again = "make room, then run the same command again to go on where it stopped"
+            raise ClusterError(f"{self._path} cannot be written: {error.strerror}; {again}") from error
 
     def close(self) -> None:
         os.close(self._fd)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster.errors import Interrupted
 from cluster.submit import Batch, Summary
 
 
@@ -20,7 +21,8 @@ class BatchRun:
     def on_url(self, url: str) -> Summary:
         """Against a gateway that is there."""
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}", style="dim"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bar:
+        timing = (TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, *timing, console=self.console, transient=True) as bar:
             task = bar.add_task("", total=None, note="")
 
             def show(summary: Summary) -> None:
@@ -30,7 +32,10 @@ class BatchRun:
             batch = Batch(
                 url, self.source, self.target, concurrency=self.concurrency, patience=self.patience, on_progress=show
             )
-            return batch.run()
+            try:
+                return batch.run()
+            except KeyboardInterrupt:
+                raise Interrupted("stopped; run the same command again to go on where it stopped") from None
 
     def on_topology(self, source: Path) -> Summary:
         """Against a cluster of its own."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.client import only_model, stream, text_of, trace_of
 from cluster.errors import ClusterError
@@ -15,10 +16,10 @@ def chat(console: Console, url: str, *, system: str | None, temperature: float, 
     model = only_model(url)
     first = [{"role": "system", "content": system}] if system else []
     history = list(first)
-    console.print(f"[bold]{model}[/] at {url} - {HELP}", highlight=False)
+    console.print(f"[bold]{escape(model)}[/] at {escape(url)} - {HELP}", highlight=False, soft_wrap=True)
     while True:
         try:
-            said = console.input("[cyan]> [/]").strip()
+            said = console.input("[cyan]> [/]" if console.is_terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -44,7 +45,7 @@ def _turn(console: Console, url: str, history: list[dict[str, str]], said: str, 
         history.pop()
         return
     except ClusterError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+        console.print(f"\n[red]{escape(str(error))}[/]" if answer else f"[red]{escape(str(error))}[/]", highlight=False)
         history.pop()
         return
     console.print()

@@ -23,11 +23,34 @@ Start with `baton demo`. Then `baton up configs/topologies/local.yaml`, and talk
 `baton submit`, or with any OpenAI client at http://127.0.0.1:8000/v1.
 """
 
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The YAML file that says what runs.")]
-Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which cluster, where several run.")]
-Url = Annotated[str | None, typer.Option(help="A gateway, such as http://127.0.0.1:8000.")]
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Which cluster, where several run.")]
+Url = Annotated[str | None, typer.Option(metavar="URL", help="A gateway, such as http://127.0.0.1:8000.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"baton {version('baton-serve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def baton(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which Baton this is.")
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -51,7 +74,10 @@ def up(
 
 @app.command()
 def down(name: Name = None) -> None:
-    """Stop a cluster, and clean up after one whose launcher was killed."""
+    """Stop a cluster, and clean up after one whose launcher was killed.
+
+    For example: `baton down`, or, where several run, `baton down local`
+    """
     from cluster import updown
 
     updown.down(_console(), name)
@@ -59,7 +85,10 @@ def down(name: Name = None) -> None:
 
 @app.command()
 def status(name: Name = None) -> None:
-    """Show the clusters that run here: every worker, its load, its KV blocks, the bytes it moved."""
+    """Show the clusters that run here: every worker, its load, its KV blocks, the bytes it moved.
+
+    For example: `baton status`, or `baton status local`
+    """
     from cluster.status import show_status
 
     show_status(_console(), name)
@@ -69,16 +98,19 @@ def status(name: Name = None) -> None:
 def validate(topology: TopologyFile) -> None:
     """Say what would be wrong with a topology, before anything starts.
 
+    For example: `baton validate configs/topologies/local.yaml`
+
     Checks the file, the model's folder and architecture, memory, CPUs and the gateway's port. Each complaint is one
     line, `FILE:LINE: what is wrong and what to do`, and the exit code is 2.
     """
     from cluster.plan import is_hub_id
     from cluster.topology import Topology
-    from cluster.validate import check, summary
+    from cluster.validate import check, check_machine, summary
 
     loaded = Topology.load(topology)
     console = _console()
     if is_hub_id(loaded):
+        check_machine(loaded)
         console.print(f"OK, as far as can be said: {loaded.model} will be fetched from the Hugging Face Hub first")
         return
     plan = check(loaded, download=False)
@@ -99,17 +131,21 @@ def submit(
 ) -> None:
     """Run a file of requests in OpenAI's batch format; run it again to go on where it stopped.
 
-    A line: {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "Once"}}
+    A line: `{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "Once"}}`
 
     For example: `baton submit prompts.jsonl -o results.jsonl --topology configs/topologies/local.yaml`
 
-    Every line gets exactly one result, over however many runs; a line that is no request gets an error for a result.
+    Every line gets exactly one result, over however many runs, in the order in which they are done; a line that is no
+    request gets an error for a result. Lines that failed are named, and the exit code is 1.
+
     Without --url, --cluster or --topology the one cluster that runs here is used.
     """
     from cluster import batch_run
+    from cluster.submit import check_files
 
     if sum(option is not None for option in (url, cluster, topology)) > 1:
         raise typer.BadParameter("name one of --url, --cluster and --topology")
+    check_files(requests, output)
     run = batch_run.BatchRun(_console(), requests, output, concurrency=concurrency, patience=patience)
     _tell(run.on_topology(topology) if topology is not None else run.on_url(_url(url, cluster)))
 
@@ -122,15 +158,23 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
-    """Talk to the model of a cluster that runs here, or of any gateway with --url."""
+    """Talk to the model of a cluster that runs here, or of any gateway with --url.
+
+    For example: `baton chat`, `baton chat local`, or `baton chat --url http://127.0.0.1:8000 --temperature 0`
+    """
     from cluster.chat import chat as run_chat
 
+    if url is not None and name is not None:
+        raise typer.BadParameter("name a cluster or a --url, not both")
     run_chat(_console(), _url(url, name), system=system, temperature=temperature, max_tokens=max_tokens)
 
 
 @app.command()
 def demo() -> None:
-    """Start a small cluster, stream a few stories at once, show who ran what, and stop again."""
+    """Start a small cluster, stream a few stories at once, show who ran what, and stop again.
+
+    For example: `baton demo`
+    """
     from cluster.demo import demo as run_demo
 
     run_demo(_console())
@@ -140,11 +184,24 @@ def _url(url: str | None, name: str | None) -> str:
     from cluster import state
 
     if url is not None:
-        return url.rstrip("/").removesuffix("/v1")
+        return _gateway(url)
     found = state.find(name)
     if found.url is None:
-        raise ClusterError(f"{found.name} is still starting")
+        raise ClusterError(f"{found.name} is still starting; `baton status` says when it is ready")
     return found.url
+
+
+def _gateway(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no port that there could be
+        usable = False
+    if not usable:
+        raise typer.BadParameter(f"--url must look like http://127.0.0.1:8000, got {url!r}")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _tell(summary: "Summary") -> None:
@@ -157,6 +214,11 @@ def _tell(summary: "Summary") -> None:
         f"{summary.seconds:.1f} s, {speed:.0f} tokens/s",
     ]
     print("; ".join(parts))
+    if summary.failed:
+        more = summary.failed - len(summary.problems)
+        for line in [*summary.problems, *([f"... and {more} more, all in the results"] if more else [])]:
+            print(line, file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _console() -> "Console":

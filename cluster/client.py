@@ -17,14 +17,24 @@ def get(url: str, path: str) -> Any:
     """The JSON at ``path``; ``ClusterError`` if there is no gateway."""
     try:
         response = httpx.get(url + path, timeout=5.0, trust_env=False)
-        return response.raise_for_status().json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise ClusterError(f"{url} does not answer: {error or type(error).__name__}") from error
+    except httpx.HTTPError as error:
+        advice = "`baton status` lists the clusters that run here"
+        raise ClusterError(f"{url} does not answer: {str(error) or type(error).__name__}; {advice}") from error
+    if response.status_code != 200:
+        raise ClusterError(f"{url}{path}: {_problem(response.status_code, response.content)}")
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ClusterError(f"{url}{path} is no JSON; is this a gateway?") from error
 
 
 def only_model(url: str) -> str:
     """The name of the model that is served at ``url``."""
-    return str(get(url, "/v1/models")["data"][0]["id"])
+    answer = get(url, "/v1/models")
+    try:
+        return str(answer["data"][0]["id"])
+    except (LookupError, TypeError) as error:
+        raise ClusterError(f"{url}/v1/models names no model; is this a gateway?") from error
 
 
 def stream(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -75,11 +85,18 @@ def trace_of(chunk: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _chunk(line: str) -> Iterator[dict[str, Any]]:
-    if line.startswith("data: ") and line != "data: [DONE]":
+    if not line.startswith("data: ") or line == "data: [DONE]":
+        return
+    try:
         chunk = json.loads(line.removeprefix("data: "))
-        if "error" in chunk:
-            raise ClusterError(f"the server gave up: {chunk['error'].get('message', chunk['error'])}")
-        yield chunk
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise ClusterError(f"the server sent something else than a chunk: {line[:80]!r}")
+    if "error" in chunk:
+        error = chunk["error"]
+        raise ClusterError(f"the server gave up: {error.get('message', error) if isinstance(error, dict) else error}")
+    yield chunk
 
 
 def _problem(status: int, content: bytes) -> str:

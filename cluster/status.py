@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster import state
@@ -12,22 +13,28 @@ from cluster.plan import size
 
 
 def show_status(console: Console, name: str | None) -> None:
-    """One cluster in full, or all that run."""
-    files = [file for file in state.every() if name is None or file.name == name]
+    """One cluster in full, or all that run; one that does not answer keeps no other from being shown."""
+    if name is None:
+        files = state.every()
+    else:
+        named = state.read(name)
+        files = [named] if named is not None else []
     if not files:
-        raise ClusterError(
-            "no cluster runs; start one with `baton up TOPOLOGY`" if name is None else f"no cluster named {name!r} runs"
-        )
+        advice = "start one with `baton up TOPOLOGY`" if name is None else "`baton status` lists those that do"
+        raise ClusterError(f"no cluster {'' if name is None else f'named {name!r} '}runs; {advice}")
     for file in files:
         console.print(f"[bold]{file.name}[/]  {_state(file)}", highlight=False, soft_wrap=True)
         if file.alive and file.url is not None:
-            console.print(_table(get(file.url, "/status")))
+            try:
+                console.print(_table(get(file.url, "/status")))
+            except ClusterError as error:
+                console.print(f"  [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
 
 
 def _state(file: state.ClusterFile) -> str:
     if not file.alive:
         return f"[red]its launcher (pid {file.pid}) is gone[/]; `baton down {file.name}` cleans up"
-    return f"{file.url or 'starting'}  pid {file.pid}  {file.topology}"
+    return f"{file.url or 'starting'}  pid {file.pid}  {escape(file.topology)}"
 
 
 def _table(status: dict[str, Any]) -> Table:

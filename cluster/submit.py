@@ -1,6 +1,7 @@
 """`baton submit`: runs a file of requests against a gateway, many at once, and never the same line twice."""
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ COME_BACK = (429, 503)
 """Answers that say: later."""
 TRIES = 3
 """For other failures of the server (500, 502, 504) before they are taken for its answer."""
+PROBLEMS_SHOWN = 10
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 TIMEOUT = httpx.Timeout(connect=10.0, read=3600.0, write=60.0, pool=None)
 
@@ -34,11 +36,25 @@ class Summary:
     """Have an error for a result."""
     retries: int = 0
     completion_tokens: int = 0
+    problems: list[str] = field(default_factory=list)
+    """The first lines that failed in this run, and why."""
     seconds: float = 0.0
 
     @property
     def finished(self) -> int:
         return self.before + self.succeeded + self.failed
+
+
+def check_files(source: Path, target: Path) -> None:
+    """Say what would keep a run from starting."""
+    if not source.is_file():
+        raise ClusterError(f"there is no file {source}; name one with a request on each line")
+    if not os.access(source, os.R_OK):
+        raise ClusterError(f"{source} cannot be read: you may not")
+    if target.exists() and target.samefile(source):
+        raise ClusterError(f"{target} is the input; name another file for the results")
+    if not target.parent.is_dir():
+        raise ClusterError(f"there is no folder {target.parent} for {target.name}; make it, or name another file")
 
 
 @dataclass(slots=True)
@@ -58,10 +74,7 @@ class Batch:
 
     def run(self) -> Summary:
         """Until every line has its result. ``ClusterError`` if it cannot go on; running it again then goes on."""
-        if not self.source.is_file():
-            raise ClusterError(f"there is no file {self.source}")
-        if self.target.exists() and self.target.samefile(self.source):
-            raise ClusterError(f"{self.target} is the input; name another file for the results")
+        check_files(self.source, self.target)
         started = time.monotonic()
         self.summary.total = count_lines(self.source)
         with Results(self.target) as results:
@@ -91,7 +104,7 @@ class Batch:
                 result = await self._answer(client, request)
                 results.write(result)
                 self._last_answer = time.monotonic()
-                self._count(result)
+                self._count(request, result)
             self.on_progress(self.summary)
 
     async def _answer(self, client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
@@ -107,11 +120,12 @@ class Batch:
             except ValueError as error:  # NaN, or half a surrogate pair: no JSON that could be sent
                 return request.result(None, "invalid_line", f"line {request.number}: body cannot be sent: {error}")
             else:
-                failures += 1
                 if response.status_code in COME_BACK:
                     problem, wanted = f"{self.url} is busy ({response.status_code})", retry_after(response)
-                elif response.status_code < 500 or failures >= TRIES:
+                elif response.status_code < 500 or failures + 1 >= TRIES:
                     return request.result(_response(response))
+                else:
+                    failures += 1
             trouble_since = min(trouble_since, time.monotonic()) if problem else float("inf")
             if time.monotonic() - max(trouble_since, self._last_answer) > self.patience:
                 again = "run the same command again to go on where it stopped"
@@ -120,15 +134,29 @@ class Batch:
             await asyncio.sleep(max(wanted, pause * self.rng.uniform(0.5, 1.5)))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _count(self, result: dict[str, Any]) -> None:
+    def _count(self, request: Request, result: dict[str, Any]) -> None:
         response = result["response"]
         if response is None or response["status_code"] != 200:
             self.summary.failed += 1
+            if len(self.summary.problems) < PROBLEMS_SHOWN:
+                self.summary.problems.append(f"{self.source}:{request.number}: {_reason(result)}")
             return
         self.summary.succeeded += 1
         usage = response["body"].get("usage") if isinstance(response["body"], dict) else None
         if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
             self.summary.completion_tokens += usage["completion_tokens"]
+
+
+def _reason(result: dict[str, Any]) -> str:
+    """Why a line has no answer, in one line."""
+    response = result["response"]
+    if response is None:
+        return str(result["error"]["message"]).partition(": ")[2]
+    try:
+        message = response["body"]["error"]["message"]
+    except (LookupError, TypeError):
+        message = "no reason given"
+    return f"the server answered {response['status_code']}: {' '.join(str(message).split())[:200]}"
 
 
 def _response(response: httpx.Response) -> dict[str, Any]:
