@@ -43,8 +43,10 @@ class FakeCluster:
         """Answers ``PlacementWanted`` instead of a ``Placed``; None: does not answer."""
         self.ready = True
         self.received: list[Any] = []
+        """In order of arrival; of requests that were placed since ``reset`` only."""
         self.chunk_size = 3
         self._held: dict[RequestId, Callable[[], None]] = {}
+        self._requests: set[RequestId] = set()
         self._changed = threading.Condition()
         self._stopping = False
         started = threading.Event()
@@ -61,7 +63,9 @@ class FakeCluster:
     def reset(self) -> None:
         with self._changed:
             self.script, self.hold_after, self.on_placement, self.ready = counting, None, None, True
+            self.chunk_size = 3
             self.received.clear()
+            self._requests.clear()
             self._held.clear()
 
     def wait_for(self, kind: type[Any], count: int = 1, timeout: float = TIMEOUT) -> list[Any]:
@@ -112,10 +116,16 @@ class FakeCluster:
                     if callable(message):
                         message()
                         continue
+                    self._record(message)  # first, so that who has the answer finds the question
                     self._handle(message)
-                    with self._changed:
-                        self.received.append(message)
-                        self._changed.notify_all()
+
+    def _record(self, message: Any) -> None:
+        with self._changed:
+            if isinstance(message, PlacementWanted):
+                self._requests.add(message.request)
+            if isinstance(message, ClusterStateWanted) or message.request in self._requests:
+                self.received.append(message)
+                self._changed.notify_all()
 
     def _handle(self, message: Any) -> None:
         match message:
