@@ -67,13 +67,19 @@ class Cluster:
     """``start``, then ``supervise`` for as long as it shall run, then ``stop``; or use it in a ``with`` statement."""
 
     def __init__(
-        self, plan: Plan, progress: Progress = lambda who, what: None, keep_logs_in: Path | None = None
+        self,
+        plan: Plan,
+        progress: Progress = lambda who, what: None,
+        keep_logs_in: Path | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        """``check`` is called every moment while the cluster starts; what it raises ends the start."""
         self.plan = plan
         self.url = ""
         self.processes: dict[str, Process] = {}
         self._progress = progress
         self._keep_logs_in = keep_logs_in
+        self._check = check
         self._namespace = f"baton-{plan.topology.name}"
         self._session = RaySession(plan.topology.cluster.address, self._namespace)
         self._groups: list[Any] = []
@@ -187,6 +193,7 @@ class Cluster:
         deadline = time.monotonic() + PLACE_WITHIN
         for worker, group in zip(workers, groups, strict=True):
             while not group.wait(1):
+                self._check()
                 if time.monotonic() > deadline:
                     wanted = ", ".join(_amount(name, amount) for name, amount in _needs(worker).items())
                     raise LaunchError(f"Ray found no place for {worker.config.worker} ({wanted}) on this machine")
@@ -218,6 +225,7 @@ class Cluster:
         started: dict[str, dict[str, Any]] = {}
         deadline = time.monotonic() + START_WITHIN
         while pending:
+            self._check()
             done, _ = self._session.ray.wait(list(pending), num_returns=1, timeout=POLL)
             for ref in done:
                 name = pending.pop(ref)
@@ -231,6 +239,7 @@ class Cluster:
     def _wait_until_ready(self, workers: int) -> None:
         deadline = time.monotonic() + READY_WITHIN
         while self.call("router", "inspect")["workers"] < workers or not self.call("gateway", "ready"):
+            self._check()
             self.supervise(POLL / 4)
             if time.monotonic() > deadline:
                 known = self.call("router", "inspect")["workers"]

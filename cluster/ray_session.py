@@ -120,7 +120,7 @@ class RaySession:
 def remove_remains(folder: Path) -> None:
     """End the Ray in ``folder``, whose launcher was killed, and remove the folder."""
     if folder.name.startswith("baton-") and folder.is_dir():
-        _end(_processes_of(folder))
+        _end(_processes_of(folder), grace=0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -160,19 +160,23 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
-    """Ray's processes that have ``folder`` in their command line, and all their descendants."""
+    """Ray's processes, by a log in ``folder`` that they have open or by their command line, and all their descendants.
+
+    Many give themselves a title instead of a command line, and have no parent any more when Ray's own was killed.
+    """
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and any(str(folder) in part for part in process.cmdline()):
+            named = [*process.cmdline(), *(file.path for file in process.open_files())]
+            if process.pid != os.getpid() and any(str(folder) in name for name in named):
                 for each in (process, *process.children(recursive=True)):
                     found[each.pid] = each
     return list(found.values())
 
 
-def _end(processes: list[psutil.Process]) -> list[psutil.Process]:
+def _end(processes: list[psutil.Process], grace: float = GONE_WITHIN) -> list[psutil.Process]:
     """Wait for them, then kill them; who is still there after that."""
-    _, alive = psutil.wait_procs(processes, timeout=GONE_WITHIN)
+    _, alive = psutil.wait_procs(processes, timeout=grace)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

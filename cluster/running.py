@@ -18,12 +18,12 @@ from cluster.validate import check
 
 
 class Signals:
-    """SIGINT and SIGTERM while this is entered: the first raises ``Interrupted``, or sets ``seen`` where that was asked
+    """SIGINT and SIGTERM while this is entered: the first sets ``seen``, and raises ``Interrupted`` where that was asked
     for; further ones are ignored, for the cluster is being taken down by then."""
 
     def __init__(self) -> None:
         self.seen = threading.Event()
-        self._raises = True
+        self._raises = False
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -35,6 +35,16 @@ class Signals:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def check(self) -> None:
+        """Raise ``Interrupted`` if a signal has come."""
+        if self.seen.is_set():
+            raise Interrupted("stopped")
+
+    def raise_at_once(self) -> None:
+        """From now on a signal raises, wherever the main thread is. Not while it is inside Ray, which loses it."""
+        self._raises = True
+        self.check()
+
     def only_note(self) -> None:
         """From now on a signal raises nothing."""
         self._raises = False
@@ -43,7 +53,7 @@ class Signals:
         first = not self.seen.is_set()
         self.seen.set()
         if first and self._raises:
-            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+            self.check()
 
 
 @contextlib.contextmanager
@@ -65,11 +75,12 @@ def running(
                 file = state.update(file, url=None, ray_folder=cluster.ray_folder)
             progress.note(who, what)
 
-        cluster = Cluster(plan, note, keep_logs_in=state.folder() / f"{topology.name}-logs")
+        cluster = Cluster(plan, note, keep_logs_in=state.folder() / f"{topology.name}-logs", check=signals.check)
         try:
             with progress:
                 cluster.start()
             file = state.update(file, url=cluster.url, ray_folder=cluster.ray_folder)
+            signals.raise_at_once()
             yield cluster, signals
         finally:
             signals.only_note()

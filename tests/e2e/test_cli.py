@@ -27,7 +27,7 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     before, processes = remains(), ours()
     yield
     assert remains() <= before
-    assert ours() == processes
+    assert ours() <= processes
 
 
 def ours() -> set[int]:
@@ -60,7 +60,7 @@ def test_up_status_submit_chat_down(tmp_path: Path) -> None:
 
     assert "runs already" in baton("up", "--detach", COLOCATED, "--port", "0", code=1)
     status = baton("status")
-    assert "worker-0" in status and "worker-1" in status and "512" in status
+    assert "worker-0" in status and "worker-1" in status and "2048" in status
 
     prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     lines = [request(number, f"Story {number}: once") for number in range(20)]
@@ -105,7 +105,7 @@ def test_up_interrupted_while_it_starts_leaves_nothing() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
         assert launcher.stdout is not None
         for line in launcher.stdout:
-            if "worker-1: loading" in line:
+            if "worker-1: starting" in line:
                 launcher.send_signal(signal.SIGINT)
         assert launcher.wait(60) == 130
 
