@@ -100,7 +100,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not path.is_file():
             raise ClusterError(f"{path} is no file; name one for the results")
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

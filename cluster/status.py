@@ -41,17 +41,18 @@ def _table(status: dict[str, Any]) -> Table:
     cluster = status["cluster"] or {"workers": [], "queued": 0}
     in_flight = f"{status['sequences_in_flight']} sequences in flight, {cluster['queued']} waiting for a worker"
     ready = "ready" if status["ready"] else "not ready"
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), caption=f"{ready}; {in_flight}")
+    # No wider than a terminal of 80 columns, or rich leaves the last ones out.
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), caption=f"{ready}; {in_flight}")
     table.caption_justify = "left"
-    right = ("running", "waiting", "free", "held", "cached", "blocks", "KV sent", "KV received")
-    for column in ("worker", "role", "alive", *right):
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for column in ("worker", "role"):
+        table.add_column(column)
+    for column in ("running", "waiting", "free", "held", "cached", "blocks", "KV out", "KV in"):
+        table.add_column(column, justify="right", no_wrap=True)
     for worker in cluster["workers"]:
         blocks = worker["blocks"]
         table.add_row(
             worker["worker"],
-            worker["role"],
-            "[green]yes[/]" if worker["alive"] else "[red]lost[/]",
+            worker["role"] if worker["alive"] else "[red]lost[/]",
             str(worker["running"]),
             str(worker["waiting"]),
             *(str(blocks[kind]) for kind in ("free", "held", "cached", "total")),

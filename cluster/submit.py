@@ -47,11 +47,11 @@ class Summary:
 
 def check_files(source: Path, target: Path) -> None:
     """Say what would keep a run from starting."""
-    if not source.is_file():
+    if not os.path.isfile(source):  # False for a path that cannot be
         raise ClusterError(f"there is no file {source}; name one with a request on each line")
     if not os.access(source, os.R_OK):
         raise ClusterError(f"{source} cannot be read: you may not")
-    if target.exists() and target.samefile(source):
+    if os.path.exists(target) and target.samefile(source):
         raise ClusterError(f"{target} is the input; name another file for the results")
     if not target.parent.is_dir():
         raise ClusterError(f"there is no folder {target.parent} for {target.name}; make it, or name another file")

@@ -2,10 +2,10 @@
 
 import itertools
 import json
+import os
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +14,7 @@ import pytest
 from cluster.batch import Results
 from cluster.errors import ClusterError
 from cluster.submit import Batch, Summary
-
-Answer = Callable[[dict[str, Any], int], tuple[int, dict[str, str], dict[str, Any]]]
-
-
-class Server:
-    """Answers each request through ``answer(body, how many times this body came)``; remembers all of them."""
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.answer: Answer = lambda body, times: (200, {}, {"id": "x", "usage": {"completion_tokens": 2}})
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    outer.bodies.append(body)
-                    times = outer.bodies.count(body)
-                status, headers, content = outer.answer(body, times)
-                if status == 0:  # drop the connection
-                    self.close_connection = True
-                    return
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
+from tests.cluster.server import Server
 
 
 def line(custom_id: str, **body: Any) -> str:
@@ -236,3 +187,114 @@ def test_only_one_process_writes_a_file(server: Server, files: Files) -> None:
         files.submit(server)
     with pytest.raises(ClusterError, match="is the input"):
         Batch(server.url, files.source, files.source).run()
+
+
+def test_results_keep_their_ids_and_answers_whatever_order_they_come_in(server: Server, files: Files) -> None:
+    both, first_may_go = threading.Barrier(2), threading.Event()
+
+    def answer(body: dict[str, Any], times: int) -> tuple[int, dict[str, str], dict[str, Any]]:
+        both.wait(10)
+        if body["prompt"] == "a":
+            first_may_go.wait(10)
+        return 200, {"x-request-id": f"id-of-{body['prompt']}"}, {"text": body["prompt"]}
+
+    server.answer = answer
+    files.write(line("a"), line("b"))
+    summary = files.submit(server, concurrency=2, on_progress=lambda now: first_may_go.set())
+    assert summary.succeeded == 2
+    results = files.results()
+    assert [(r["id"], r["custom_id"]) for r in results] == [("line-2", "b"), ("line-1", "a")]
+    for result in results:
+        name = result["custom_id"]
+        assert result["response"] == {"status_code": 200, "request_id": f"id-of-{name}", "body": {"text": name}}
+
+
+def test_a_request_that_comes_back_busy_still_gets_its_tries_at_a_broken_server(server: Server, files: Files) -> None:
+    answers = {1: 503, 2: 429, 3: 500, 4: 200}
+    server.answer = lambda body, times: (answers[times], {}, {})
+    files.write(line("a"))
+    summary = files.submit(server, rng=Hurry())
+    assert (summary.succeeded, summary.retries) == (1, 3)
+
+
+def test_a_server_that_keeps_failing_is_believed_in_the_end(server: Server, files: Files) -> None:
+    server.answer = lambda body, times: (500, {}, {"error": {"message": "out of\n order"}})
+    files.write(line("a"), "", line("b"))
+    summary = files.submit(server, rng=Hurry())
+    assert (summary.failed, len(server.bodies)) == (2, 6)
+    problem = f"{files.source}:{{}}: the server answered 500: out of order"
+    assert sorted(summary.problems) == [problem.format(1), problem.format(3)]
+
+
+class Hurry(random.Random):
+    """Draws no pause at all."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return 0.0
+
+
+def test_answers_that_are_no_json_are_kept_as_text(server: Server, files: Files) -> None:
+    server.answer = lambda body, times: (404, {}, b"<html>")
+    files.write(line("a"))
+    summary = files.submit(server)
+    assert files.results()[0]["response"]["body"] == "<html>"
+    assert summary.problems == [f"{files.source}:1: the server answered 404: no reason given"]
+
+
+def test_problems_are_named_with_file_and_line_and_not_without_end(server: Server, files: Files) -> None:
+    files.write(line("good"), *["{"] * 50)
+    summary = files.submit(server)
+    assert summary.failed == 50
+    assert len(summary.problems) == 10
+    assert summary.problems[0].startswith(f"{files.source}:2: the line is not JSON: ")
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+    server: Server, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write(*map(line, "abc"))
+    write, written = os.write, itertools.count()
+
+    def full(fd: int, data: bytes) -> int:
+        if next(written) < 1:
+            return write(fd, data)
+        write(fd, data[:7])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cluster.batch.os.write", full)
+        with pytest.raises(ClusterError, match=r"No space left on device; make room, then run the same command again"):
+            files.submit(server, concurrency=1)
+    assert files.submit(server).before == 1
+    assert files.ids() == ["a", "b", "c"]
+
+
+def test_empty_files_need_no_server(server: Server, files: Files) -> None:
+    files.write("", "   ")
+    assert files.submit(server).total == 0
+    assert server.bodies == []
+
+
+def test_a_line_without_end_is_one_error(server: Server, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.batch.MAX_LINE", 200)
+    files.write(line("a"), line("b", prompt="x" * 1000), line("c"))
+    summary = files.submit(server)
+    assert (summary.total, summary.succeeded, summary.failed) == (3, 2, 1)
+    assert summary.problems[0].startswith(f"{files.source}:2: the line is longer than")
+
+
+def test_a_run_needs_a_file_to_read_and_a_place_to_write(server: Server, tmp_path: Path) -> None:
+    source, folder = tmp_path / "p.jsonl", tmp_path / "folder"
+    source.write_text(line("a"))
+    folder.mkdir()
+    for from_, to, why in (
+        (tmp_path / "no.jsonl", tmp_path / "r", "there is no file .*no.jsonl; name one with a request on each line"),
+        (folder, tmp_path / "r", "there is no file .*folder"),
+        (source, tmp_path / "nowhere" / "r", "there is no folder .*nowhere for r; make it, or name another file"),
+        (source, folder, "folder is no file; name one for the results"),
+        (source, Path("/dev/null"), "/dev/null is no file"),
+        (source, tmp_path / ("x" * 300), "cannot be written: File name too long; name another file"),
+    ):
+        with pytest.raises(ClusterError, match=why):
+            Batch(server.url, from_, to).run()
+    assert server.bodies == []
