@@ -231,6 +231,8 @@ class Router:
         address = event.address
         known = self._members.get(address.worker)
         actions: list[Action] = []
+        if self._members.is_former(address.worker, address.epoch):
+            return []
         if known is not None and known.epoch == address.epoch:
             if known.dead_for_good:
                 return []

@@ -1,12 +1,15 @@
 """Which workers there are, which of them live, and who has been silent for the longest time."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 from messages.common import Role
 from messages.ids import Epoch, WorkerId
 from router.core.policies.base import Policy
 from router.core.views import WorkerView
+
+FORMER = 16
+"""Incarnations of a worker that are remembered after another one took its name."""
 
 
 class Members:
@@ -17,6 +20,7 @@ class Members:
         self._views: dict[WorkerId, WorkerView] = {}
         self._by_silence: OrderedDict[WorkerId, WorkerView] = OrderedDict()
         """Live workers, the one that was not heard for the longest time first."""
+        self._former: dict[WorkerId, deque[Epoch]] = {}
         self._longest: dict[Role, int] = {}
 
     def __iter__(self) -> Iterator[WorkerView]:
@@ -27,11 +31,18 @@ class Members:
         view = self._views.get(worker)
         return view if view is not None and epoch in (None, view.epoch) else None
 
+    def is_former(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """Whether another process has taken the place of this one: whatever it still sends is late."""
+        return epoch in self._former.get(worker, ())
+
     def live(self) -> Iterator[WorkerView]:
         return iter(self._by_silence.values())
 
     def join(self, view: WorkerView) -> None:
         """Take in a worker, in place of one of the same name that is not live any more."""
+        known = self._views.get(view.worker)
+        if known is not None and known.epoch != view.epoch:
+            self._former.setdefault(view.worker, deque(maxlen=FORMER)).append(known.epoch)
         self._views[view.worker] = view
         self._by_silence[view.worker] = view
         self.policies[view.role].add(view)

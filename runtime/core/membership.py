@@ -8,11 +8,13 @@ from runtime.core.actions import Send
 
 REPORT_EVERY = 0.1
 """Seconds."""
+REGISTER_EVERY = 50
+"""Reports from one ``Register`` to the next, for the router may be another one, or may have missed the last."""
 
 
 class Membership:
-    """One worker's standing with the router. A lost ``Register`` mends itself: the next report is answered by
-    ``RegisterWanted``."""
+    """One worker's standing with the router. A lost ``Register`` mends itself: every so often another one follows. One
+    that the router knows, but took for lost, is told so by ``RegisterWanted``."""
 
     def __init__(
         self, address: WorkerAddress, role: Role, router: Address, *, max_num_seqs: int, max_model_len: int
@@ -54,4 +56,5 @@ class Membership:
             kv_bytes_received=self.kv_bytes_received,
             transfers=self.transfers,
         )
-        return [Send(self._router, report)]
+        again = [self.register()] if self._number % REGISTER_EVERY == 0 else []
+        return [*again, Send(self._router, report)]

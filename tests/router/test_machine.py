@@ -3,13 +3,14 @@
 import pytest
 
 from messages import tickets
-from messages.common import Role
+from messages.common import BlockCounts, Role
 from messages.gateway_to_router import ClusterStateWanted
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.worker_to_router import Leaving, WorkerDied
 from router.core.machine import Tick
+from runtime.core.membership import REGISTER_EVERY, REPORT_EVERY, Membership
 from tests.router.world import GATEWAY, KEY, World, finished, prefilled, register, report, wanted
 
 
@@ -181,6 +182,95 @@ def test_a_restarted_worker_takes_the_place_of_its_former_self(pair: World) -> N
     assert pair.handle(WorkerDied(worker=WorkerId("d0"), epoch=Epoch(1), detail="killed")) == []
     assert [worker.epoch for worker in pair.state().workers if worker.worker == "d0"] == [2]
     assert pair.handle(report("d0", 7, epoch=1)) == []
+
+
+@pytest.mark.parametrize("late", ["Register", "Leaving", "Report", "WorkerDied"])
+def test_what_comes_late_from_a_former_incarnation_does_not_touch_its_successor(pair: World, late: str) -> None:
+    pair.handle(register("d0", Role.DECODE, epoch=2))
+    pair.handle(register("d0", Role.DECODE, epoch=3))
+    before = pair.state()
+    for epoch in (1, 2):
+        match late:
+            case "Register":
+                event: object = register("d0", Role.DECODE, epoch=epoch)
+            case "Leaving":
+                event = Leaving(worker=WorkerId("d0"), epoch=Epoch(epoch))
+            case "Report":
+                event = report("d0", 99, epoch)
+            case _:
+                event = WorkerDied(worker=WorkerId("d0"), epoch=Epoch(epoch), detail="killed")
+        assert pair.handle(event) == []
+    assert pair.state() == before
+
+
+def test_registering_again_changes_nothing_but_shows_life(pair: World) -> None:
+    pair.place("r")
+    before = pair.state()
+    for _ in range(3):
+        pair.sleep(3.0, "p0", "p1", "d1")
+        assert pair.handle(register("d0", Role.DECODE)) == []
+    assert [worker.alive for worker in pair.state().workers] == [True] * 4
+    assert [worker.assigned for worker in pair.state().workers] == [worker.assigned for worker in before.workers]
+
+
+def test_a_register_that_was_lost_is_made_up_for() -> None:
+    """The worker's side of the membership against the router's."""
+    world = World()
+    address = register("c0", Role.COLOCATED).address
+    member = Membership(address, Role.COLOCATED, Address("tcp://router:1"), max_num_seqs=8, max_model_len=4096)
+    blocks = BlockCounts(free=1, held=0, cached=0, total=1)
+    for step in range(REGISTER_EVERY):
+        assert not world.state().ready
+        world.now = step * REPORT_EVERY * 1.001
+        for send in member.report(blocks, running=0, waiting=0, now=world.now):
+            assert world.handle(send.message) == []
+    assert world.state().ready
+    assert world.now < 5.0
+
+
+def test_a_worker_that_leaves_gets_nothing_more_and_its_requests_go_elsewhere(pair: World) -> None:
+    placed = pair.place("r")
+    prefill, _ = workers_of(placed)
+    sends = pair.handle(Leaving(worker=WorkerId(prefill), epoch=Epoch(1)))
+    assert [(send.to, type(send.message)) for send in sends[:1]] == [(GATEWAY, WorkerLost)]
+    assert pair.handle(report(prefill, 50)) == pair.handle(register(prefill, Role.PREFILL)) == []
+    others = [workers_of(pair.place(f"r{i}"))[0] for i in range(4)]
+    assert prefill not in others
+    assert workers_of(pair.place("r", attempt=2))[0] != prefill
+
+
+def test_a_prefill_worker_lost_in_the_middle_is_told_to_the_gateway_and_one_that_was_done_costs_no_retry(
+    pair: World,
+) -> None:
+    """The gateway decides; asked again, the router says whether the attempt was hurt."""
+    pair.place("computing", tokens=100)
+    pair.place("other")
+    pair.place("computed", tokens=5)
+    pair.handle(prefilled("computed"))
+    sends = pair.handle(WorkerDied(worker=WorkerId("p0"), epoch=None, detail="killed"))
+    assert any(isinstance(send.message, WorkerLost) for send in sends)
+    assert [type(send.message) for send in pair.handle(wanted("computing"))] == [Placed, WorkerLost]
+    assert [type(send.message) for send in pair.handle(wanted("computed"))] == [Placed]
+
+
+def test_messages_about_an_older_attempt_do_not_touch_the_newer_one(pair: World) -> None:
+    pair.place("r", tokens=1000)
+    second = pair.place("r", attempt=2, tokens=1000)
+    for late in (prefilled("r", 1), finished("r", 1)):
+        assert pair.handle(late) == []
+    # All 1000 tokens still count: the next goes to the other prefill worker.
+    assert workers_of(pair.place("s", tokens=1))[0] != workers_of(second)[0]
+    assert pair.place("r", attempt=2) == second
+
+
+def test_messages_about_a_request_or_worker_that_nobody_knows_do_nothing(pair: World) -> None:
+    before = pair.state()
+    for event in (
+        prefilled("?"), finished("?"), report("?", 1), Leaving(worker=WorkerId("?"), epoch=Epoch(1)),
+        WorkerDied(worker=WorkerId("?"), epoch=None, detail=""),
+    ):  # fmt: skip
+        assert pair.handle(event) == []
+    assert pair.state() == before
 
 
 def test_a_late_report_does_not_overwrite_a_younger_one(pair: World) -> None:

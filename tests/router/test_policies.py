@@ -1,37 +1,59 @@
 """The lazy heap against the obvious way."""
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from messages.common import Role
-from router.core.policies.least_load import LeastLoad, outstanding_tokens
+from messages.ids import RequestId
+from router.core.policies.least_load import LeastLoad, Load, outstanding_sequences, outstanding_tokens
 from router.core.views import WorkerView
 from tests.router.world import register
 
+STEPS = st.tuples(st.integers(0, 7), st.sampled_from(["load", "add", "remove", "choose"]), st.integers(0, 5))
 
-@given(st.lists(st.tuples(st.integers(0, 7), st.sampled_from(["load", "add", "remove", "choose"]), st.integers(0, 50))))
+
+@given(st.lists(STEPS, max_size=60))
 def test_least_load_chooses_what_a_scan_of_all_workers_would(steps: list[tuple[int, str, int]]) -> None:
+    """Among equals it is the one whose load has not changed for the longest time: no two runs differ."""
     views = [WorkerView.registered(register(f"w{i}", Role.PREFILL), 0.0) for i in range(8)]
     policy = LeastLoad(outstanding_tokens)
-    there: set[WorkerView] = set()
-    for index, what, number in steps:
+    changed: dict[WorkerView, int] = {}  # those that can be chosen, and when their load was last another one
+    for time, (index, what, number) in enumerate(steps):
         view = views[index]
         match what:
             case "load":
                 view.tokens = number
                 policy.changed(view)
-            case "add" if view not in there:
+                if view in changed:
+                    changed[view] = time
+            case "add" if view not in changed:
                 policy.add(view)
-                there.add(view)
+                changed[view] = time
             case "remove":
                 policy.remove(view)
-                there.discard(view)
+                changed.pop(view, None)
             case _:
-                suitable = [v for v in there if v is not view]
-                chosen = policy.choose(lambda v, avoided=view: v is not avoided)
-                assert (chosen is None) == (not suitable)
-                assert chosen is None or chosen.tokens == min(v.tokens for v in suitable)
-        assert len(policy) == len(there)
+                suitable = [v for v in changed if v is not view]
+                expected = min(suitable, key=lambda v: (v.tokens, changed[v]), default=None)
+                for _ in range(2):  # asking changes nothing
+                    assert policy.choose(lambda v, avoided=view: v is not avoided) is expected
+        assert len(policy) == len(changed)
+        assert all((v in policy) == (v in changed) for v in views)
+
+
+@pytest.mark.parametrize(("load", "best"), [(outstanding_tokens, "many short"), (outstanding_sequences, "few long")])
+def test_prefill_counts_tokens_and_decode_counts_sequences(load: Callable[[WorkerView], Load], best: str) -> None:
+    few, many = (WorkerView.registered(register(name, Role.DECODE), 0.0) for name in ("few long", "many short"))
+    few.tokens, few.requests = 900, {RequestId("a"): None}
+    many.tokens, many.requests = 30, {RequestId(name): None for name in "bcd"}
+    policy = LeastLoad(load)
+    policy.add(few)
+    policy.add(many)
+    chosen = policy.choose(lambda view: True)
+    assert chosen is not None and chosen.worker == best
 
 
 def test_stale_entries_do_not_pile_up() -> None:
