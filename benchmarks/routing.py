@@ -1,40 +1,66 @@
-"""How long the router takes to decide: one JSON line.
+"""How long the router takes: one JSON line.
 
     python benchmarks/routing.py --workers 1000 --requests 20000
 
-Half of the workers prefill, half decode. A request is placed (with its ticket), prefilled and finished; a thousand
-others are always in flight. ``place`` is the time of ``handle(PlacementWanted)``, without codec and sockets.
+Half of the workers prefill, half decode. ``place_us`` is the time of ``handle(PlacementWanted)`` in the core, ticket
+included, without codec and sockets; a request is placed, prefilled and finished while a thousand others are in flight.
+
+``zmq`` is the same with a router in a process of its own, held to one core: placements a second with 64 questions in
+flight, each followed by ``Prefilled`` and ``Finished``, and the time from question to answer with one in flight.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 
+import psutil
+
+from messages.codec import decoder_for
 from messages.common import BlockCounts, Role, WorkerAddress
-from messages.gateway_to_router import Finished, PlacementWanted, Prefilled
+from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.worker_to_router import Register, Report
+from router.actor import RouterActor, RouterConfig
 from router.core.machine import Router, RouterSettings
+from runtime.mailbox import Mailbox
 
 IN_FLIGHT = 1000
+WINDOW = 64
+LOOPBACK = "127.0.0.1"
+ATTEMPT = Attempt(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rng = random.Random(0)
-    router = Router(RouterSettings(cluster_key=bytes(32)))
-    for index in range(options.workers):
-        role = Role.PREFILL if index % 2 else Role.DECODE
-        address = WorkerAddress(WorkerId(f"{role}-{index}"), Epoch(index), Address(f"tcp://10.0.0.1:{index}"))
-        router.handle(Register(address=address, role=role, max_num_seqs=64, max_model_len=131_072), 0.0)
+    if options.workers < 2 or options.requests < 2:
+        parser.error("there must be two workers, one to prefill and one to decode, and two requests")
+    if options.serve:
+        serve()
+        return
+    figures = {"workers": options.workers, "requests": options.requests}
+    result = {**figures, **in_the_core(options.workers, options.requests)}
+    result["zmq"] = over_zmq(options.workers, options.requests)
+    print(json.dumps({**result, "python": platform.python_version(), "machine": platform.machine()}))
 
+
+def in_the_core(workers: int, requests: int) -> dict[str, object]:
+    router = Router(RouterSettings(cluster_key=bytes(32)))
+    for register in registers(workers):
+        router.handle(register, 0.0)
     times: dict[str, list[int]] = {"place": [], "prefilled": [], "finished": [], "report": []}
 
     def timed(kind: str, event: object) -> None:
@@ -44,31 +70,108 @@ def main() -> None:
 
     flying: deque[RequestId] = deque()
     blocks = BlockCounts(free=1, held=0, cached=0, total=1)
-    for number in range(options.requests):
-        request, attempt = RequestId(f"{rng.getrandbits(128):032x}"), Attempt(1)
-        length = rng.randint(16, 8192)
-        wanted = PlacementWanted(
-            request=request, attempt=attempt, gateway=Address("tcp://10.0.0.2:1"), tenant="t", num_tokens=length,
-            max_new_tokens=512,
-        )  # fmt: skip
+    for number, wanted in enumerate(questions(requests, Address("tcp://10.0.0.2:1"))):
         timed("place", wanted)
-        flying.append(request)
+        flying.append(wanted.request)
         if len(flying) > IN_FLIGHT:
-            timed("prefilled", Prefilled(request=flying[IN_FLIGHT // 2], attempt=attempt))
-            timed("finished", Finished(request=flying.popleft(), attempt=attempt))
-        index = number % options.workers
-        role = Role.PREFILL if index % 2 else Role.DECODE
+            timed("prefilled", Prefilled(request=flying[IN_FLIGHT // 2], attempt=ATTEMPT))
+            timed("finished", Finished(request=flying.popleft(), attempt=ATTEMPT))
+        index = number % workers
         report = Report(
-            worker=WorkerId(f"{role}-{index}"), epoch=Epoch(index), number=number, steps=1, running=1, waiting=0,
+            worker=name(index), epoch=Epoch(index), number=number, steps=1, running=1, waiting=0,
             blocks=blocks, kv_bytes_sent=0, kv_bytes_received=0, transfers=0,
         )  # fmt: skip
         timed("report", report)
     router.check_integrity()
-    figures: dict[str, object] = {"workers": options.workers, "requests": options.requests}
-    for kind, samples in times.items():
-        cuts = statistics.quantiles(samples, n=100)
-        figures[f"{kind}_us"] = {"p50": round(cuts[49] / 1000, 1), "p99": round(cuts[98] / 1000, 1)}
-    print(json.dumps({**figures, "python": platform.python_version(), "machine": platform.machine()}))
+    return {f"{kind}_us": spread([ns / 1000 for ns in samples]) for kind, samples in times.items() if samples}
+
+
+def over_zmq(workers: int, requests: int) -> dict[str, object]:
+    with (
+        router_process() as (address, process),
+        Mailbox(LOOPBACK, decoder_for(Placed, Rejected, WorkerLost, ClusterState)) as gateway,
+    ):
+        for register in registers(workers):
+            gateway.send(address, register)
+        gateway.send(address, ClusterStateWanted(gateway=gateway.address))  # answered when all are in
+        (state,) = gateway.receive(None)
+        assert len(state.workers) == workers
+
+        def placed() -> int:
+            """Take answers, and finish what they are about."""
+            answers = gateway.receive(None)
+            for answer in answers:
+                assert isinstance(answer, Placed), answer
+                gateway.send(address, Prefilled(request=answer.request, attempt=ATTEMPT))
+                gateway.send(address, Finished(request=answer.request, attempt=ATTEMPT))
+            return len(answers)
+
+        latencies = []
+        for wanted in questions(min(requests, 5000), gateway.address, seed=1):
+            start = time.perf_counter_ns()
+            gateway.send(address, wanted)
+            placed()
+            latencies.append((time.perf_counter_ns() - start) / 1000)
+
+        before, start, in_flight = sum(process.cpu_times()[:2]), time.perf_counter(), 0
+        for wanted in questions(requests, gateway.address, seed=2):
+            while in_flight >= WINDOW:
+                in_flight -= placed()
+            gateway.send(address, wanted)
+            in_flight += 1
+        while in_flight:
+            in_flight -= placed()
+        seconds, cpu = time.perf_counter() - start, sum(process.cpu_times()[:2]) - before
+    return {
+        "placements_per_s": round(requests / seconds),
+        "cpu_us_per_request": round(1e6 * cpu / requests, 1),
+        "latency_us": spread(latencies),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def router_process() -> Iterator[tuple[Address, psutil.Process]]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, __file__, "--serve"], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        yield Address(process.stdout.readline().strip()), psutil.Process(process.pid)
+        process.stdin.close()
+
+
+def serve() -> None:
+    """A router on one core, until the input ends."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    actor = RouterActor(
+        RouterConfig(host=LOOPBACK, settings=RouterSettings(cluster_key=bytes(32), liveness_timeout=600))
+    )
+    print(actor.start()["address"], flush=True)
+    sys.stdin.read()
+    actor.stop()
+
+
+def name(index: int) -> WorkerId:
+    return WorkerId(f"{'prefill' if index % 2 else 'decode'}-{index}")
+
+
+def registers(workers: int) -> Iterator[Register]:
+    for index in range(workers):
+        address = WorkerAddress(name(index), Epoch(index), Address(f"tcp://10.0.0.1:{index + 1}"))
+        role = Role.PREFILL if index % 2 else Role.DECODE
+        yield Register(address=address, role=role, max_num_seqs=64, max_model_len=131_072)
+
+
+def questions(count: int, gateway: Address, seed: int = 0) -> Iterator[PlacementWanted]:
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield PlacementWanted(
+            request=RequestId(f"{rng.getrandbits(128):032x}"), attempt=ATTEMPT, gateway=gateway, tenant="t",
+            num_tokens=rng.randint(16, 8192), max_new_tokens=512,
+        )  # fmt: skip
+
+
+def spread(microseconds: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(microseconds, n=100)
+    return {"p50": round(cuts[49], 1), "p99": round(cuts[98], 1)}
 
 
 if __name__ == "__main__":
