@@ -60,9 +60,11 @@ class Exchange:
         return all(choice.over for choice in self.choices)
 
     def close(self) -> None:
-        """Cancel what still runs."""
+        """Cancel what still runs, and let go of it all: choices know their exchange, so they would wait for the
+        garbage collector."""
         for relay in self.relays:
             self._hub.cancel(relay)
+        self.choices, self.relays = [], []
 
     def client_gone(self) -> bool:
         return self._gone

@@ -92,7 +92,9 @@ class ChatRequest(SamplingRequest, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
-    """A label."""
+    """A label, as the next two."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     store: Inert = None
     tools: Inert = None
@@ -104,6 +106,7 @@ class ChatRequest(SamplingRequest, kw_only=True):
     modalities: Inert = None
     audio: Inert = None
     prediction: Inert = None
+    prompt_cache_retention: Inert = None
     reasoning_effort: Inert = None
     verbosity: Inert = None
     web_search_options: Inert = None

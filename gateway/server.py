@@ -65,7 +65,7 @@ class GatewayServer:
     def start(self, timeout: float = 60.0) -> int:
         """Bind, start the thread, return HTTP's port. Raises what kept it from starting."""
         tokenizer = Tokenizer(Path(self._config.model))
-        listener = _listen(self._config.host, self._config.port)
+        listener = _listen(self._config.host, self._config.port, self._config.client_stall)
         self._port = listener.getsockname()[1]
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -162,12 +162,14 @@ class GatewayServer:
         return uvicorn.Server(settings)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, stall: float) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio turns Nagle's algorithm off; else small writes wait 40 ms for the client's ack.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else what a client never reads would keep its connection for ever
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(1000 * stall)))
         listener.bind((host, port))
         listener.listen(2048)
         listener.setblocking(False)
