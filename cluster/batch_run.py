@@ -26,7 +26,8 @@ class BatchRun:
             task = bar.add_task("", total=None, note="")
 
             def show(summary: Summary) -> None:
-                note = f"{summary.failed} errors" if summary.failed else ""
+                errors = f"{summary.failed} errors" if summary.failed else ""
+                note = f"{summary.trouble}; trying again" if summary.trouble else errors
                 bar.update(task, completed=summary.finished, total=summary.total, note=note)
 
             batch = Batch(

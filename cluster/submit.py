@@ -36,6 +36,8 @@ class Summary:
     """Have an error for a result."""
     retries: int = 0
     completion_tokens: int = 0
+    trouble: str = ""
+    """Why the server is asked again at this moment; empty if it answers."""
     problems: list[str] = field(default_factory=list)
     """The first lines that failed in this run, and why."""
     seconds: float = 0.0
@@ -103,7 +105,7 @@ class Batch:
             else:
                 result = await self._answer(client, request)
                 results.write(result)
-                self._last_answer = time.monotonic()
+                self._last_answer, self.summary.trouble = time.monotonic(), ""
                 self._count(request, result)
             self.on_progress(self.summary)
 
@@ -129,8 +131,10 @@ class Batch:
             trouble_since = min(trouble_since, time.monotonic()) if problem else float("inf")
             if time.monotonic() - max(trouble_since, self._last_answer) > self.patience:
                 again = "run the same command again to go on where it stopped"
-                raise ClusterError(f"line {request.number}: {problem} for {self.patience:.0f} s; {again}")
+                raise ClusterError(f"{self.source}:{request.number}: {problem} for {self.patience:.0f} s; {again}")
             self.summary.retries += 1
+            self.summary.trouble = problem
+            self.on_progress(self.summary)
             await asyncio.sleep(max(wanted, pause * self.rng.uniform(0.5, 1.5)))
             pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -65,7 +65,7 @@ def _machine_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
     yield from _gateway_problems(topology)
     cpus = len(os.sched_getaffinity(0))
     if topology.cluster.address == "local" and topology.cpus > cpus + 1e-9:
-        text = f"all processes together take {topology.cpus:.4g} CPUs, this machine has {cpus}"
+        text = f"all processes together take {topology.cpus:,.6g} CPUs, this machine has {cpus}"
         yield ("pools",), f"{text}; lower replicas or resources.cpus"
 
 

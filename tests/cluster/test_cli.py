@@ -175,7 +175,7 @@ def test_what_the_machine_cannot_do_is_said_all_at_once(baton: Baton, tmp_path: 
     assert gateway == f"{path}:2: gateway.host: 192.0.2.1 is not an address of this machine; write one that is"
     assert memory.startswith(f"{path}:3: weights and KV of all workers take 810000.0 TiB, this machine has ")
     assert memory.endswith("free; lower kv.memory or replicas")
-    assert cpus.startswith(f"{path}:4: all processes together take 9e+05 CPUs, this machine has ")
+    assert cpus.startswith(f"{path}:4: all processes together take 900,000 CPUs, this machine has ")
 
 
 def test_a_missing_model_hides_no_other_complaint(baton: Baton, tmp_path: Path) -> None:
@@ -320,6 +320,19 @@ def test_submit_shows_ten_bad_lines_and_counts_the_rest(baton: Baton, server: Se
 def test_submit_looks_at_its_files_before_it_starts_a_cluster(baton: Baton, tmp_path: Path, topology: Path) -> None:
     said = baton("submit", tmp_path / "p.jsonl", "-o", tmp_path / "r.jsonl", "--topology", topology)
     assert (said.code, said.err) == (1, f"there is no file {tmp_path}/p.jsonl; name one with a request on each line\n")
+
+
+def test_submit_that_is_interrupted_says_how_to_go_on(
+    baton: Baton, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.submit.Batch.run", interrupted)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("")
+    said = baton("submit", prompts, "-o", tmp_path / "r.jsonl", "--url", server.url)
+    assert (said.code, said.err) == (130, "stopped; run the same command again to go on where it stopped\n")
 
 
 def test_submit_uses_the_one_cluster_that_runs(baton: Baton, server: Server, tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def test_retry_after_is_honoured(server: Server, files: Files) -> None:
 def test_a_server_that_stays_away_ends_the_run_and_spoils_no_line(server: Server, files: Files) -> None:
     server.answer = lambda body, times: (200 if body["prompt"] == "a" else 0, {}, {})
     files.write(*map(line, "abc"))
-    with pytest.raises(ClusterError, match="run the same command again"):
+    with pytest.raises(
+        ClusterError, match=rf"^{files.source}:\d: {server.url} does not answer .* run the same command again"
+    ):
         files.submit(server, patience=0.3, concurrency=1)
     assert files.ids() == ["a"]
     server.answer = lambda body, times: (200, {}, {})
@@ -215,6 +217,15 @@ def test_a_request_that_comes_back_busy_still_gets_its_tries_at_a_broken_server(
     files.write(line("a"))
     summary = files.submit(server, rng=Hurry())
     assert (summary.succeeded, summary.retries) == (1, 3)
+
+
+def test_a_server_that_is_away_is_named_while_it_is_waited_for(server: Server, files: Files) -> None:
+    server.answer = lambda body, times: (0 if times == 1 else 200, {}, {})
+    files.write(line("a"))
+    seen: list[str] = []
+    summary = files.submit(server, rng=Hurry(), on_progress=lambda now: seen.append(now.trouble))
+    assert summary.succeeded == 1
+    assert seen == [f"{server.url} does not answer (RemoteProtocolError)", ""]
 
 
 def test_a_server_that_keeps_failing_is_believed_in_the_end(server: Server, files: Files) -> None:
