@@ -1,5 +1,6 @@
 """The notes of running clusters: whole or not there, and never of a process that is gone."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -78,6 +79,24 @@ def test_of_many_that_claim_a_name_at_once_one_gets_it_even_over_a_stale_one(sta
     for thread in threads:
         thread.join()
     assert sorted(answers) == ["mine", *["taken"] * 5]
+
+
+def test_nobody_looks_at_a_name_while_another_is_claiming_it(
+    state_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, looked = state.read, []
+
+    def look(name: str) -> state.ClusterFile | None:
+        with (state_folder / ".lock").open("w") as lock, pytest.raises(BlockingIOError):  # somebody holds it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        looked.append(name)
+        return read(name)
+
+    monkeypatch.setattr(state, "read", look)
+    state.claim("local", TOPOLOGY)
+    assert looked == ["local"]
+    with (state_folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
 
 
 def test_two_clusters_live_side_by_side(state_folder: Path) -> None:

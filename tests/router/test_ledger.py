@@ -15,18 +15,19 @@ from tests.router.world import World, finished, prefilled, register, report, wan
 
 REQUESTS = st.sampled_from(["a", "b", "c", "d", "e"])
 ATTEMPTS = st.integers(1, 3)
-WORKERS = st.sampled_from([("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)])
+WORKERS = [("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)]
+ANY_WORKER = st.sampled_from(WORKERS)
 EPOCHS = st.integers(1, 3)
 
 EVENTS = st.one_of(
     st.builds(wanted, REQUESTS, ATTEMPTS, st.integers(1, 5000), avoid=st.sampled_from([(), ("p0",), ("d0", "d1")])),
     st.builds(prefilled, REQUESTS, ATTEMPTS),
     st.builds(finished, REQUESTS, ATTEMPTS),
-    st.builds(lambda worker, epoch: register(*worker, epoch), WORKERS, EPOCHS),
-    st.builds(lambda worker, number, epoch: report(worker[0], number, epoch), WORKERS, st.integers(0, 9), EPOCHS),
-    st.builds(lambda worker, epoch: WorkerDied(worker=WorkerId(worker[0]), epoch=epoch, detail=""), WORKERS,
+    st.builds(lambda worker, epoch: register(*worker, epoch), ANY_WORKER, EPOCHS),
+    st.builds(lambda worker, number, epoch: report(worker[0], number, epoch), ANY_WORKER, st.integers(0, 9), EPOCHS),
+    st.builds(lambda worker, epoch: WorkerDied(worker=WorkerId(worker[0]), epoch=epoch, detail=""), ANY_WORKER,
               st.none() | EPOCHS.map(Epoch)),
-    st.builds(lambda worker, epoch: Leaving(worker=WorkerId(worker[0]), epoch=Epoch(epoch)), WORKERS, EPOCHS),
+    st.builds(lambda worker, epoch: Leaving(worker=WorkerId(worker[0]), epoch=Epoch(epoch)), ANY_WORKER, EPOCHS),
     st.just(Tick()),
 )  # fmt: skip
 
@@ -83,11 +84,13 @@ class Reference:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 0.1, 1.0, 7.0])), max_size=60))
+@given(st.booleans(), st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 0.1, 1.0, 7.0])), max_size=60))
 def test_no_order_of_events_unbalances_the_ledger_or_leaves_a_question_unanswered(
-    events: list[tuple[Any, float]],
+    all_there: bool, events: list[tuple[Any, float]]
 ) -> None:
     world, reference = World(max_waiting=2, wait_timeout=3.0), Reference()
+    for worker, role in WORKERS if all_there else ():
+        world.handle(register(worker, role))
     for event, pause in events:
         world.now += pause
         messages = [send.message for send in world.handle(event)]

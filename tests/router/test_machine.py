@@ -125,6 +125,16 @@ def test_a_full_queue_turns_away_at_once() -> None:
     assert answer.retry_after is not None
 
 
+def test_an_attempt_that_has_to_wait_leaves_nothing_of_the_one_before_on_the_workers(pair: World) -> None:
+    pair.place("r")
+    for worker in ("p0", "p1"):
+        pair.handle(WorkerDied(worker=WorkerId(worker), epoch=None, detail="killed"))
+    assert pair.handle(wanted("r", attempt=2)) == []
+    assert [worker.assigned for worker in pair.state().workers] == [0, 0, 0, 0]
+    placed = [send.message for send in pair.handle(register("p0", Role.PREFILL, epoch=2))]
+    assert [answer.attempt for answer in placed if isinstance(answer, Placed)] == [2]
+
+
 def test_a_request_given_up_while_it_waits_leaves_the_line() -> None:
     world = World()
     world.handle(wanted("r"))
