@@ -29,7 +29,7 @@ PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 def nothing_is_held(http: httpx.Client) -> None:
     assert http.get("/status").json()["sequences_in_flight"] == 0
     assert "baton_sequences_in_flight 0.0" in http.get("/metrics").text
-    until(lambda: not [thing for thing in gc.get_objects() if isinstance(thing, Session)], "no session is in memory")
+    until(lambda: not [thing for thing in gc.get_objects() if type(thing) is Session], "no session is in memory")
 
 
 def aborted(cluster: FakeCluster, *, sequences: int, workers: int) -> None:
