@@ -249,12 +249,13 @@ def test_a_client_that_loses_patience_leaves_nothing_behind(
 ) -> None:
     cluster.hold_after = 1 if stream else 0
     arguments: Any = CHAT if chat else COMPLETION
-    impatient: Any = client.with_options(timeout=0.1)
+    impatient: Any = client.with_options(timeout=0.2)
     with pytest.raises((openai.APITimeoutError, httpx.ReadTimeout)):  # the client does not wrap those within a stream
         list((impatient.chat.completions if chat else impatient.completions).create(**arguments, stream=stream))
     (finished,) = cluster.wait_for(Finished)
-    aborts = cluster.wait_for(Abort, 2)
-    assert {(abort.request, abort.attempt) for abort in aborts} == {(finished.request, Attempt(1))}
+    aborts = cluster.of(Abort)  # they went before
+    assert len(aborts) == (2 if cluster.of(Prefill) else 0), "on a very busy machine it did not get that far"
+    assert {(abort.request, abort.attempt) for abort in aborts} <= {(finished.request, Attempt(1))}
     assert in_flight(http) == 0
 
 

@@ -208,6 +208,7 @@ def test_after_a_gap_nothing_is_delivered_before_it_is_filled() -> None:
     assert play.sent_to("d0-mailbox", TokensWanted), "asked again when nothing came"
     play.chunk(3, 8)
     assert play.delivered_right and len(play.tokens) == 8
+    assert play.sleep(1) == [], "nothing is missing any more"
 
 
 def test_a_lost_first_token_is_asked_of_decode(play: Play) -> None:
@@ -370,6 +371,18 @@ def test_a_shutdown_is_an_error_for_the_client_and_an_abort_for_the_workers() ->
     play = streaming()
     play.handle(ShutDown())
     assert isinstance(play.error, Unavailable) and play.sent_to("d0-mailbox", Abort)
+
+
+@pytest.mark.parametrize("end", [ClientGone(), StopMatched(), ShutDown()], ids=["gone", "stopped", "shut down"])
+def test_after_the_end_nothing_happens_any_more(end: Any) -> None:
+    play = streaming()
+    play.handle(end)
+    assert len(play.ends) == 1
+    for event in (ClientGone(), StopMatched(), ShutDown(), Tick()):
+        assert play.handle(event) == []
+    assert play.place() == play.lose("d0") == play.fail(FailReason.ENGINE) == play.fail(FailReason.CAPACITY) == []
+    assert play.sleep(1000) == []
+    assert len(play.ends) == 1 and len(play.tokens) == 3
 
 
 def test_whoever_still_sends_for_an_ended_request_is_answered() -> None:
