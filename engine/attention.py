@@ -133,7 +133,7 @@ class PagedAttention:
         if rectangle.batch < 4:
             expanded = None if mask is None else mask.expand(-1, -1, queries.shape[2], -1)
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=expanded, scale=self._scale)
-        scores = torch.matmul(queries, keys.transpose(-1, -2)).mul_(self._scale)
+        scores = torch.matmul(queries * self._scale, keys.transpose(-1, -2))
         if mask is not None:
             scores += mask
         return torch.matmul(torch.softmax(scores, -1), values)
@@ -147,8 +147,8 @@ class PagedAttention:
         for first in range(0, query, TILE):
             size = min(TILE, query - first)
             seen = rectangle.computed + first + size
-            tile = queries[:, :, :, first : first + size].reshape(batch, heads, group * size, dim)
-            scores = torch.matmul(tile, keys[:, :, :seen].transpose(-1, -2)).mul_(self._scale)
+            tile = queries[:, :, :, first : first + size].reshape(batch, heads, group * size, dim) * self._scale
+            scores = torch.matmul(tile, keys[:, :, :seen].transpose(-1, -2))
             causal = (
                 self._causal if size == TILE else self._causal.view(group, TILE, TILE)[:, :size, :size].flatten(0, 1)
             )
