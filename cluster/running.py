@@ -18,8 +18,8 @@ from cluster.validate import check
 
 
 class Signals:
-    """SIGINT and SIGTERM while this is entered: the first sets ``seen``, and raises ``Interrupted`` where that was asked
-    for; further ones are ignored, for the cluster is being taken down by then."""
+    """SIGINT and SIGTERM while this is entered. The first sets ``seen``, and raises ``Interrupted`` where that was
+    asked for; further ones are ignored, for the cluster is being taken down by then."""
 
     def __init__(self) -> None:
         self.seen = threading.Event()
@@ -86,7 +86,7 @@ def running(
             signals.only_note()
             signals.seen.set()
             remains = cluster.stop()
-            state.remove(topology.name)
+            state.remove(file)
             if remains.logs is not None:
                 console.print(f"the processes' logs are in {remains.logs}", highlight=False)
             on_end(remains)

@@ -108,8 +108,12 @@ def read(name: str) -> ClusterFile | None:
         raise ClusterError(f"{path}: {text}; if no cluster {name!r} runs, remove the file") from error
 
 
-def remove(name: str) -> None:
-    _path(name).unlink(missing_ok=True)
+def remove(file: ClusterFile) -> None:
+    """Forget this cluster; one that has taken its name since stays."""
+    with _one_at_a_time():
+        now = read(file.name)
+        if now is not None and (now.pid, now.started) == (file.pid, file.started):
+            _path(file.name).unlink()
 
 
 def every() -> list[ClusterFile]:

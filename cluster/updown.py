@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 
 from cluster import state
 from cluster.errors import ClusterError
@@ -64,7 +65,7 @@ def down(console: Console, name: str | None) -> None:
     """Stop a cluster, and clean up after one whose launcher was killed."""
     files = [file for file in state.every() if name is None or file.name == name]
     if not files:
-        raise ClusterError("no cluster runs" if name is None else f"no cluster named {name!r} runs")
+        raise ClusterError("no cluster runs" if name is None else f"no cluster named {name!r} runs; see `baton status`")
     if len(files) > 1:
         raise ClusterError(f"several clusters run ({', '.join(file.name for file in files)}); name the one to stop")
     (file,) = files
@@ -79,7 +80,7 @@ def down(console: Console, name: str | None) -> None:
                 launcher.wait(5)
     if file.ray_folder is not None:
         remove_remains(Path(file.ray_folder))
-    state.remove(file.name)
+    state.remove(file)
     console.print(f"{file.name} is stopped", highlight=False)
 
 
@@ -95,7 +96,7 @@ def _wait_until_ready(launcher: subprocess.Popen[bytes], name: str, log: Path, s
             return file.url
         last = _tail(log, 1)
         if last and callable(show):
-            show(f"starting {name} [dim]{last[0].strip()}[/]")
+            show(f"starting {name} [dim]{escape(last[0].strip())}[/]")
         time.sleep(0.1)
     lines = "\n".join(_tail(log, LOG_LINES))
     error = ClusterError(lines or f"the launcher ended with {launcher.returncode} and said nothing")

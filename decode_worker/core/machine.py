@@ -166,7 +166,11 @@ class DecodeMachine:
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""
         counts = asdict(self._pool.counts())
-        return counts | {"runs": len(self._runs), "reservations": len(self._reservations), "deliveries": len(self._deliveries)}
+        return counts | {
+            "runs": len(self._runs),
+            "reservations": len(self._reservations),
+            "deliveries": len(self._deliveries),
+        }
 
     def _opened(self, order: OpenTransfer, now: float) -> list[Action]:
         if not self._fences.admits(order.request, order.attempt):

@@ -24,8 +24,8 @@ def test_a_claimed_name_is_found_with_what_is_known_of_it(state_folder: Path) ->
     newer = state.update(file, url="http://127.0.0.1:8000", ray_folder=Path("/tmp/baton-x"))
     assert state.read("local") == newer
     assert (newer.url, newer.ray_folder, newer.pid) == ("http://127.0.0.1:8000", "/tmp/baton-x", os.getpid())
-    state.remove("local")
-    state.remove("local")
+    state.remove(newer)
+    state.remove(newer)
     assert state.read("local") is None
     assert [path.name for path in state_folder.iterdir()] == [".lock"]
 
@@ -105,8 +105,16 @@ def test_two_clusters_live_side_by_side(state_folder: Path) -> None:
     assert state.find("b") == second
     with pytest.raises(ClusterError, match=r"several clusters run \(a, b\); name the one you mean"):
         state.find(None)
-    state.remove("a")
+    state.remove(first)
     assert state.find(None) == second
+
+
+def test_a_name_that_somebody_else_has_taken_since_stays(state_folder: Path) -> None:
+    former = state.claim("a", TOPOLOGY)
+    later = replace(former, started=former.started + 1)
+    state.update(later, url=None, ray_folder=None)
+    state.remove(former)
+    assert state.read("a") == later
 
 
 def test_a_killed_launcher_leaves_a_stale_note_whose_name_is_free(state_folder: Path) -> None:
