@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
 from kv_transfer.core.digest import digests
-
 from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, OpenLanding, Push, TakeDigests
 from kv_transfer.transports.base import Pool, Receiver, Sender
 from runtime.core.actions import Send

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.core.blocks import BlockPool
-
 from kv_transfer.core.events import Blocks, Landed, TransferKey
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from engine.core.blocks import BlockPool
 from engine.core.sequence import Sequence
-
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
