@@ -1,13 +1,18 @@
 """Whole clusters on Ray, each started once for all tests that want it; every one must leave nothing behind."""
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
 import pytest
 
+from cluster import state
 from cluster.launch import Cluster
 from cluster.topology import Topology
 from cluster.validate import check
@@ -21,31 +26,77 @@ CLUSTERS = {
 }
 
 
-@pytest.fixture(scope="package")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A ready cluster of the kind that the test names by ``on``; ``shm`` where it names none."""
-    kind = getattr(request, "param", "shm")
+class Running:
+    """A cluster whose launcher is a child of the tests, since Ray leaves threads and sockets in a process."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        spawn = multiprocessing.get_context("spawn")
+        self._ours, theirs = spawn.Pipe()
+        self._launcher = spawn.Process(target=launch, args=(kind, theirs))
+        self._launcher.start()
+        theirs.close()
+        self.url: str = self._ours.recv()
+
+    def inspect(self) -> dict[str, dict[str, int]]:
+        """``Cluster.inspect``."""
+        return self._ask("inspect")
+
+    def stop(self) -> list[str]:
+        """Take it down; what could not be removed."""
+        left = self._ask("stop")
+        self._launcher.join(30)
+        assert self._launcher.exitcode == 0
+        return left
+
+    def _ask(self, what: str) -> Any:
+        self._ours.send(what)
+        answer = self._ours.recv()
+        if isinstance(answer, AssertionError):
+            raise answer
+        return answer
+
+
+def launch(kind: str, tests: Connection) -> None:
+    """The launcher's life; a start that fails is an ``EOFError`` for the tests, and its traceback on stderr."""
     file, overrides = CLUSTERS[kind]
     topology = Topology.load(CONFIGS / file).with_overrides({**overrides, "cluster.name": f"test-{kind}"})
-    before = remains()
     cluster = Cluster(check(topology))
     cluster.start()
+    try:
+        tests.send(cluster.url)
+        while tests.recv() == "inspect":
+            try:
+                tests.send(cluster.inspect())
+            except AssertionError as error:
+                tests.send(error)
+    finally:
+        left = cluster.stop()
+    tests.send(left.items)
+
+
+@pytest.fixture(scope="package")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A ready cluster of the kind that the test names."""
+    resource_tracker.ensure_running()  # a child that multiprocessing keeps for good
+    before = remains()
+    cluster = Running(request.param)
     try:
         yield cluster
         wait_until_idle(cluster, within=30)
     finally:
         left = cluster.stop()
-    assert not left.items
+    assert not left
     assert remains() <= before
 
 
 @pytest.fixture
-def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
+def client(cluster: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client
 
 
-def workers(cluster: Cluster) -> dict[str, dict[str, int]]:
+def workers(cluster: Running) -> dict[str, dict[str, int]]:
     """``inspect()`` of each worker, after its ``check_integrity``."""
     seen = cluster.inspect()
     return {name: figures for name, figures in seen.items() if name != "router"}
@@ -59,7 +110,7 @@ def wait_until(done: Callable[[], bool], within: float, what: str) -> float:
     return time.monotonic() - started
 
 
-def wait_until_idle(cluster: Cluster, within: float) -> float:
+def wait_until_idle(cluster: Running, within: float) -> float:
     """Until no worker and no router holds anything of any request."""
 
     def idle() -> bool:
@@ -74,8 +125,6 @@ def wait_until_idle(cluster: Cluster, within: float) -> float:
 
 def remains() -> set[str]:
     """What a cluster could leave: children, listening sockets, shared memory, Ray's files, state files."""
-    from cluster import state
-
     me = psutil.Process()
     found = {f"process {child.pid} {child.name()}" for child in me.children(recursive=True)}
     found |= {f"socket {socket.laddr}" for socket in me.net_connections() if socket.status == psutil.CONN_LISTEN}

@@ -6,8 +6,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from cluster.launch import Cluster
-from tests.e2e.conftest import wait_until_idle
+from tests.e2e.conftest import Running, wait_until_idle
 from tests.relay_cases import OUTPUT_TOKENS, Case, relay_cases
 
 pytestmark = pytest.mark.ray
@@ -49,13 +48,13 @@ async def answers(url: str, cases: list[Case]) -> list[tuple[list[int], dict[str
 
 
 @pytest.mark.parametrize("cluster", ["shm", "zmq", "colocated"], indirect=True)
-def test_sixty_prompts_over_http_get_the_tokens_of_transformers(cluster: Cluster, tiny_llama: Path) -> None:
+def test_sixty_prompts_over_http_get_the_tokens_of_transformers(cluster: Running, tiny_llama: Path) -> None:
     cases = list(relay_cases(tiny_llama))
     got = asyncio.run(answers(cluster.url, cases))
     assert [tokens for tokens, _ in got] == [case.answer for case in cases]
     for case, (_, trace) in zip(cases, got, strict=True):
         blocks = -(-len(case.prompt) // BLOCK)
-        if cluster.plan.topology.name == "test-colocated":
+        if cluster.kind == "colocated":
             assert (trace["prefill_worker"], trace["kv_bytes"]) == (trace["decode_worker"], 0)
         else:
             assert (trace["prefill_worker"][:7], trace["decode_worker"][:6]) == ("prefill", "decode")

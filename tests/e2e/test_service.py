@@ -13,19 +13,18 @@ import httpx
 import openai
 import pytest
 
-from cluster.launch import Cluster
-from tests.e2e.conftest import wait_until, wait_until_idle, workers
+from tests.e2e.conftest import Running, wait_until, wait_until_idle, workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("cluster", ["shm"], indirect=True)]
 MODEL = "tiny-llama"
 ENDLESS = {"model": MODEL, "max_tokens": 3000, "temperature": 0, "ignore_eos": True}
 
 
-def held(cluster: Cluster) -> int:
+def held(cluster: Running) -> int:
     return sum(figures["held"] for figures in workers(cluster).values())
 
 
-def test_sixty_four_at_once_are_all_answered_and_the_books_balance(cluster: Cluster) -> None:
+def test_sixty_four_at_once_are_all_answered_and_the_books_balance(cluster: Running) -> None:
     async def run() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(
@@ -51,7 +50,7 @@ def test_sixty_four_at_once_are_all_answered_and_the_books_balance(cluster: Clus
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_every_block_within_two_seconds(cluster: Cluster, stream: bool) -> None:
+def test_a_client_that_goes_away_frees_every_block_within_two_seconds(cluster: Running, stream: bool) -> None:
     body = {**ENDLESS, "prompt": "Once upon a time " * 200, "n": 4, "stream": stream}
     before = held(cluster)
     assert before == 0
@@ -69,7 +68,7 @@ def test_a_client_that_goes_away_frees_every_block_within_two_seconds(cluster: C
     assert took < 2
 
 
-def test_clients_that_leave_during_prefill_free_every_block(cluster: Cluster) -> None:
+def test_clients_that_leave_during_prefill_free_every_block(cluster: Running) -> None:
     body = {**ENDLESS, "prompt": [7] * 3000, "max_tokens": 500}
     with httpx.Client(base_url=cluster.url) as web:
         for patience in (0.05, 0.1, 0.2):
@@ -90,7 +89,7 @@ BAD = {
 }
 
 
-def test_bad_input_is_refused_at_once_while_streams_go_on_unharmed(cluster: Cluster) -> None:
+def test_bad_input_is_refused_at_once_while_streams_go_on_unharmed(cluster: Running) -> None:
     """Three streams say the same with and without a volley of bad requests beside them."""
 
     def stream(seed: int) -> str:
@@ -142,7 +141,7 @@ def refusal_of_100_mb(url: str) -> tuple[int, dict[str, Any]]:
         return response.status, json.loads(response.read())["error"]
 
 
-def test_health_models_metrics_and_status_tell_of_a_ready_cluster(cluster: Cluster, client: openai.OpenAI) -> None:
+def test_health_models_metrics_and_status_tell_of_a_ready_cluster(cluster: Running, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     with httpx.Client(base_url=cluster.url) as web:
         assert web.get("/health").status_code == web.get("/ready").status_code == 200
@@ -154,7 +153,7 @@ def test_health_models_metrics_and_status_tell_of_a_ready_cluster(cluster: Clust
         assert blocks["free"] + blocks["held"] + blocks["cached"] == blocks["total"] == 1024
 
 
-def test_the_openai_client_chats_counts_and_hears_of_errors(cluster: Cluster, client: openai.OpenAI) -> None:
+def test_the_openai_client_chats_counts_and_hears_of_errors(cluster: Running, client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "Tell me a story."}]
     whole = client.chat.completions.create(
         model=MODEL, messages=messages, max_tokens=24, temperature=0.8, seed=3, n=2, logprobs=True, top_logprobs=2
