@@ -14,7 +14,7 @@ from engine.core.scheduler import StepPlan
 from engine.models.config import ModelConfig
 from engine.models.llama import Llama
 from engine.parallel import ParallelGroup
-from engine.sampler import NOT_A_NUMBER, logprobs_of, sample
+from engine.sampler import logprobs_of, sample
 
 SCORED_ROWS = 256
 """Prompt positions whose logits are made at once when a prompt is scored: bounds the memory for a long one."""
@@ -69,6 +69,7 @@ class ModelRunner:
         for row, seq in enumerate(plan.sequences):
             computed = seq.num_computed_tokens
             tokens[starts[row] : starts[row + 1]] = seq.token_ids[computed : computed + plan.num_tokens[row]]
+        self._clear_tails(plan)
         attend = self._attention.prepare(plan, positions, starts)
         hidden = self._model.forward(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
         prompt_logprobs = self._score_prompts(plan, hidden, starts)
@@ -77,6 +78,15 @@ class ModelRunner:
             return StepOutput(np.empty(0, np.int32), {}, prompt_logprobs)
         logits = self._model.logits(hidden[torch.from_numpy(starts[rows + 1] - 1)]).float()
         return self._sample(plan, rows, logits, prompt_logprobs)
+
+    def _clear_tails(self, plan: StepPlan) -> None:
+        """Zero each block that this step begins and does not fill: attention masks what is behind a sequence's end,
+        but 0 times a former owner's NaN is NaN."""
+        size = self.layout.block_size
+        ends = plan.num_computed + plan.num_tokens
+        last = (ends - 1) // size
+        for row in np.flatnonzero((last * size >= plan.num_computed) & (ends % size != 0)):
+            self.kv_cache[int(plan.sequences[row].block_table[last[row]])] = 0
 
     def _sample(
         self,
@@ -89,8 +99,6 @@ class ModelRunner:
         asked = [place for place, seq in enumerate(sequences) if seq.params.logprobs is not None]
         raw = logits[asked].clone() if asked else logits
         tokens = sample(logits, sequences)
-        for place in np.flatnonzero(tokens == NOT_A_NUMBER):
-            self.kv_cache[sequences[place].block_table] = 0  # what is not finite must not reach the blocks' next owner
         logprobs: dict[int, TokenLogprobs] = {}
         asked_valid = [place for place in asked if tokens[place] >= 0]
         if asked_valid:

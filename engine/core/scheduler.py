@@ -3,8 +3,8 @@
 There are no phases. A step gives each sequence some tokens until ``num_computed_tokens`` has caught up with
 ``num_tokens``, and one that catches up samples its next token. Chunked prefill, landed KV, recomputation and decoding
 are all that. Sequences that run come first, in order of arrival, so decoding is never held up by prompts; what is left
-of the token budget goes to those that wait. When blocks run out the youngest running sequence gives up its own and is
-computed again later; the oldest always goes on, so nothing deadlocks.
+of the token budget goes to those that wait. When blocks run out the youngest sequence gives up its own and is computed
+again later, once all of it fits; the oldest always goes on, so nothing deadlocks, and nothing is computed in vain.
 """
 
 from collections import deque
@@ -119,9 +119,13 @@ class Scheduler:
             budget = 0
         while self._waiting and budget > 0 and len(self._running) < self._limits.max_num_seqs:
             seq = self._waiting[0]
+            if not self._fits(seq):
+                if self._running or not self._preempt_waiting(but=seq):
+                    break
+                continue
             count = min(seq.num_uncomputed_tokens, self._limits.prefill_chunk, budget)
-            if not self._grow(seq, seq.num_computed_tokens + count):
-                break
+            grown = self._grow(seq, seq.num_computed_tokens + count)
+            assert grown, f"{seq} fitted"
             self._waiting.popleft()
             seq.move(SequenceStatus.RUNNING)
             self._running.append(seq)
@@ -182,18 +186,36 @@ class Scheduler:
         seq.append_blocks(blocks)
         return True
 
+    def _fits(self, seq: Sequence) -> bool:
+        """Whether all of ``seq`` fits, and a block more for each that runs, so that nobody is preempted at once."""
+        missing = -(-seq.num_tokens // self._pool.block_size) - seq.num_blocks
+        return missing + len(self._running) <= self._pool.num_free
+
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """``_grow``, at the cost of younger sequences; False when ``seq`` was the youngest, and is preempted itself."""
         while not self._grow(seq, num_tokens):
+            if self._preempt_waiting(but=seq):
+                continue
             youngest = self._running.pop()
             youngest.move(SequenceStatus.PREEMPTED)
-            self._pool.free(youngest.take_blocks())
-            youngest.num_computed_tokens = 0
-            youngest.prompt_logprobs.clear()
+            self._release(youngest)
             self._waiting.appendleft(youngest)
             if youngest is seq:
                 return False
         return True
+
+    def _preempt_waiting(self, but: Sequence) -> bool:
+        """Take the blocks of the last in the queue that has landed KV; False where there is none."""
+        for seq in reversed(self._waiting):
+            if seq is not but and seq.num_blocks and not seq.hand_over:
+                self._release(seq)
+                return True
+        return False
+
+    def _release(self, seq: Sequence) -> None:
+        self._pool.free(seq.take_blocks())
+        seq.num_computed_tokens = 0
+        seq.prompt_logprobs.clear()
 
     def _sampled(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> Progress:
         prompt_logprobs = None

@@ -173,6 +173,7 @@ def test_under_any_load_the_accounting_holds_and_everyone_is_served(
         num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, prefill_chunk=chunk, max_model_len=40
     )
     due = [(at, sequence(str(n), length, max_tokens=output)) for n, (at, length, output) in enumerate(arrivals)]
+    computed = 0
     for step in range(5_000):
         for _, seq in [entry for entry in due if entry[0] == step]:
             scheduler.add(seq)
@@ -183,10 +184,48 @@ def test_under_any_load_the_accounting_holds_and_everyone_is_served(
                 break
             continue
         assert plan.num_tokens.sum() <= budget and 1 <= plan.num_tokens.min() <= plan.num_tokens.max() <= chunk
+        computed += int(plan.num_tokens.sum())
         run(scheduler, plan)
         pool.check_integrity()
         assert sum(len(seq.block_table) for _, seq in due) == pool.counts().held
     assert all(seq.status is SequenceStatus.FINISHED for _, seq in due)
+    assert pool.counts().held == 0
+    # A preempted sequence comes back once somebody else has ended, so it is computed again no more often than that.
+    assert computed <= len(due) * sum(seq.num_tokens for _, seq in due)
+
+
+def test_a_preempted_sequence_comes_back_when_all_of_it_fits() -> None:
+    """Two that fit together at first and not at last: the work is once each, and the younger's start once more."""
+    scheduler, _ = scheduler_of(num_blocks=64, block_size=4, max_model_len=256)
+    sequences = [sequence(name, 100, max_tokens=100) for name in "ab"]
+    for seq in sequences:
+        scheduler.add(seq)
+    computed = 0
+    while (plan := scheduler.schedule()) is not None:
+        computed += int(plan.num_tokens.sum())
+        run(scheduler, plan)
+    assert all(seq.num_output_tokens == 100 for seq in sequences)
+    assert computed < 400 + 200
+
+
+def test_one_that_waits_with_landed_kv_keeps_nobody_from_running() -> None:
+    """All blocks are with sequences that landed and wait; the running one, which is older, takes what it needs."""
+    scheduler, pool = scheduler_of(num_blocks=8, block_size=4, max_num_seqs=1, max_model_len=32)
+    running = sequence("a", 8, max_tokens=24)
+    scheduler.add(running)
+    run(scheduler, scheduler.schedule())  # type: ignore[arg-type]
+    waiting = []
+    for name in "bc":
+        blocks = pool.allocate(3)
+        assert blocks is not None
+        waiting.append(
+            sequence(name, 12, max_tokens=4, generated=np.array([5], np.int32), blocks=blocks, num_computed_tokens=12)
+        )
+        scheduler.add(waiting[-1])
+    while (plan := scheduler.schedule()) is not None:
+        scheduler.check_integrity()
+        run(scheduler, plan)
+    assert [seq.num_output_tokens for seq in (running, *waiting)] == [24, 4, 4]
     assert pool.counts().held == 0
 
 
