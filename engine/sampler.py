@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from engine.core.outputs import TokenLogprobs
 from engine.core.sequence import Sequence
 from engine.rng import uniforms
-from messages.sampling import SamplingParams
 
 NOT_A_NUMBER = -1
-"""The token of a row whose logits are not numbers."""
+"""The token of a row whose logits are not all finite."""
+CANDIDATES = 1024
+"""Likeliest tokens that top-k and top-p look at first; the whole vocabulary is sorted only where they are too few."""
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> NDArray[np.int32]:
@@ -24,12 +25,13 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> NDArray[np.int32]
             if seq.params.alters_logits:
                 _penalise(logits[row], seq)
     best, tokens = logits.max(-1)
-    lost = best.isnan()
-    # Rows that are truncated draw from the sorted vocabulary, others from the plain one; whoever shares the step.
-    for truncates in (False, True):
+    lost = ~best.isfinite()
+    for truncates, draw in ((False, _draw), (True, _draw_truncated)):
         drawn = [row for row, seq in enumerate(sequences) if seq.params.draws and seq.params.truncates is truncates]
         if drawn:
-            tokens[torch.tensor(drawn)] = _draw(logits[torch.tensor(drawn)], [sequences[row] for row in drawn])
+            chosen = [sequences[row] for row in drawn]
+            warm = logits[torch.tensor(drawn)] / _column([seq.params.temperature for seq in chosen])
+            tokens[torch.tensor(drawn)] = draw(warm, chosen)
     return torch.where(lost, NOT_A_NUMBER, tokens).to(torch.int32).numpy()
 
 
@@ -44,43 +46,59 @@ def _penalise(logits: torch.Tensor, seq: Sequence) -> None:
         output, counts = np.unique(seq.output_token_ids, return_counts=True)
         amounts = params.frequency_penalty * counts + params.presence_penalty
         logits[torch.from_numpy(output).long()] -= torch.from_numpy(amounts).to(logits.dtype)
-    for token, bias in params.logit_bias.items():
-        if token < vocab:
-            logits[token] += bias
+    biased = [token for token in params.logit_bias if token < vocab]
+    if biased:
+        logits[torch.tensor(biased)] += torch.tensor([params.logit_bias[token] for token in biased])
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """Draw for rows that are all truncated (top-k, top-p), or all not."""
-    params = [seq.params for seq in sequences]
-    logits = logits / _column([param.temperature for param in params])
-    order = None
-    if params[0].truncates:
-        logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    """``logits [rows, vocab]``, divided by their temperatures -> tokens of rows that top-k and top-p leave whole."""
     probabilities = torch.softmax(logits, -1)
-    if any(param.min_p for param in params):
-        floor = _column([param.min_p for param in params]) * probabilities.amax(-1, keepdim=True)
+    min_p = [seq.params.min_p for seq in sequences]
+    if any(min_p):
+        floor = _column(min_p) * probabilities.amax(-1, keepdim=True)
         probabilities = torch.where(probabilities < floor, 0.0, probabilities)
-    if order is not None:
-        probabilities = _truncate(probabilities, params)
-    # In double precision: a sum over a large vocabulary in fp32 loses its last tokens.
-    cumulated = probabilities.double().cumsum(-1)
-    numbers = uniforms(
-        np.array([param.seed for param in params], np.int64), np.array([seq.num_tokens for seq in sequences], np.int64)
+    return _pick(probabilities.double(), sequences).squeeze(-1)
+
+
+def _draw_truncated(logits: torch.Tensor, sequences: list[Sequence], width: int = CANDIDATES) -> torch.Tensor:
+    """The same for rows with top-k, or top-p of what that leaves, among the ``width`` likeliest tokens.
+
+    Where what is dropped begins behind those, the row is drawn again from all. Which way a row takes depends on itself
+    only, and so does its token.
+    """
+    vocab, params = logits.shape[-1], [seq.params for seq in sequences]
+    width = min(width, vocab)
+    likeliest, order = logits.topk(width, dim=-1)
+    probabilities = (likeliest - logits.logsumexp(-1, keepdim=True)).double().exp()
+    top_k, top_p, min_p = (
+        _column([getattr(param, name) for param in params]).double() for name in ("top_k", "top_p", "min_p")
     )
-    target = torch.from_numpy(numbers)[:, None] * cumulated[:, -1:]
-    places = torch.searchsorted(cumulated, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    return (places if order is None else order.gather(-1, places)).squeeze(-1)
-
-
-def _truncate(probabilities: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Top-k, then top-p of what is left; ``probabilities`` come sorted, likeliest first."""
-    vocab = probabilities.shape[-1]
-    top_k = _column([param.top_k or vocab for param in params])
-    kept = torch.where(torch.arange(vocab) < top_k, probabilities, 0.0)
+    places = torch.arange(width)
+    stays = (probabilities >= min_p * probabilities[:, :1]) & ((places < top_k) | (top_k == 0))
+    kept = torch.where(stays, probabilities, 0.0)
+    mass = kept.sum(-1, keepdim=True)
+    whole = ~stays[:, -1:] | (top_k == width) | (width == vocab)  # nothing behind the candidates stays
+    total = torch.where(whole, mass, 1.0)
     # A token is kept when those before it have not reached top_p; so the likeliest always is.
     before = kept.cumsum(-1) - kept
-    top_p = _column([param.top_p for param in params]) * kept.sum(-1, keepdim=True)
-    return torch.where((before < top_p) | (top_p >= kept.sum(-1, keepdim=True)), kept, 0.0)
+    kept = torch.where((before < top_p * total) | (top_p == 1) | (places == 0), kept, 0.0)
+    tokens = order.gather(-1, _pick(kept, sequences)).squeeze(-1)
+    enough = whole | ((min_p == 0) & (top_k == 0) & (top_p <= mass))
+    lacking = (~enough.squeeze(-1)).nonzero().squeeze(-1)
+    if len(lacking):
+        tokens[lacking] = _draw_truncated(logits[lacking], [sequences[row] for row in lacking.tolist()], vocab)
+    return tokens
+
+
+def _pick(probabilities: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """``probabilities [rows, places]``, double, of any sum -> a place for each row, ``[rows, 1]``."""
+    # In double precision: a sum over a large vocabulary in fp32 loses its last tokens.
+    cumulated = probabilities.cumsum(-1)
+    seeds = np.array([seq.params.seed for seq in sequences], np.int64)
+    numbers = uniforms(seeds, np.array([seq.num_tokens for seq in sequences], np.int64))
+    target = torch.from_numpy(numbers)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True).clamp_(max=probabilities.shape[-1] - 1)
 
 
 def logprobs_of(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:

@@ -9,6 +9,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOKEN_ID = 2**31 - 1
+GREEDY_BELOW = 1e-5
+"""A temperature below this one draws the likeliest token whatever the number, and would overflow in fp32."""
 
 
 class FinishReason(StrEnum):
@@ -33,7 +35,7 @@ class SamplingParams:
     max_tokens: int
     """Tokens to generate at the most, those of earlier attempts counted in; 0 only scores the prompt."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0, and anything below ``GREEDY_BELOW``, is greedy."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -64,7 +66,7 @@ class SamplingParams:
     @property
     def draws(self) -> bool:
         """Whether tokens are drawn at random; else the likeliest is taken."""
-        return self.temperature > 0
+        return self.temperature >= GREEDY_BELOW
 
     @property
     def truncates(self) -> bool:
@@ -77,7 +79,7 @@ class SamplingParams:
         _within("top_k", self.top_k, 0, MAX_TOKEN_ID)
         _within("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("seed", self.seed, 0, 2**63 - 1)

@@ -65,7 +65,7 @@ class Sequence:
         generated = _EMPTY if generated is None else generated
         self.seq_id = seq_id
         self.params = params
-        self.plain_greedy = params.temperature == 0 and not params.alters_logits
+        self.plain_greedy = not params.draws and not params.alters_logits
         self.hand_over = hand_over
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt) + len(generated)

@@ -38,19 +38,19 @@ def reference(logits: torch.Tensor, seq: Sequence) -> int:
         values[token] -= params.presence_penalty
     for token, bias in params.logit_bias.items():
         values[token] += bias
-    if params.temperature == 0:
+    if not params.draws:
         return int(values.argmax())
     values = values / params.temperature
     probabilities = np.exp(values - values.max())
     probabilities /= probabilities.sum()
     probabilities[probabilities < params.min_p * probabilities.max()] = 0
     sorts = bool(params.top_k) or params.top_p < 1
-    order = np.argsort(-values, kind="stable") if sorts else np.arange(VOCAB)
+    order = np.argsort(-values, kind="stable") if sorts else np.arange(len(values))
     kept = probabilities[order]
     if params.top_k:
         kept[params.top_k :] = 0
     total, before = kept.sum(), 0.0
-    for place in range(VOCAB) if params.top_p < 1 else ():
+    for place in range(len(values)) if params.top_p < 1 else ():
         value = kept[place]
         if before >= params.top_p * total:
             kept[place] = 0
@@ -75,6 +75,36 @@ def test_the_batched_sampler_equals_the_slow_one(seed: int, **params: object) ->
     seq = sequence(seed, (1, 2, 3), (3, 5, 5), **params)
     logits = logits_of(seed % 1000)
     assert sample(logits.clone(), [seq])[0] == reference(logits[0], seq)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**40),
+    spread=st.sampled_from([0.01, 1.0, 4.0]),
+    top_k=st.sampled_from([0, 1, 1023, 1024, 1025, 2999]),
+    top_p=st.sampled_from([1.0, 0.999, 0.5, 0.1]),
+    min_p=st.sampled_from([0.0, 0.02, 0.9]),
+)
+def test_looking_at_the_likeliest_first_changes_nothing(seed: int, spread: float, **params: object) -> None:
+    """A vocabulary larger than the candidates, flat or steep."""
+    logits = torch.from_numpy(np.random.default_rng(seed % 1000).normal(0, spread, (1, 3000)))
+    seq = sequence(seed, temperature=1.0, **params)
+    assert sample(logits.float(), [seq])[0] == reference(logits.float()[0], seq)
+
+
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e-38}, {"temperature": 1e-6}, {"top_p": 1e-46}, {"top_p": 1e-46, "top_k": 5}]
+)
+def test_the_most_extreme_values_give_the_likeliest_token(extreme: dict[str, object]) -> None:
+    logits = logits_of(11)
+    for seed in range(20):
+        assert sample(logits.clone(), [sequence(seed, **extreme)])[0] == int(logits.argmax())
+
+
+def test_logits_that_overflow_spoil_their_own_row_only() -> None:
+    logits = logits_of(3, 2)
+    logits[1, 5] = float("inf")
+    assert sample(logits, [sequence(1), sequence(2)])[1] == NOT_A_NUMBER
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
