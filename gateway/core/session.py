@@ -7,9 +7,11 @@
    delivered before decode has sent the missing tokens again.
 4. The last chunk: ``EndAck`` to its worker, ``Finished`` to the router, ``Ended`` to the shell.
 
-When an attempt fails, when a worker in use is lost, or when nothing comes until a deadline, the old attempt is aborted
-and the next one placed; it gets the tokens delivered so far, so the stream goes on without a gap or a repeat. After
-``max_attempts`` there is one typed error. Whatever happens, there is exactly one ``Ended`` or ``Failed``.
+When an attempt fails or a worker in use is lost, the old attempt is aborted and the next one placed; it gets the tokens
+delivered so far, so the stream goes on without a gap or a repeat. Silence is not failure: workers that live may be
+busy, and the router tells when they are lost. A silent stream is asked for; only after a long while without any
+progress is the attempt given up. After ``max_attempts`` there is one typed error. Whatever happens, there is exactly
+one ``Ended`` or ``Failed``.
 """
 
 import dataclasses
@@ -117,8 +119,11 @@ class SessionTimeouts:
     first_token: float = 120.0
     """Until an attempt without any token is given up. Long, since it may wait its turn in a prefill worker's queue, and
     since the router tells when that worker is lost."""
-    progress: float = 30.0
-    """Until an attempt whose tokens stop coming is given up."""
+    silence: float = 5.0
+    """Until a stream that has fallen silent is asked for its tokens; doubles each time, up to ``ask_again_most``."""
+    progress: float = 120.0
+    """Until an attempt whose tokens stop coming is given up. Long, since it may wait for room in a busy decode worker,
+    and since the router tells when that worker is lost."""
     gap: float = 0.25
     """Until missing tokens are asked for again."""
 
@@ -218,7 +223,7 @@ class Session:
         self._attempt_kv_bytes = 0
         self._gap_at = None
         self._give_up_at = now + self._timeouts.placement
-        self._ask_from(now)
+        self._ask_from(now, self._timeouts.ask_again)
         return [self._placement_wanted()]
 
     def _placement_wanted(self) -> Send:
@@ -241,7 +246,7 @@ class Session:
         for worker in self._workers():
             self._mailboxes[worker.worker] = worker.mailbox
         self._give_up_at = now + self._timeouts.first_token
-        self._ask_from(now)
+        self._ask_from(now, self._timeouts.ask_again)
         return [self._start_message(placed)]
 
     def _start_message(self, placed: Placed) -> Send:
@@ -265,9 +270,11 @@ class Session:
     def _on_attempt_failed(self, event: AttemptFailed, now: float) -> list[Action]:
         if event.attempt != self.attempt or self.placed is None:
             return []
+        decode = self.placed.decode.worker
+        if event.worker != decode and self._decode_streams:
+            return []  # the prefill worker has done its part, whatever became of it since
         if not event.reason.retryable:
             return self._fail(InvalidRequest("the request does not fit: " + event.detail, code="capacity_exceeded"))
-        decode = self.placed.decode.worker
         match event.reason:
             case FailReason.REFUSED:
                 blamed = [decode]
@@ -302,11 +309,16 @@ class Session:
             return self._retry([worker.worker for worker in suspects], now)
         if self._gap_at is not None and now >= self._gap_at:
             return self._ask_for_tokens(now)
-        if self.status is not Status.STREAMING and now >= self._again_at:
+        if now >= self._again_at:
             self._again_after = min(2 * self._again_after, self._timeouts.ask_again_most)
             self._again_at = now + self._again_after
-            return [self._placement_wanted() if self.placed is None else self._start_message(self.placed)]
+            return [self._ask_again()]
         return []
+
+    def _ask_again(self) -> Send:
+        if self.placed is None:
+            return self._placement_wanted()
+        return self._start_message(self.placed) if self.status is Status.STARTING else self._tokens_wanted(self.placed)
 
     # Tokens
 
@@ -316,13 +328,15 @@ class Session:
             self.late_chunks += 1
             mailbox = self._mailboxes.get(worker)
             return [] if mailbox is None else [answer_to_unwanted(mailbox, chunk)]
+        # Decode has the whole KV before it sends anything.
+        self._decode_streams = self._decode_streams or worker == placed.decode.worker
         have = self.num_generated
         prompt_logprobs = chunk.prompt_logprobs if self._prompt_logprobs_due else None
         if chunk.index > have:
             return self._ask_for_tokens(now) if self._gap_at is None or now >= self._gap_at else []
         end = chunk.index + count_tokens(chunk.tokens)
         if end < have or (end == have and chunk.finish is None and prompt_logprobs is None):
-            self.repeated_chunks += 1
+            self.repeated_chunks += bool(chunk.tokens)  # without any, it says that there is nothing new
             return []
         if worker not in self._mailboxes or not self._sound(chunk, end):
             self.bad_chunks += 1
@@ -333,15 +347,14 @@ class Session:
         self, worker: WorkerId, chunk: TokenChunk, prompt_logprobs: Logprobs | None, known: int, now: float
     ) -> list[Action]:
         """Deliver the chunk's tokens, but for the first ``known``."""
-        assert self.placed is not None
         actions: list[Action] = []
         if self.status is Status.STARTING:
             self._move(Status.STREAMING)
             actions.append(Send(self._router, Prefilled(request=self.request, attempt=self.attempt)))
-        self._decode_streams = self._decode_streams or worker == self.placed.decode.worker
         self.kv_bytes += max(0, chunk.kv_bytes - self._attempt_kv_bytes)
         self._attempt_kv_bytes = max(self._attempt_kv_bytes, chunk.kv_bytes)
         self._give_up_at = now + self._timeouts.progress
+        self._ask_from(now, self._timeouts.silence)
         self._gap_at = None
         self._prompt_logprobs_due = self._prompt_logprobs_due and prompt_logprobs is None
         fresh = chunk.tokens[4 * known :]
@@ -367,8 +380,11 @@ class Session:
     def _ask_for_tokens(self, now: float) -> list[Action]:
         assert self.placed is not None
         self._gap_at = now + self._timeouts.gap
+        return [self._tokens_wanted(self.placed)]
+
+    def _tokens_wanted(self, placed: Placed) -> Send:
         wanted = TokensWanted(request=self.request, attempt=self.attempt, index=self.num_generated)
-        return [Send(self.placed.decode.mailbox, wanted)]
+        return Send(placed.decode.mailbox, wanted)
 
     # Ends
 
@@ -400,17 +416,15 @@ class Session:
 
     # Time
 
-    def _ask_from(self, now: float) -> None:
-        self._again_after = self._timeouts.ask_again
-        self._again_at = now + self._again_after
+    def _ask_from(self, now: float, after: float) -> None:
+        self._again_after = after
+        self._again_at = now + after
 
     def _with_wake(self, actions: list[Action]) -> list[Action]:
         """Ask for a wake if the next deadline comes before the wake that was asked for last."""
         if self.status.over:
             return actions
-        due = self._give_up_at
-        if self.status is not Status.STREAMING:
-            due = min(due, self._again_at)
+        due = min(self._give_up_at, self._again_at)
         if self._gap_at is not None:
             due = min(due, self._gap_at)
         if due < self._wake_at:

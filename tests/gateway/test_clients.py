@@ -203,7 +203,7 @@ def failing(cluster: FakeCluster, server: GatewayServer) -> None:
     (order,) = cluster.of(Prefill)
     detail = "it has no room"
     failed = AttemptFailed(
-        request=order.request, attempt=order.attempt, worker=PREFILL, reason=FailReason.CAPACITY, detail=detail
+        request=order.request, attempt=order.attempt, worker=DECODE, reason=FailReason.CAPACITY, detail=detail
     )
     cluster.send(server.address, failed)
 

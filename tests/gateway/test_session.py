@@ -34,7 +34,7 @@ from runtime.core.actions import Send, WakeAt
 REQUEST = RequestId("r")
 GATEWAY, ROUTER = Address("gateway"), Address("router")
 PROMPT = pack_tokens([1, 2, 3])
-TIMEOUTS = SessionTimeouts(ask_again=1, placement=60, first_token=20, progress=30, gap=0.25)
+TIMEOUTS = SessionTimeouts(ask_again=1, placement=60, first_token=20, silence=5, progress=120, gap=0.25)
 MAX_TOKENS = 20
 
 
@@ -244,7 +244,7 @@ def test_a_failed_attempt_is_followed_by_one_that_knows_the_tokens_so_far() -> N
 
 def test_late_tokens_of_an_older_attempt_are_dropped_and_their_sender_is_stopped() -> None:
     play = streaming()
-    play.fail(FailReason.TRANSFER)
+    play.fail(FailReason.TRANSFER, by="d0")
     play.place("p1", "d1")
     play.chunk(3, 6, by="d0", attempt=1)
     assert [abort.attempt for abort in play.sent_to("d0-mailbox", Abort)] == [1]
@@ -256,7 +256,7 @@ def test_late_tokens_of_an_older_attempt_are_dropped_and_their_sender_is_stopped
 
 def test_a_late_failure_of_an_older_attempt_changes_nothing() -> None:
     play = streaming()
-    play.fail(FailReason.ENGINE)
+    play.fail(FailReason.ENGINE, by="d0")
     play.place("p1", "d1")
     assert play.fail(FailReason.ENGINE, attempt=1) == []
     assert play.session.attempt == 2
@@ -294,6 +294,43 @@ def test_the_prefill_worker_may_die_once_decode_streams() -> None:
     assert play.lose("d0")
 
 
+@pytest.mark.parametrize("reason", FailReason)
+def test_the_prefill_worker_may_fail_once_decode_streams(reason: FailReason) -> None:
+    play = streaming()
+    assert play.fail(reason, by="p0") == []
+    play.chunk(3, MAX_TOKENS, finish=FinishReason.LENGTH)
+    assert play.ends == [Ended(FinishReason.LENGTH)] and play.session.attempt == 1
+
+
+def test_decode_streams_also_behind_a_gap(play: Play) -> None:
+    play.place()
+    play.chunk(1, 3)
+    assert play.fail(FailReason.TRANSFER, by="p0") == [] and play.lose("p0") == []
+    play.chunk(0, 3)
+    assert play.session.attempt == 1 and len(play.tokens) == 3
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("reason", [reason for reason in FailReason if reason.retryable])
+def test_a_failure_of_prefill_before_decode_streams_starts_the_next(
+    play: Play, reason: FailReason, first_token: bool
+) -> None:
+    play.place()
+    if first_token:
+        play.chunk(0, 1, by="p0")
+    play.fail(reason, by="p0")
+    assert play.session.attempt == 2 and play.sent_to("d0-mailbox", Abort)
+    play.place("p1", "d1")
+    play.chunk(len(play.tokens), MAX_TOKENS, by="d1", finish=FinishReason.LENGTH)
+    assert play.ends == [Ended(FinishReason.LENGTH)] and play.delivered_right
+
+
+def test_decodes_own_failure_counts_while_it_streams() -> None:
+    play = streaming()
+    play.fail(FailReason.STOPPING, by="d0")
+    assert play.session.attempt == 2
+
+
 def test_an_unanswered_placement_is_asked_for_again_ever_less_often(play: Play) -> None:
     times = []
     for _ in range(16):
@@ -313,9 +350,43 @@ def test_a_router_that_never_answers_is_an_error_in_the_end(play: Play) -> None:
     assert isinstance(play.error, Unavailable) and play.error.retry_after is not None
 
 
-def test_a_stream_that_stands_still_is_taken_elsewhere() -> None:
+@pytest.mark.parametrize("decode_streams", [False, True])
+def test_a_silent_stream_is_asked_for_and_keeps_its_attempt(play: Play, decode_streams: bool) -> None:
+    """Decode is busy: the first token is there, and the others wait for a slot; or for room after a preemption."""
+    play.place()
+    play.chunk(0, 3 if decode_streams else 1, by="p0")
+    if decode_streams:
+        play.chunk(3, 4)
+    have, asked = len(play.tokens), []
+    for second in range(119):
+        for send in play.sleep(1):
+            assert send.to == "d0-mailbox" and isinstance(send.message, TokensWanted), "no other worker is asked"
+            assert (send.message.attempt, send.message.index) == (1, have)
+            asked.append(second + 1)
+            play.chunk(have, have)  # "nothing yet"
+    assert asked[:3] == [5, 13, 21], "ever less often"
+    play.chunk(have, MAX_TOKENS, finish=FinishReason.LENGTH)
+    assert play.ends == [Ended(FinishReason.LENGTH)] and play.delivered_right
+    assert (play.session.attempt, play.session.repeated_chunks) == (1, 0)
+
+
+def test_the_last_tokens_before_a_silence_may_be_lost() -> None:
     play = streaming()
-    play.sleep(31)
+    assert [send.message for send in play.sleep(5)] == [TokensWanted(request=REQUEST, attempt=Attempt(1), index=3)]
+    play.chunk(3, 6)
+    assert play.delivered_right and len(play.tokens) == 6
+
+
+def test_a_stream_that_flows_is_not_asked_for() -> None:
+    play = streaming()
+    for i in range(3, 13):
+        assert play.sleep(4) == []
+        play.chunk(i, i + 1)
+
+
+def test_a_stream_that_stands_still_is_taken_elsewhere_in_the_end() -> None:
+    play = streaming()
+    play.sleep(121)
     assert play.session.attempt == 2 and play.session.status is Status.PLACING
     assert play.sent_to("d0-mailbox", Abort)
     assert play.sent_to(ROUTER, PlacementWanted)[0].avoid == ("d0",)
@@ -324,7 +395,7 @@ def test_a_stream_that_stands_still_is_taken_elsewhere() -> None:
 def test_tokens_push_the_deadline_back() -> None:
     play = streaming()
     for i in range(3, 10):
-        play.sleep(20)
+        play.sleep(100)
         play.chunk(i, i + 1)
     assert play.session.attempt == 1
 
@@ -436,7 +507,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("next"), st.integers(-3, 3), st.integers(0, 5)),
     st.tuples(st.just("fail"), st.sampled_from(list(FailReason)), st.integers(0, 1)),
     st.tuples(st.just("lose"), st.sampled_from(["p0", "p1", "d0", "d1"])),
-    st.tuples(st.just("sleep"), st.sampled_from([0.1, 1.0, 15.0, 70.0])),
+    st.tuples(st.just("sleep"), st.sampled_from([0.1, 1.0, 15.0, 70.0, 130.0])),
     st.tuples(
         st.just("reject"),
     ),
@@ -500,7 +571,7 @@ def test_any_order_of_events_delivers_each_token_once_and_ends_once(events: list
 def test_after_any_trouble_working_workers_complete_the_answer(events: list[Any]) -> None:
     play = Play(max_attempts=1000)
     for event in events:
-        if event[:2] != ("fail", FailReason.CAPACITY) and event != ("sleep", 70.0):
+        if event[:2] != ("fail", FailReason.CAPACITY) and event not in (("sleep", 70.0), ("sleep", 130.0)):
             perform(play, event)
     while not play.session.status.over:
         if play.session.placed is None:

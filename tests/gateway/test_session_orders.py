@@ -40,7 +40,7 @@ from runtime.core.actions import Send, WakeAt
 REQUEST = RequestId("r")
 ROUTER, GATEWAY = Address("router"), Address("gateway")
 PROMPT = pack_tokens([1, 2, 3])
-TIMEOUTS = SessionTimeouts(ask_again=1, placement=60, first_token=20, progress=30, gap=0.25)
+TIMEOUTS = SessionTimeouts(ask_again=1, placement=60, first_token=20, silence=5, progress=120, gap=0.25)
 LENGTH = 12
 NAMES = ("a", "b", "c", "d")
 
@@ -292,7 +292,7 @@ class World:
             case 7:
                 self.deliver(x, lose=True)
             case 8:
-                self.sleep((0.1, 0.5, 2.0, 21.0, 31.0)[x % 5])
+                self.sleep((0.1, 0.5, 6.0, 21.0, 121.0)[x % 5])
             case 9:
                 self.fail(x // 3, (FailReason.ENGINE, FailReason.TRANSFER, FailReason.REFUSED)[x % 3])
             case 10:
