@@ -5,6 +5,7 @@ Pure functions of the tokens: replaying a transcript gives the same text in the 
 
 import codecs
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -13,6 +14,10 @@ from tokenizers import Tokenizer as Backend
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 PATIENCE = 8
 """Tokens after which an unfinished character is taken for a broken one: the longest has 4 bytes."""
+CONTEXT = 5
+"""Tokens of the prompt that a decoder sees before the first one of the output, as in vLLM."""
+LOOK_BACK = 4 * CONTEXT
+"""Tokens of the prompt that are searched for those, since some have no text and some are pieces of characters."""
 
 
 class Detokenizer(Protocol):
@@ -33,9 +38,13 @@ class Vocabulary:
         self.is_byte_level = (state.get("decoder") or {}).get("type") == "ByteLevel"
         self._bytes: dict[int, bytes] = {}
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one; special tokens have no text."""
-        return ByteDetokenizer(self) if self.is_byte_level else WindowDetokenizer(self.backend)
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """A fresh one for what follows ``prompt``; special tokens have no text."""
+        return ByteDetokenizer(self) if self.is_byte_level else WindowDetokenizer(self, prompt)
+
+    def is_silent(self, token: int) -> bool:
+        """Whether ``token`` is special, or an id without a token: neither has text."""
+        return token in self._special or self.backend.id_to_token(token) is None
 
     def text_bytes(self, token: int) -> bytes:
         """What ``token`` adds to a text: nothing for special tokens, and for ids without a token."""
@@ -70,18 +79,28 @@ class ByteDetokenizer:
 
 class WindowDetokenizer:
     """For any decoder: decodes the last few tokens with and without the new ones, and emits the difference (as
-    text-generation-inference does)."""
+    text-generation-inference does).
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._window: list[int] = []
-        self._known = 0  # tokens of the window whose text is emitted
+    The window begins with the prompt's last tokens as if they were emitted: decoders of SentencePiece models drop the
+    space that a text begins with, which the output's first word must keep.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int]) -> None:
+        self._backend = vocabulary.backend
+        self._is_silent = vocabulary.is_silent
+        self._window = self._context(prompt)
+        self._known = len(self._window)  # tokens of the window whose text is emitted
 
     def step(self, token: int) -> str:
+        if self._is_silent(token):
+            return ""
         self._window.append(token)
         fresh = self._difference()
         pending = len(self._window) - self._known
-        if not fresh or (fresh.endswith(UNFINISHED) and pending < PATIENCE):
+        if pending < PATIENCE and (not fresh or fresh.endswith(UNFINISHED)):
+            return ""
+        if not fresh:  # so many tokens without a text will not get one
+            del self._window[self._known :]
             return ""
         self._window = self._window[self._known :]
         self._known = len(self._window)
@@ -93,9 +112,25 @@ class WindowDetokenizer:
         return fresh
 
     def _difference(self) -> str:
-        known: str = self._backend.decode(self._window[: self._known], skip_special_tokens=True)
-        every: str = self._backend.decode(self._window, skip_special_tokens=True)
+        known, every = self._decode(self._window[: self._known]), self._decode(self._window)
+        if not every.startswith(known):  # half a character, with which a prompt may end, has become whole
+            known = known.rstrip(UNFINISHED)
         return every[len(known) :]
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of ``prompt`` that have text; a few more where they begin within a character."""
+        context: list[int] = []
+        for token in reversed(prompt[-LOOK_BACK:]):
+            if self._is_silent(token):
+                continue
+            if len(context) >= CONTEXT and not self._decode(context).startswith(UNFINISHED):
+                break
+            context.insert(0, token)
+        return context
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._backend.decode(tokens, skip_special_tokens=True)
+        return text
 
 
 @lru_cache(1)

@@ -83,12 +83,12 @@ class Api:
 
     def _choice(self, index: int, plan: Plan, exchange: Exchange, arrived: float) -> Choice:
         echo = None
+        prompt = plan.prompts[index // plan.n]
         if plan.echo:
-            prompt = plan.prompts[index // plan.n]
             echo = (self.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text, prompt.tokens)
         return Choice(
             index,
-            self.tokenizer.detokenizer(),
+            self.tokenizer.detokenizer(prompt.tokens),
             StopStrings(plan.stops, include=plan.include_stop),
             include_stop=plan.include_stop,
             logprobs=plan.logprobs,

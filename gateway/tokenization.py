@@ -58,8 +58,9 @@ class Tokenizer:
         text: str = self._backend.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        return self.vocabulary.detokenizer()
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """For the output that follows ``prompt``."""
+        return self.vocabulary.detokenizer(prompt)
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """One token alone, as log-probabilities show it: its text, and its bytes. A piece of a character is shown as
