@@ -23,7 +23,7 @@ class OpenTransfer(AttemptMessage, frozen=True):
     layout: str
     """Fingerprint of the sender's KV layout."""
     sources: tuple[KVEndpoint, ...]
-    """Where pulls could read from, one for each rank; pushing transports leave it empty."""
+    """Where the KV comes from, one for each rank: a one-sided receiver sees by it whether the writer lives."""
     ticket: Ticket
 
 

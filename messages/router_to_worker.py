@@ -1,6 +1,6 @@
 """What the router tells workers."""
 
-from messages.common import Detail, Message
+from messages.common import Detail, Message, WorkerAddress
 from messages.ids import Epoch, WorkerId
 
 
@@ -12,8 +12,9 @@ class RegisterWanted(Message, frozen=True):
 
 
 class PeerLost(Message, frozen=True):
-    """This incarnation of another worker has left: it writes no more, and answers no more."""
+    """This incarnation of another worker has left the membership."""
 
-    worker: WorkerId
-    epoch: Epoch
+    peer: WorkerAddress
+    dead: bool
+    """Its process is gone: it writes no more. Where False it was silent, or said good-bye, and may still write."""
     detail: Detail

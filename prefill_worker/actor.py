@@ -6,8 +6,9 @@ from engine.runner import ModelRunner
 from kv_transfer.core.session import TransferTimeouts
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import make_sender
+from kv_transfer.transports.memory import SharedMemory
 from messages.codec import Decode, decoder_for
-from messages.common import WorkerAddress
+from messages.common import KVEndpoint, WorkerAddress
 from messages.ids import Address
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import Messages, PrefillMachine, PrefillSettings
@@ -19,10 +20,15 @@ from runtime.worker import KVPort, Machine
 class PrefillWorker(WorkerActor):
     """Computes prompts and hands their KV over."""
 
+    _sources: tuple[KVEndpoint, ...] = ()
+
     def _decoder(self) -> Decode:
         return decoder_for(*Messages)
 
     def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
+        if isinstance(memory, SharedMemory):
+            layout = runner.layout.fingerprint()
+            self._sources = (KVEndpoint("shm", memory.address, layout, len(memory.pool)),)
         sender = make_sender(self._config.transport, memory.pool, mailbox.post)
         return KVPort(memory.pool, sender, None)
 
@@ -37,5 +43,5 @@ class PrefillWorker(WorkerActor):
             vocab_size=runner.config.vocab_size,
         )
         layout = runner.layout.fingerprint()
-        handoffs = Handoffs(address, layout, self._config.transport, pool, TransferTimeouts())
+        handoffs = Handoffs(address, layout, self._config.transport, pool, TransferTimeouts(), self._sources)
         return PrefillMachine(settings, scheduler, pool, handoffs)

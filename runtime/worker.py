@@ -14,7 +14,16 @@ from typing import Any, Protocol
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
 from kv_transfer.core.digest import digests
-from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, OpenLanding, Push, TakeDigests
+from kv_transfer.core.session import (
+    CancelPushes,
+    CloseLanding,
+    Digested,
+    LookForWriter,
+    OpenLanding,
+    Push,
+    TakeDigests,
+    WriterGone,
+)
 from kv_transfer.transports.base import Pool, Receiver, Sender
 from runtime.core.actions import Send
 from runtime.core.membership import Membership
@@ -140,6 +149,10 @@ class WorkerLoop:
                 case CloseLanding(key):
                     assert port.receiver is not None
                     port.receiver.close(key)
+                case LookForWriter(key, writer):
+                    assert port.receiver is not None
+                    if port.receiver.writer_gone(writer):
+                        self._mailbox.post(WriterGone(key))
                 case TakeDigests():
                     self._hasher.submit(self._digest, action)
                 case _:

@@ -18,7 +18,7 @@ from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Landed
-from kv_transfer.core.session import Digested
+from kv_transfer.core.session import Digested, WriterGone
 from messages.codec import count_tokens
 from messages.common import FailReason, Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
@@ -41,7 +41,7 @@ Messages = (
 
 Event = (
     Generate | Abort | EndAck | TokensWanted | OpenTransfer | EndTransfer | TransferClosed
-    | RegisterWanted | PeerLost | Landed | Digested
+    | RegisterWanted | PeerLost | Landed | Digested | WriterGone
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ class DecodeMachine:
                 return self._opened(event, now)
             case Generate():
                 return self._generate(event, now)
-            case EndTransfer() | TransferClosed() | Landed() | Digested():
+            case EndTransfer() | TransferClosed() | Landed() | Digested() | WriterGone():
                 return self._settle(self._reservations.handle(event, now))
             case Abort():
                 return self._stop(event.request, event.attempt, "the gateway wants no more of it", now)
@@ -112,7 +112,8 @@ class DecodeMachine:
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
             case PeerLost():
-                return self._settle(self._reservations.peer_lost(event.worker, event.epoch))
+                lost = (event.peer.worker, event.peer.epoch)
+                return self._settle(self._reservations.peer_lost(*lost, dead=event.dead, now=now))
 
     def tick(self, now: float) -> list[Action]:
         """What is due by the clock."""

@@ -16,11 +16,13 @@ from kv_transfer.core.session import (
     CloseLanding,
     Digested,
     Ended,
+    LookForWriter,
     OpenLanding,
     Outcome,
     ReceiveSession,
     TakeDigests,
     TransferTimeouts,
+    WriterGone,
 )
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
@@ -41,7 +43,7 @@ class KVLanded(NamedTuple):
     first: FirstToken
 
 
-Action = Send | OpenLanding | CloseLanding | TakeDigests
+Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriter
 Step = Action | KVLanded
 
 
@@ -111,15 +113,20 @@ class Reservations:
                 break
             self._waiting.popleft()
             key = TransferKey(order.request, order.attempt)
-            session = ReceiveSession(key, self._mailbox, blocks, 0, self._one_sided, self._timeouts)
+            # One rank for now, as at the sender.
+            writer = order.sources[0] if order.sources else None
+            session = ReceiveSession(key, self._mailbox, blocks, 0, self._one_sided, self._timeouts, writer)
             self._open[key] = _Reservation(order, session)
             steps += self._steps(key, session.accept(now))
             room -= 1
         return steps
 
-    def handle(self, event: EndTransfer | TransferClosed | Landed | Digested, now: float) -> list[Step]:
+    def handle(self, event: EndTransfer | TransferClosed | Landed | Digested | WriterGone, now: float) -> list[Step]:
         """A message of the sender, or an answer of the transport."""
-        key = event.key if isinstance(event, Landed | Digested) else TransferKey(event.request, event.attempt)
+        if isinstance(event, Landed | Digested | WriterGone):
+            key = event.key
+        else:
+            key = TransferKey(event.request, event.attempt)
         if key in self._open:
             return self._steps(key, self._open[key].session.handle(event, now))
         match event:
@@ -149,15 +156,17 @@ class Reservations:
             for step in self._steps(key, self._open[key].session.give_up(detail, now=now))
         ]
 
-    def peer_lost(self, worker: WorkerId, epoch: Epoch) -> list[Step]:
-        """A prefill worker is gone: nothing of it will land, and its quarantined blocks are safe."""
+    def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool, now: float) -> list[Step]:
+        """A prefill worker is gone: nothing of it is waited for. If it is ``dead``, its quarantined blocks are safe."""
         self._forget_waiting(lambda order: (order.prefill.worker, order.prefill.epoch) == (worker, epoch))
         lost = [
             key
             for key, reservation in self._open.items()
             if (reservation.order.prefill.worker, reservation.order.prefill.epoch) == (worker, epoch)
         ]
-        return [step for key in lost for step in self._steps(key, self._open[key].session.peer_lost())]
+        return [
+            step for key in lost for step in self._steps(key, self._open[key].session.peer_lost(dead=dead, now=now))
+        ]
 
     def tick(self, now: float) -> list[Step]:
         """Refuse those that have waited too long; let the sessions see the time."""
@@ -186,7 +195,7 @@ class Reservations:
                 case Ended():
                     del self._open[key]
                     self._pool.free(reservation.session.blocks)
-                case OpenLanding() | CloseLanding() | TakeDigests():
+                case OpenLanding() | CloseLanding() | TakeDigests() | LookForWriter():
                     steps.append(action)
                 case message:
                     steps.append(Send(reservation.order.prefill.mailbox, message))  # type: ignore[arg-type]

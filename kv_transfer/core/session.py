@@ -8,8 +8,9 @@ The life of a transfer:
 4. With the first token the sender ends the transfer: count and digest of every block (``SendSession.end``).
 5. When all has landed, the receiver takes digests of what stands in its own pool; what is missing or differs is asked
    for again, and what is right is acked. Only then may decode read the blocks, and only then may prefill free its own.
-6. Either side may give up at any point. The sender confirms with ``TransferClosed`` that it writes no more; until then
-   the blocks of a one-sided receiver stay in quarantine.
+6. Either side may give up at any point. The sender confirms with ``TransferClosed`` that it writes no more; until
+   then, or until its process is known to be gone, the blocks of a one-sided receiver stay in quarantine. A sender that
+   is only silent may be in the middle of a write.
 
 Every message is idempotent and is sent again until it is answered, so a lossy link costs time only.
 """
@@ -86,6 +87,13 @@ class CloseLanding(NamedTuple):
     key: TransferKey
 
 
+class LookForWriter(NamedTuple):
+    """See whether the process behind ``writer`` is gone; answered by ``WriterGone``, or not at all."""
+
+    key: TransferKey
+    writer: KVEndpoint
+
+
 class Outcome(Enum):
     """How a session ended; its blocks belong to the caller again."""
 
@@ -114,7 +122,13 @@ class Digested(NamedTuple):
     digests: bytes
 
 
-Action = Reply | Push | CancelPushes | TakeDigests | OpenLanding | CloseLanding | Ended
+class WriterGone(NamedTuple):
+    """Event: the process that wrote for ``key`` does not exist any more, nor any of its threads."""
+
+    key: TransferKey
+
+
+Action = Reply | Push | CancelPushes | TakeDigests | OpenLanding | CloseLanding | LookForWriter | Ended
 
 
 class SendState(Enum):
@@ -343,6 +357,8 @@ class ReceiveSession:
     cached: int
     one_sided: bool
     timeouts: TransferTimeouts
+    writer: KVEndpoint | None = None
+    """Where the blocks come from, as far as the sender has said it."""
     state: ReceiveState = ReceiveState.LANDING
     first: FirstToken | None = None
     repairs: int = 0
@@ -369,7 +385,7 @@ class ReceiveSession:
         return [OpenLanding(self.key, self.cached, self.blocks), self._accepted()]
 
     def handle(
-        self, event: OpenTransfer | EndTransfer | TransferClosed | Landed | Digested, now: float
+        self, event: OpenTransfer | EndTransfer | TransferClosed | Landed | Digested | WriterGone, now: float
     ) -> list[Action]:
         """One event of this transfer; whatever comes too late or twice changes nothing."""
         if self.state in (ReceiveState.LANDING, ReceiveState.VERIFYING):
@@ -388,10 +404,14 @@ class ReceiveSession:
                 if self.state is not ReceiveState.QUARANTINED:
                     self._outcome, self._detail = Outcome.CLOSED, event.reason
                 return self._close()
+            case WriterGone():
+                return self.peer_lost(dead=True, now=now)
         return []
 
-    def peer_lost(self) -> list[Action]:
-        """The sender is gone for good: nothing can write any more."""
+    def peer_lost(self, *, dead: bool, now: float) -> list[Action]:
+        """The sender has left the membership. Only if it is ``dead`` can nothing write any more."""
+        if not dead:
+            return self.give_up("the prefill worker fell silent", Outcome.FAILED, now=now)
         if self.state is ReceiveState.CLOSED:
             return []
         if self.state is not ReceiveState.QUARANTINED:
@@ -417,7 +437,8 @@ class ReceiveSession:
             return []
         if self.state is ReceiveState.QUARANTINED:
             self._resend_at = now + self.timeouts.resend
-            return [self._cancel()]
+            look = [] if self.writer is None else [LookForWriter(self.key, self.writer)]
+            return [self._cancel(), *look]
         self._resend_at = float("inf")
         missing = np.flatnonzero(~self._landed).astype(np.int32)
         return self._repair(missing, now) if len(missing) and self._end is not None else []

@@ -18,7 +18,7 @@ Contract:
   after ``close(key)`` has returned nothing lands for that key. It reports each arrival with ``Landed``.
 - A one-sided receiver (``one_sided = True``) does not see the writes: no ``Landed``; what was pushed before the peer's
   end message has landed when that message arrives. After ``close`` a late writer could still write, so the caller must
-  keep the blocks in quarantine until the sender has confirmed, or is gone.
+  keep the blocks in quarantine until the sender has confirmed, or is gone (``writer_gone``).
 """
 
 from collections.abc import Callable
@@ -71,6 +71,9 @@ class Receiver(Protocol):
 
     def close(self, key: TransferKey) -> None:
         """Nothing more shall land for ``key``; unknown keys are ignored."""
+
+    def writer_gone(self, writer: KVEndpoint) -> bool:
+        """Whether the process with the pool at ``writer`` is certain to be gone, so that it can write no more."""
 
     def shutdown(self) -> None:
         """Stop receiving; joins threads and closes sockets."""

@@ -189,6 +189,9 @@ class FaultyReceiver:
             self._open.pop(key, None)
         self._inner.close(key)
 
+    def writer_gone(self, writer: KVEndpoint) -> bool:
+        return self._inner.writer_gone(writer)
+
     def release(self) -> None:
         """Report what is delayed."""
         with self._lock:

@@ -36,6 +36,10 @@ class InprocReceiver:
     def close(self, key: TransferKey) -> None:
         self._landings.close(key)
 
+    def writer_gone(self, writer: KVEndpoint) -> bool:
+        """Nobody has to know: this process writes itself."""
+        return False
+
     def shutdown(self) -> None:
         with _lock:
             _receivers.pop(self.endpoint.address, None)

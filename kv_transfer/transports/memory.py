@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import secrets
+import select
 import threading
 from typing import NamedTuple
 
@@ -136,6 +137,39 @@ class PeerMemory(Mapped):
         if self._process >= 0:
             os.close(self._process)
             self._process = -1
+
+
+def owner_gone(address: str) -> bool:
+    """Whether the process that made the pool at ``address`` has released it, or has died with all its threads.
+
+    False where that cannot be told, and for what is no address.
+    """
+    try:
+        wanted = _parsed(address)
+        process = os.pidfd_open(wanted.pid)
+    except ProcessLookupError:
+        return True
+    except (OSError, TransportError):
+        return False
+    try:
+        exit_seen = select.poll()
+        exit_seen.register(process, select.POLLIN)
+        return bool(exit_seen.poll(0)) or _stands_elsewhere(wanted)
+    finally:
+        os.close(process)
+
+
+def _stands_elsewhere(wanted: _Address) -> bool:
+    """Whether the process of that number lives and has something else, or nothing, where the pool was."""
+    try:
+        return os.readlink(wanted.path) != _link(wanted.nonce)
+    except FileNotFoundError:
+        # A process whose main thread has ended shows no file at all, while another thread may be writing still.
+        with contextlib.suppress(OSError):
+            return bool(os.listdir(os.path.dirname(wanted.path)))
+    except OSError:
+        pass
+    return False
 
 
 def _map(wanted: _Address) -> mmap.mmap:

@@ -7,7 +7,7 @@ import select
 
 from kv_transfer.transports.base import Blocks, OnEvent, Pool, TransferKey, TransportError
 from kv_transfer.transports.copying import CopyingSender, check_blocks, copy_blocks
-from kv_transfer.transports.memory import PeerMemory, SharedMemory
+from kv_transfer.transports.memory import PeerMemory, SharedMemory, owner_gone
 from messages.common import KVEndpoint
 
 
@@ -24,6 +24,9 @@ class ShmReceiver:
 
     def close(self, key: TransferKey) -> None:
         """Nothing can be done: the caller keeps the blocks in quarantine."""
+
+    def writer_gone(self, writer: KVEndpoint) -> bool:
+        return writer.transport == "shm" and owner_gone(writer.address)
 
     def shutdown(self) -> None:
         """Nothing runs; the memory is its owner's to release."""

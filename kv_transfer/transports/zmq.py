@@ -330,6 +330,10 @@ class ZmqReceiver:
     def close(self, key: TransferKey) -> None:
         self._landings.close(key)
 
+    def writer_gone(self, writer: KVEndpoint) -> bool:
+        """Nobody has to know: this process writes itself."""
+        return False
+
     def shutdown(self) -> None:
         self._stopping.set()
         self._wake()

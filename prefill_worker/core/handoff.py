@@ -18,7 +18,7 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
-from messages.common import WorkerAddress
+from messages.common import KVEndpoint, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
@@ -53,9 +53,17 @@ class Handoffs:
     """All hand-overs of one prefill worker, by attempt."""
 
     def __init__(
-        self, address: WorkerAddress, layout: str, transport: str, pool: BlockPool, timeouts: TransferTimeouts
+        self,
+        address: WorkerAddress,
+        layout: str,
+        transport: str,
+        pool: BlockPool,
+        timeouts: TransferTimeouts,
+        sources: tuple[KVEndpoint, ...] = (),
     ) -> None:
+        """``sources``: where this worker's own KV stands, as far as others can see it."""
         self._address = address
+        self._sources = sources
         self._layout = layout
         self._transport = transport
         self._pool = pool
@@ -88,7 +96,7 @@ class Handoffs:
             generation=order.generation,
             transport=self._transport,
             layout=self._layout,
-            sources=(),
+            sources=self._sources,
             ticket=order.ticket,
         )
         # One rank for now: tensor parallelism pairs each rank's endpoint with its own session.

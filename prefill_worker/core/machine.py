@@ -120,7 +120,7 @@ class PrefillMachine:
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
             case PeerLost():
-                return self._settle(self._handoffs.peer_lost(event.worker, event.epoch))
+                return self._settle(self._handoffs.peer_lost(event.peer.worker, event.peer.epoch))
             case CancelTransfer() if TransferKey(event.request, event.attempt) not in self._handoffs:
                 closed = TransferClosed(request=event.request, attempt=event.attempt, reason="nothing is being sent")
                 return [Send(event.mailbox, closed)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from messages import tickets
-from messages.common import Role
+from messages.common import Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
@@ -258,27 +258,33 @@ class Router:
 
     def _died(self, event: WorkerDied, _now: float) -> list[Action]:
         view = self._members.get(event.worker, event.epoch)
-        return self._bury(view, event.detail) if view is not None else []
+        if view is not None:
+            return self._bury(view, event.detail, dead=True)
+        former = self._members.former(event.worker, event.epoch)
+        return [] if former is None else self._tell_peers(former, event.detail, dead=True)
 
     def _leaving(self, event: Leaving, _now: float) -> list[Action]:
         view = self._members.get(event.worker, event.epoch)
-        return self._bury(view, "it was stopped") if view is not None else []
+        return self._bury(view, "it was stopped", dead=False) if view is not None else []
 
-    def _bury(self, view: WorkerView, detail: str) -> list[Action]:
+    def _bury(self, view: WorkerView, detail: str, *, dead: bool) -> list[Action]:
         if view.alive:
-            return self._lose(view, detail, for_good=True)
+            return self._lose(view, detail, for_good=True, dead=dead)
         view.dead_for_good = True
-        return []
+        return self._tell_peers(view.address, detail, dead=dead) if dead else []
 
-    def _lose(self, view: WorkerView, detail: str, *, for_good: bool) -> list[Action]:
-        """Take a worker out of the membership, and tell everyone who deals with it."""
+    def _lose(self, view: WorkerView, detail: str, *, for_good: bool, dead: bool = False) -> list[Action]:
+        """Take a worker out of the membership, and tell everyone who deals with it. It may still write unless it is
+        ``dead``, which only its supervisor knows."""
         self._members.leave(view)
         view.dead_for_good = for_good
         lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail)
         actions: list[Action] = [Send(gateway, lost) for gateway in self._ledger.lose(view, lost)]
-        peer_lost = PeerLost(worker=view.worker, epoch=view.epoch, detail=detail)
-        actions += [Send(peer.address.mailbox, peer_lost) for peer in self._members.live()]
-        return [*actions, Forget(view.address.mailbox)]
+        return [*actions, *self._tell_peers(view.address, detail, dead=dead), Forget(view.address.mailbox)]
+
+    def _tell_peers(self, lost: WorkerAddress, detail: str, *, dead: bool) -> list[Action]:
+        message = PeerLost(peer=lost, dead=dead, detail=detail)
+        return [Send(peer.address.mailbox, message) for peer in self._members.live()]
 
     # Time
 

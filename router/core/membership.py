@@ -3,7 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 
-from messages.common import Role
+from messages.common import Role, WorkerAddress
 from messages.ids import Epoch, WorkerId
 from router.core.policies.base import Policy
 from router.core.views import WorkerView
@@ -20,7 +20,7 @@ class Members:
         self._views: dict[WorkerId, WorkerView] = {}
         self._by_silence: OrderedDict[WorkerId, WorkerView] = OrderedDict()
         """Live workers, the one that was not heard for the longest time first."""
-        self._former: dict[WorkerId, deque[Epoch]] = {}
+        self._former: dict[WorkerId, deque[WorkerAddress]] = {}
         self._longest: dict[Role, int] = {}
 
     def __iter__(self) -> Iterator[WorkerView]:
@@ -33,7 +33,11 @@ class Members:
 
     def is_former(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Whether another process has taken the place of this one: whatever it still sends is late."""
-        return epoch in self._former.get(worker, ())
+        return self.former(worker, epoch) is not None
+
+    def former(self, worker: WorkerId, epoch: Epoch | None) -> WorkerAddress | None:
+        """The incarnation of that epoch, if another process has taken its place."""
+        return next((address for address in self._former.get(worker, ()) if address.epoch == epoch), None)
 
     def live(self) -> Iterator[WorkerView]:
         return iter(self._by_silence.values())
@@ -42,7 +46,7 @@ class Members:
         """Take in a worker, in place of one of the same name that is not live any more."""
         known = self._views.get(view.worker)
         if known is not None and known.epoch != view.epoch:
-            self._former.setdefault(view.worker, deque(maxlen=FORMER)).append(known.epoch)
+            self._former.setdefault(view.worker, deque(maxlen=FORMER)).append(known.address)
         self._views[view.worker] = view
         self._by_silence[view.worker] = view
         self.policies[view.role].add(view)

@@ -20,6 +20,7 @@ from kv_transfer.core.session import (
     CloseLanding,
     Digested,
     Ended,
+    LookForWriter,
     OpenLanding,
     Outcome,
     Push,
@@ -29,6 +30,7 @@ from kv_transfer.core.session import (
     SendState,
     TakeDigests,
     TransferTimeouts,
+    WriterGone,
 )
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
@@ -213,16 +215,40 @@ def test_a_receiver_that_gives_up_frees_no_block_that_could_still_be_written(
     assert world.writes_after_release == 0
 
 
-def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone() -> None:
-    for release in ("confirmed", "lost"):
-        receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, True, TIMEOUTS)
-        receiver.accept(0.0)
-        actions = receiver.give_up("the client is gone", now=1.0)
-        assert [type(action) for action in actions] == [CloseLanding, CancelTransfer]
-        assert [type(action) for action in receiver.tick(10.0)] == [CancelTransfer]
-        closed = TransferClosed(KEY.request, KEY.attempt, "stopped")
-        end = receiver.handle(closed, 11.0) if release == "confirmed" else receiver.peer_lost()
-        assert Ended in [type(action) for action in end]
+@pytest.mark.parametrize("release", ["confirmed", "dead", "process gone"])
+def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone(release: str) -> None:
+    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, True, TIMEOUTS, ENDPOINT)
+    receiver.accept(0.0)
+    actions = receiver.give_up("the client is gone", now=1.0)
+    assert [type(action) for action in actions] == [CloseLanding, CancelTransfer]
+    assert [type(action) for action in receiver.tick(10.0)] == [CancelTransfer, LookForWriter]
+    match release:
+        case "confirmed":
+            end = receiver.handle(TransferClosed(KEY.request, KEY.attempt, "stopped"), 11.0)
+        case "dead":
+            end = receiver.peer_lost(dead=True, now=11.0)
+        case _:
+            end = receiver.handle(WriterGone(KEY), 11.0)
+    assert Ended in [type(action) for action in end]
+
+
+@pytest.mark.parametrize("state", ["landing", "quarantined"])
+def test_a_sender_that_is_only_silent_ends_no_quarantine(state: str) -> None:
+    """It may be in the middle of a step, and push when it is over."""
+    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, True, TIMEOUTS)
+    receiver.accept(0.0)
+    if state == "quarantined":
+        receiver.give_up("the client is gone", now=1.0)
+    receiver.peer_lost(dead=False, now=5.0)
+    assert receiver.state is ReceiveState.QUARANTINED
+    (end,) = (action for action in receiver.peer_lost(dead=True, now=9.0) if isinstance(action, Ended))
+    assert end.outcome is (Outcome.FAILED if state == "landing" else Outcome.CLOSED)
+
+
+def test_what_a_silent_sender_still_writes_harms_nobody_where_the_receiver_writes_itself() -> None:
+    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, False, TIMEOUTS)
+    receiver.accept(0.0)
+    assert Ended in [type(action) for action in receiver.peer_lost(dead=False, now=5.0)]
 
 
 def test_an_open_that_nobody_answers_fails_in_time() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 from kv_transfer.core.events import Pushed, PushFailed
 from kv_transfer.transports.base import TransportError
 from kv_transfer.transports.build import make_sender
-from kv_transfer.transports.memory import PeerMemory, SharedMemory
-from kv_transfer.transports.shm import ShmSender
+from kv_transfer.transports.memory import PeerMemory, SharedMemory, owner_gone
+from kv_transfer.transports.shm import ShmReceiver, ShmSender
 from messages.common import KVEndpoint
 from tests.kv_transfer.kv_pair import Events, Pair, key, scattered
 
@@ -98,6 +99,30 @@ def test_a_push_into_the_pool_of_a_dead_process_fails() -> None:
         failed = events.next()
         assert isinstance(failed, PushFailed) and failed.key == key()
         each.shutdown()
+
+
+def test_a_writer_that_stands_still_is_not_taken_for_gone_and_a_dead_one_is() -> None:
+    owner = start(OWNER)
+    address = line_of(owner)
+    assert not owner_gone(address)
+    os.kill(owner.pid, signal.SIGSTOP)
+    assert not owner_gone(address)
+    os.kill(owner.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    assert owner_gone(address)  # dead, and not yet buried
+    kill(owner)
+    assert owner_gone(address)
+
+
+def test_a_pool_that_was_released_has_no_writer_any_more_and_nonsense_proves_nothing() -> None:
+    memory = SharedMemory(8, BLOCK)
+    assert not owner_gone(memory.address)
+    receiver = ShmReceiver(memory, "layout")
+    assert not receiver.writer_gone(KVEndpoint("zmq", "tcp://127.0.0.1:1", "layout", 8))
+    memory.release()
+    assert owner_gone(memory.address)
+    assert receiver.writer_gone(KVEndpoint("shm", memory.address, "layout", 8))
+    assert not owner_gone("nonsense")
 
 
 def test_a_recycled_descriptor_is_noticed() -> None:

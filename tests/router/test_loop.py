@@ -63,7 +63,7 @@ def test_a_router_places_and_announces_losses(watchful: RouterActor) -> None:
     with gateway, worker:
         here = WorkerAddress(WorkerId("c0"), Epoch(1), worker.address)
         register = Register(address=here, role=Role.COLOCATED, max_num_seqs=4, max_model_len=100)
-        gateway.send(address, PeerLost(worker=WorkerId("x"), epoch=Epoch(1), detail="no message for a router"))
+        gateway.send(address, PeerLost(peer=here, dead=True, detail="no message for a router"))
         worker.send(address, register)
         gateway.send(address, wanted("r", gateway=gateway.address))
         assert next_message(gateway, Placed).decode == here
@@ -122,7 +122,7 @@ def test_a_request_that_loses_its_worker_is_placed_on_another_and_its_peers_hear
     first = next_message(gateway, Placed)
     router.worker_died(first.decode.worker, first.decode.epoch, "killed")
     assert next_message(gateway, WorkerLost).worker == first.decode.worker
-    assert next_message(pool[0], PeerLost).worker == first.decode.worker
+    assert next_message(pool[0], PeerLost).peer == first.decode
     gateway.send(address, wanted("r", 2, gateway=gateway.address))
     second = next_message(gateway, Placed)
     assert second.attempt == 2

@@ -10,6 +10,7 @@ from messages.router_to_gateway import Placed, Rejected, WorkerLost
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.worker_to_router import Leaving, WorkerDied
 from router.core.machine import Tick
+from runtime.core.actions import Send
 from runtime.core.membership import REGISTER_EVERY, REPORT_EVERY, Membership
 from tests.router.world import GATEWAY, KEY, World, finished, prefilled, register, report, wanted
 
@@ -157,7 +158,9 @@ def test_a_lost_worker_is_announced_to_its_gateways_and_to_all_other_workers(pai
             sends = pair.handle(Leaving(worker=WorkerId("d0"), epoch=Epoch(1)))
     lost = [(send.to, send.message.worker) for send in sends if isinstance(send.message, WorkerLost)]
     assert lost == [(GATEWAY, "d0")]
-    peers = {send.to for send in sends if isinstance(send.message, PeerLost)}
+    heard = [(send.to, send.message) for send in sends if isinstance(send.message, PeerLost)]
+    assert {message.dead for _, message in heard} == {how == "died"}  # the others may write still
+    peers = {to for to, _ in heard}
     assert peers == {f"tcp://{name}.1:1" for name in ("p0", "p1", "d1")}
     assert [worker.alive for worker in pair.state().workers] == [False, True, True, True]
     assert pair.place("a", attempt=2).decode.worker == "d1"
@@ -189,7 +192,7 @@ def test_a_restarted_worker_takes_the_place_of_its_former_self(pair: World) -> N
     pair.place("r")
     sends = pair.handle(register("d0", Role.DECODE, epoch=2))
     assert [send.to for send in sends if isinstance(send.message, WorkerLost)] == [GATEWAY]
-    assert pair.handle(WorkerDied(worker=WorkerId("d0"), epoch=Epoch(1), detail="killed")) == []
+    assert {send.message.dead for send in sends if isinstance(send.message, PeerLost)} == {False}
     assert [worker.epoch for worker in pair.state().workers if worker.worker == "d0"] == [2]
     assert pair.handle(report("d0", 7, epoch=1)) == []
 
@@ -209,8 +212,29 @@ def test_what_comes_late_from_a_former_incarnation_does_not_touch_its_successor(
                 event = report("d0", 99, epoch)
             case _:
                 event = WorkerDied(worker=WorkerId("d0"), epoch=Epoch(epoch), detail="killed")
-        assert pair.handle(event) == []
+        assert deaths(pair.handle(event)) == ([("d0", epoch)] * 4 if late == "WorkerDied" else [])
     assert pair.state() == before
+
+
+def deaths(sends: list[Send]) -> list[tuple[str, int]]:
+    """Of whom peers hear that the process is gone, once a peer that hears it; nothing else was sent."""
+    messages = [send.message for send in sends]
+    assert all(isinstance(message, PeerLost) and message.dead for message in messages)
+    return [(message.peer.worker, message.peer.epoch) for message in messages if isinstance(message, PeerLost)]
+
+
+@pytest.mark.parametrize("before", ["silent", "left", "replaced"])
+def test_the_death_of_a_worker_that_had_left_before_is_told_to_its_peers(pair: World, before: str) -> None:
+    """Until then they keep what it could still write into."""
+    match before:
+        case "silent":
+            pair.sleep(5.5, "p1", "d0", "d1")
+        case "left":
+            pair.handle(Leaving(worker=WorkerId("p0"), epoch=Epoch(1)))
+        case _:
+            pair.handle(register("p0", Role.PREFILL, epoch=2))
+    died = pair.handle(WorkerDied(worker=WorkerId("p0"), epoch=Epoch(1), detail="killed"))
+    assert deaths(died) == [("p0", 1)] * (4 if before == "replaced" else 3)
 
 
 def test_registering_again_changes_nothing_but_shows_life(pair: World) -> None:
