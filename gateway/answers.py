@@ -85,11 +85,9 @@ class Answer(Response):
 
     background = None
 
-    def __init__(self, exchange: Exchange, renderer: Renderer, *, stall: float) -> None:
-        """``stall``: seconds after which a client that does not read is dropped."""
+    def __init__(self, exchange: Exchange, renderer: Renderer) -> None:
         self._exchange = exchange
         self._renderer = renderer
-        self._stall = stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._exchange.watch(receive))
@@ -105,6 +103,9 @@ class Answer(Response):
 
 
 class WholeAnswer(Answer):
+    """Needs no time limit: one write does not wait for its reader, and the socket's TCP_USER_TIMEOUT (``server.py``)
+    drops a client that reads nothing."""
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = self._exchange
         while not (exchange.over or exchange.first_error() or exchange.client_gone()):
@@ -122,8 +123,10 @@ class WholeAnswer(Answer):
 
 
 class EventStream(Answer):
-    def __init__(self, exchange: Exchange, renderer: Renderer, *, stall: float, include_usage: bool) -> None:
-        super().__init__(exchange, renderer, stall=stall)
+    def __init__(self, exchange: Exchange, renderer: Renderer, include_usage: bool, *, stall: float) -> None:
+        """``stall``: seconds after which a client that does not read is dropped."""
+        super().__init__(exchange, renderer)
+        self._stall = stall
         self._include_usage = include_usage
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -36,6 +36,23 @@ class Piece:
     """Whether nothing was taken before."""
 
 
+class Echo:
+    """A prompt, with which all its choices begin. Its log-probabilities come with the first tokens of the first choice;
+    until then the others hold back what they have."""
+
+    def __init__(self, text: str, tokens: list[int], *, logprobs: bool) -> None:
+        self.text = text
+        self.scores: list[TokenLogprob] | None = None if logprobs else []
+        """One a token; empty where they are not wanted, None where they are not there yet."""
+        self._tokens = tokens
+
+    def scored(self, logprobs: Logprobs | None) -> None:
+        """The first choice's first tokens are there."""
+        if self.scores is None:
+            known = [] if logprobs is None else entries(self._tokens[1:], logprobs)
+            self.scores = [TokenLogprob(self._tokens[0], None, ()), *known]
+
+
 class Choice:
     """A ``Listener`` of the hub."""
 
@@ -47,12 +64,13 @@ class Choice:
         *,
         include_stop: bool,
         logprobs: bool,
-        echo: tuple[str, list[int]] | None,
+        echo: Echo | None,
+        is_first: bool,
         arrived: float,
         changed: Callable[[], None],
         metrics: Metrics,
     ) -> None:
-        """``echo``: text and tokens of the prompt, to begin with. ``arrived``: when the request came in."""
+        """``echo``: the prompt, to begin with. ``is_first``: of this prompt. ``arrived``: when the request came in."""
         self.index = index
         self.num_tokens = 0
         self.finish: FinishReason | None = None
@@ -65,6 +83,7 @@ class Choice:
         self._include_stop = include_stop
         self._with_logprobs = logprobs
         self._echo = echo
+        self._is_first = is_first
         self._changed = changed
         self._metrics = metrics
         self._stopped = False
@@ -89,9 +108,8 @@ class Choice:
         return (self.last_at - self.first_at) / (self.num_tokens - 1)
 
     def deliver(self, tokens: Deliver, now: float) -> bool:
-        if self._echo is not None:
-            self._begin_with_prompt(*self._echo, tokens.prompt_logprobs)
-            self._echo = None
+        if self._echo is not None and self._is_first:
+            self._echo.scored(tokens.prompt_logprobs)
         if tokens.tokens:
             self._observe(now)
         used = self._decode(tokens.tokens, silent_last=tokens.finish is FinishReason.STOP and not self._include_stop)
@@ -133,6 +151,8 @@ class Choice:
 
     def take(self, *, even_without_text: bool) -> Piece | None:
         """What came since the last time; None where that is nothing to show."""
+        if self._echo is not None and not self._begin_with(self._echo):
+            return None
         self.fresh = False
         piece = self._piece
         if not (self._text or self.finish is not None or (even_without_text and (piece.tokens or piece.logprobs))):
@@ -145,12 +165,14 @@ class Choice:
         self._piece = Piece()
         return piece
 
-    def _begin_with_prompt(self, text: str, tokens: list[int], logprobs: Logprobs | None) -> None:
-        self._text.append(text)
-        if self._with_logprobs:
-            self._piece.logprobs.append(TokenLogprob(tokens[0], None, ()))
-            if logprobs is not None:
-                self._piece.logprobs += entries(tokens[1:], logprobs)
+    def _begin_with(self, echo: Echo) -> bool:
+        """Put the prompt before what came so far; False where its log-probabilities are not there yet."""
+        if echo.scores is None:
+            return False
+        self._text.insert(0, echo.text)
+        self._piece.logprobs[:0] = echo.scores
+        self._echo = None
+        return True
 
     def _observe(self, now: float) -> None:
         if self.first_at is None:

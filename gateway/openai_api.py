@@ -20,13 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.answers import Answer, ErrorAnswer, EventStream, Exchange, WholeAnswer
 from gateway.body import Unread, read_body
-from gateway.choice import Choice
+from gateway.choice import Choice, Echo
 from gateway.config import GatewayConfig
 from gateway.core.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, PathNotFound
 from gateway.core.stop_strings import StopStrings
 from gateway.hub import Hub, Order
 from gateway.metrics import Metrics
-from gateway.orders import Plan, Planner
+from gateway.orders import Plan, Planner, Prompt
 from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode, openapi_schema
 from gateway.request_models import ChatRequest, CompletionRequest, chat_request, completion_request
 from gateway.tokenization import Tokenizer
@@ -73,30 +73,36 @@ class Api:
 
         plan = planned() if len(body) <= SHORT_BODY else await loop.run_in_executor(self.executor, planned)
         exchange = Exchange(self.hub)
-        exchange.open(_orders(plan), [self._choice(i, plan, exchange, arrived) for i in range(len(plan.sampling))])
+        exchange.open(_orders(plan), self._choices(plan, exchange, arrived))
         trace = request.headers.get(TRACE_HEADER) == "1"
         rendered = renderer(request.state.request_id, self.config.served_model_name, plan, self.tokenizer, trace=trace)
-        stall = self.config.client_stall
         if plan.stream:
-            return EventStream(exchange, rendered, stall=stall, include_usage=plan.include_usage)
-        return WholeAnswer(exchange, rendered, stall=stall)
+            return EventStream(exchange, rendered, plan.include_usage, stall=self.config.client_stall)
+        return WholeAnswer(exchange, rendered)
 
-    def _choice(self, index: int, plan: Plan, exchange: Exchange, arrived: float) -> Choice:
-        echo = None
-        prompt = plan.prompts[index // plan.n]
-        if plan.echo:
-            echo = (self.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text, prompt.tokens)
-        return Choice(
-            index,
-            self.tokenizer.detokenizer(prompt.tokens),
-            StopStrings(plan.stops, include=plan.include_stop),
-            include_stop=plan.include_stop,
-            logprobs=plan.logprobs,
-            echo=echo,
-            arrived=arrived,
-            changed=exchange.changed,
-            metrics=self.metrics,
-        )
+    def _choices(self, plan: Plan, exchange: Exchange, arrived: float) -> list[Choice]:
+        echoes = [self._echo(prompt, plan) for prompt in plan.prompts]
+        return [
+            Choice(
+                index,
+                self.tokenizer.detokenizer(plan.prompts[index // plan.n].tokens),
+                StopStrings(plan.stops, include=plan.include_stop),
+                include_stop=plan.include_stop,
+                logprobs=plan.logprobs,
+                echo=echoes[index // plan.n],
+                is_first=index % plan.n == 0,
+                arrived=arrived,
+                changed=exchange.changed,
+                metrics=self.metrics,
+            )
+            for index in range(len(plan.sampling))
+        ]
+
+    def _echo(self, prompt: Prompt, plan: Plan) -> Echo | None:
+        if not plan.echo:
+            return None
+        text = self.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+        return Echo(text, prompt.tokens, logprobs=plan.logprobs)
 
     def models(self) -> Response:
         return _json({"object": "list", "data": [self._model_card()]})

@@ -70,9 +70,6 @@ class Planner:
         if request.max_tokens == 0 and not echo:
             raise InvalidRequest("max_tokens must be at least 1, or 0 with echo", param="max_tokens")
         logprobs = _logprobs("logprobs", request.logprobs)
-        prompt_logprobs = logprobs if echo else None
-        if request.max_tokens == 0 and prompt_logprobs is None:
-            prompt_logprobs = 0  # a sequence that only scores its prompt
         return self._plan(
             request,
             encoded,
@@ -81,7 +78,7 @@ class Planner:
             wanted=request.max_tokens,
             default=DEFAULT_COMPLETION_TOKENS,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=logprobs if echo else None,
             echo=echo,
         )
 
@@ -192,7 +189,7 @@ class Planner:
         prompt_logprobs: int | None,
         echo: bool,
     ) -> Plan:
-        """``length``: the name of the parameter that said ``wanted``."""
+        """``length``: the name of the parameter that said ``wanted``. A prompt is scored once, by its first choice."""
         if wanted is not None and wanted < 0:
             raise InvalidRequest(f"{length} must not be negative", param=length)
         if request.user is not None and len(request.user) > self._limits.max_label_chars:
@@ -202,13 +199,15 @@ class Planner:
         stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         self._limits.check_stop(stops)
         fields = self._sampling_fields(request)
-        fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        fields["logprobs"] = logprobs
         sampling = []
         for prompt in prompts:
             most = max_new_tokens(len(prompt.tokens), wanted, default, self._max_model_len, param=length)
             for child in range(n):
                 seed = secrets.randbits(63) if request.seed is None else (request.seed + child) & SEED_BITS
-                sampling.append(_sampling_params(fields | {"max_tokens": most, "seed": seed}))
+                scores = prompt_logprobs if child == 0 else None
+                own = {"max_tokens": most, "seed": seed, "prompt_logprobs": scores}
+                sampling.append(_sampling_params(fields | own))
         return Plan(
             prompts=prompts,
             sampling=sampling,

@@ -8,13 +8,18 @@ import httpx
 import openai
 import pytest
 
+from gateway.choice import Choice, Echo
+from gateway.core.session import Deliver
+from gateway.core.stop_strings import StopStrings
+from gateway.metrics import Metrics
 from gateway.tokenization import Tokenizer
 from messages.codec import unpack_tokens
 from messages.gateway_to_router import Finished, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Prefill
 from messages.router_to_gateway import Rejected
+from messages.sampling import FinishReason
 from tests.gateway.conftest import MODEL
-from tests.gateway.fake_cluster import KV_BYTES, FakeCluster, counting
+from tests.gateway.fake_cluster import KV_BYTES, FakeCluster, counting, logprobs_of
 from tests.gateway.raw import until
 
 HELLO = [{"role": "user", "content": "Say hello"}]
@@ -234,6 +239,73 @@ def test_echo_of_no_new_tokens_scores_the_prompt(client: openai.OpenAI, cluster:
     assert logprobs is not None and logprobs.token_logprobs == [None, -0.301]
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None and answer.usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_choices_of_a_prompt_share_its_scores(
+    client: openai.OpenAI, cluster: FakeCluster, tokenizer: Tokenizer, stream: bool
+) -> None:
+    prompts = [[300, 301, 302], [400, 401]]
+    answer: Any = client.completions.create(
+        model=MODEL, prompt=prompts, n=3, max_tokens=2, echo=True, logprobs=1, stream=stream
+    )
+    choices = [choice for part in (answer if stream else [answer]) for choice in part.choices]
+    for index in range(6):
+        prompt = prompts[index // 3]
+        own = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in own) == tokenizer.decode(prompt + counting(prompt, 2))
+        values = [value for choice in own for value in choice.logprobs.token_logprobs]
+        assert values == [None, *(-token / 1000 for token in prompt[1:] + counting(prompt, 2))]
+    scored = [
+        order.generation for order in cluster.of(Prefill) if order.generation.sampling.prompt_logprobs is not None
+    ]
+    assert sorted(unpack_tokens(generation.prompt).tolist() for generation in scored) == prompts, "each prompt once"
+
+
+def test_a_choice_that_is_ready_before_its_prompts_scores_waits_for_them() -> None:
+    echo = Echo("p", [7, 8], logprobs=True)
+    first, second = (
+        Choice(
+            index, Words(), StopStrings((), include=False), include_stop=False, logprobs=True, echo=echo,
+            is_first=index == 0, arrived=0.0, changed=lambda: None, metrics=Metrics(),
+        )
+        for index in range(2)
+    )  # fmt: skip
+    second.deliver(Deliver([3], logprobs_of([3], 0), None, FinishReason.LENGTH), 1.0)
+    second.ended(FinishReason.LENGTH, 1.0)
+    assert second.fresh and second.take(even_without_text=True) is None
+    assert second.fresh, "it is asked again when anything happens"
+    first.deliver(Deliver([4], logprobs_of([4], 0), logprobs_of([8], 0), None), 2.0)
+    for choice, token in ((first, 4), (second, 3)):
+        piece = choice.take(even_without_text=True)
+        assert piece is not None and piece.first and piece.text == f"p{token}"
+        assert [(entry.token, entry.logprob) for entry in piece.logprobs] == [
+            (7, None), (8, -0.008), (token, -token / 1000),
+        ]  # fmt: skip
+
+
+class Words:
+    """A detokenizer that writes the ids."""
+
+    def step(self, token: int) -> str:
+        return str(token)
+
+    def flush(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_of_no_new_tokens_without_logprobs_scores_nothing(
+    client: openai.OpenAI, cluster: FakeCluster, stream: bool
+) -> None:
+    answer: Any = client.completions.create(
+        model=MODEL, prompt="Hello there", max_tokens=0, echo=True, n=2, stream=stream
+    )
+    choices = [choice for part in (answer if stream else [answer]) for choice in part.choices]
+    for index in range(2):
+        own = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in own) == "Hello there" and own[-1].finish_reason == "length"
+    assert {order.generation.sampling.prompt_logprobs for order in cluster.wait_for(Prefill, 2)} == {None}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -189,6 +189,19 @@ def test_a_client_that_does_not_read_is_dropped(tiny_llama: Path) -> None:
         until(lambda: ours not in clients_of(server), "the connection is closed, though nobody took what was sent")
 
 
+def test_a_client_that_does_not_read_its_answer_in_one_piece_is_dropped(tiny_llama: Path) -> None:
+    with (
+        serving(tiny_llama, client_stall=0.2) as (cluster, server),
+        connected(server, receive_buffer=4096) as connection,
+    ):
+        cluster.chunk_size = 500
+        body = {"model": MODEL, "prompt": [5], "max_tokens": 4090, "n": 4, "logprobs": 20}
+        connection.sendall(post("/v1/completions", body))
+        cluster.wait_for(Finished, 4)
+        ours = connection.getsockname()
+        until(lambda: ours not in clients_of(server), "the connection is closed, though nobody took what was sent")
+
+
 def clients_of(server: GatewayServer) -> list[Any]:
     connections = psutil.Process().net_connections("tcp")
     return [connection.raddr for connection in connections if connection.laddr and connection.laddr[1] == server.port]
