@@ -24,6 +24,12 @@ class GatewayConfig:
     max_attempts: int = 4
     limits: Limits = field(default_factory=Limits)
     timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
+    max_connections: int = 4096
+    """Open HTTP connections; further ones hear 503. Each costs a file descriptor."""
+    headers_timeout: float = 30.0
+    """Seconds that a client may take from connecting, or from beginning its next request, to the end of the headers."""
+    keep_alive: int = 75
+    """Seconds that a connection may be idle between an answer and the next request."""
     body_timeout: float = 10.0
     """Seconds that a client may take to send its request's body."""
     client_stall: float = 60.0

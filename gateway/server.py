@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from gateway.config import GatewayConfig
+from gateway.connections import Connections
 from gateway.hub import Hub, Messages
 from gateway.metrics import Metrics
 from gateway.openai_api import Api, create_app
@@ -147,9 +148,11 @@ class GatewayServer:
             executor=executor,
             max_model_len=max_model_len,
         )
+        connections = Connections(most=config.max_connections, headers_timeout=config.headers_timeout)
         settings = uvicorn.Config(
             create_app(api),
-            http="h11",
+            http=connections.protocol(),
+            timeout_keep_alive=config.keep_alive,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -4,7 +4,7 @@ GatewayError
 ├── InvalidRequest (400)
 │   └── ContextExceeded
 ├── ModelNotFound (404), PathNotFound (404), MethodNotAllowed (405)
-├── BodyTimeout (408), BodyTooLarge (413), UnsupportedMediaType (415)
+├── HeadersTimeout (408), BodyTimeout (408), BodyTooLarge (413), UnsupportedMediaType (415)
 ├── Overloaded (429)
 ├── Unavailable (503)
 │   └── AttemptsExhausted
@@ -54,6 +54,11 @@ class PathNotFound(InvalidRequest):
 class MethodNotAllowed(InvalidRequest):
     status = 405
     default_code = "method_not_allowed"
+
+
+class HeadersTimeout(InvalidRequest):
+    status = 408
+    default_code = "headers_timeout"
 
 
 class BodyTimeout(InvalidRequest):

@@ -1,0 +1,112 @@
+"""HTTP connections within bounds: how many there are, and how long one may go without asking for anything.
+
+From accept, and from the first byte after an answer, a client has ``headers_timeout`` seconds for a complete head of a
+request; between an answer and that byte, uvicorn's keep-alive timeout runs. From a complete head on, the body's own
+deadline counts (``body.py``), and whether the client reads (``answers.py``).
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gateway.answers import LINGER, error_headers
+from gateway.core.errors import GatewayError, HeadersTimeout, Unavailable
+from gateway.rendering import encode, error_body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connections:
+    """The open connections of one gateway, and their bounds."""
+
+    most: int
+    headers_timeout: float
+    """Seconds."""
+    taken: set[asyncio.Protocol] = field(default_factory=set)
+
+    def protocol(self) -> type[H11Protocol]:
+        """What uvicorn makes for each connection."""
+
+        class Bound(BoundedProtocol):
+            bounds = self
+
+        return Bound
+
+
+class BoundedProtocol(H11Protocol):
+    """h11's protocol for one connection, which counts it and drops it when it is idle for too long."""
+
+    bounds: ClassVar[Connections]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.bounds.taken) >= self.bounds.most:
+            self._refuse(Unavailable("too many connections are open", retry_after=1.0))
+            return
+        self.bounds.taken.add(self)
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.bounds.taken.discard(self)
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if not self._owes_answer:
+            self._expect_request()
+        else:
+            self._stop_waiting()
+
+    @property
+    def _owes_answer(self) -> bool:
+        """Whether a request's head is there. If not, the client owes one; or the rest of a body that nobody reads,
+        since its request is answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_request(self) -> None:
+        """What comes without being a whole head does not move the deadline."""
+        if self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self.bounds.headers_timeout, self._too_late)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self) -> None:
+        self._deadline = None
+        if self.transport.is_closing():
+            return
+        half_a_head = self.conn.our_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if half_a_head:
+            seconds = self.bounds.headers_timeout
+            self._refuse(HeadersTimeout(f"the request's headers did not arrive within {seconds:g} s"))
+        else:
+            self.timeout_keep_alive_handler()  # silently: there is no request to answer
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer without a request, close once the client has had time to read it."""
+        self._refused = True
+        self.bounds.taken.discard(self)
+        body = encode(error_body(error))
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            *error_headers(error),
+        ]
+        for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        # Closing while the client still sends would reset the connection, and it might never see the answer.
+        self.transport.write_eof()
+        self._deadline = self.loop.call_later(LINGER, self.transport.abort)
