@@ -81,6 +81,7 @@ class PagedAttention:
         blocks = kv_cache.view(-1, layout.block_size * layout.head_dim)
         self._blocks = [blocks[layer * layer_rows :] for layer in range(layout.num_layers)]
         self.tokens = [layer.view(-1, layout.head_dim) for layer in self._blocks]
+        self._gathered = blocks.new_empty(0, blocks.shape[1])
         self._half = kv_cache.dtype is not torch.float32
         self._dtype = kv_cache.dtype
         # K, then V, of each KV head within one layer of a block.
@@ -112,7 +113,7 @@ class PagedAttention:
     def attend(self, rectangle: _Rectangle, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """``queries [batch * query, heads, head_dim]`` -> the same, heads and head_dim joined."""
         batch, query, heads, dim = rectangle.batch, rectangle.query, self._kv_heads, self.head_dim
-        gathered = self._blocks[layer].index_select(0, rectangle.rows)
+        gathered = self._gather(layer, rectangle.rows)
         keys, values = gathered.view(2, batch, heads, rectangle.keys, dim).unbind(0)
         grouped = queries.reshape(batch, query, heads, self._group, dim).permute(0, 2, 3, 1, 4)
         if rectangle.computed < 0 or query == 1:
@@ -124,6 +125,12 @@ class PagedAttention:
             out = self._attend_causal(rectangle, grouped, keys, values)
         out = out.view(batch, heads, self._group, query, dim).permute(0, 3, 1, 2, 4)
         return out.reshape(batch * query, self.num_heads * dim)
+
+    def _gather(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """The blocks' rows, in memory that every layer uses again: a cache of the processor keeps it."""
+        if len(self._gathered) < len(rows):
+            self._gathered = self._gathered.new_empty(len(rows), self._gathered.shape[1])
+        return torch.index_select(self._blocks[layer], 0, rows, out=self._gathered[: len(rows)])
 
     def _attend_masked(
         self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

@@ -47,7 +47,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight).to(x.dtype)
+    normed: torch.Tensor = wide * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return normed.mul_(weight).to(x.dtype)
 
 
 class Layer:
@@ -81,7 +82,7 @@ class Layer:
         config = self._config
         qkv = self.qkv(rms_norm(x, self.input_norm, config.rms_norm_eps))
         qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             queries, keys = qkv[:, : self.heads], qkv[:, self.heads : self.heads + self.kv_heads]
             queries.copy_(rms_norm(queries, self.q_norm, config.rms_norm_eps))
             keys.copy_(rms_norm(keys, self.k_norm, config.rms_norm_eps))
