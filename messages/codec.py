@@ -54,9 +54,14 @@ def pack_tokens(tokens: NDArray[np.int32] | list[int]) -> Tokens:
 
 def unpack_tokens(packed: Tokens) -> NDArray[np.int32]:
     """The ids in ``packed`` as a read-only array; ``BadMessage`` if it is no whole number of them."""
-    if len(packed) % 4:
-        raise BadMessage(f"{len(packed)} bytes are no whole number of int32 token ids")
+    check_packed(packed)
     return np.frombuffer(packed, dtype="<i4")
+
+
+def check_packed(packed: Tokens) -> None:
+    """``BadMessage`` if ``packed`` is no whole number of int32."""
+    if len(packed) % 4:
+        raise BadMessage(f"{len(packed)} bytes are no whole number of int32")
 
 
 def count_tokens(packed: Tokens) -> int:

@@ -6,9 +6,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from messages.codec import Tokens, count_tokens, unpack_tokens
+from messages.codec import Tokens, check_packed, count_tokens
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.sampling import MAX_LOGPROBS, SamplingParams
+from messages.sampling import MAX_LOGPROBS, MAX_TOKEN_ID, SamplingParams
 
 MAX_SEQUENCE = 2**22
 """Tokens in one sequence that the protocol can name; the model's context is far below."""
@@ -16,6 +16,7 @@ MAX_SEQUENCE = 2**22
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Detail = Annotated[str, Meta(max_length=2_000)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 PackedTokens = Annotated[Tokens, Meta(max_length=4 * MAX_SEQUENCE)]
 PackedBlocks = Annotated[bytes, Meta(max_length=4 * MAX_SEQUENCE)]
 
@@ -69,7 +70,8 @@ class Generation(Part, frozen=True):
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("the prompt holds no token")
-        unpack_tokens(self.prompt), unpack_tokens(self.generated)
+        check_packed(self.prompt)
+        check_packed(self.generated)
 
     @property
     def num_tokens(self) -> int:

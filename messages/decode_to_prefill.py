@@ -1,5 +1,6 @@
 """The receiving side of a KV transfer."""
 
+from messages.codec import check_packed
 from messages.common import AttemptMessage, Count, Detail, PackedBlocks
 from messages.ids import Address
 
@@ -11,6 +12,9 @@ class TransferAccepted(AttemptMessage, frozen=True):
     """Block numbers in decode's pool, packed int32."""
     cached_blocks: Count
     """Leading blocks of the sequence that decode already has."""
+
+    def __post_init__(self) -> None:
+        check_packed(self.blocks)
 
 
 class TransferRefused(AttemptMessage, frozen=True):
@@ -31,6 +35,9 @@ class BlocksWanted(AttemptMessage, frozen=True):
     """Of the end that this answers; a sender that is further on does not heed it."""
     indices: PackedBlocks
     """Indices within the sequence's blocks, packed int32."""
+
+    def __post_init__(self) -> None:
+        check_packed(self.indices)
 
 
 class CancelTransfer(AttemptMessage, frozen=True):

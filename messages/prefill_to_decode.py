@@ -1,6 +1,18 @@
 """The sending side of a KV transfer. Each message is idempotent and sent again until it is answered."""
 
-from messages.common import AttemptMessage, Count, Generation, KVEndpoint, Logprobs, Part, Ticket, WorkerAddress
+from messages.common import (
+    AttemptMessage,
+    Count,
+    Detail,
+    Generation,
+    KVEndpoint,
+    Logprobs,
+    Name,
+    Part,
+    Ticket,
+    TokenId,
+    WorkerAddress,
+)
 from messages.common import PackedBlocks as PackedDigests
 from messages.ids import Address
 
@@ -8,7 +20,7 @@ from messages.ids import Address
 class FirstToken(Part, frozen=True):
     """The token that the prefill worker sampled; decode goes on from it."""
 
-    token: Count
+    token: TokenId
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
 
@@ -19,8 +31,8 @@ class OpenTransfer(AttemptMessage, frozen=True):
     prefill: WorkerAddress
     gateway: Address
     generation: Generation
-    transport: str
-    layout: str
+    transport: Name
+    layout: Name
     """Fingerprint of the sender's KV layout."""
     sources: tuple[KVEndpoint, ...]
     """Where the KV comes from, one for each rank: a one-sided receiver sees by it whether the writer lives."""
@@ -44,4 +56,4 @@ class EndTransfer(AttemptMessage, frozen=True):
 class TransferClosed(AttemptMessage, frozen=True):
     """The sender will write no more for this attempt (and all older ones), whoever ended it."""
 
-    reason: str
+    reason: Detail

@@ -24,6 +24,15 @@ def valid(key: bytes, ticket: Ticket, request: RequestId, attempt: Attempt) -> b
     return hmac.compare_digest(ticket.mac, _mac(key, request, attempt, *pair))
 
 
+def valid_between(
+    key: bytes, ticket: Ticket, request: RequestId, attempt: Attempt, prefill: WorkerAddress, decode: WorkerAddress
+) -> bool:
+    """Whether the router minted ``ticket`` for just this attempt, from ``prefill`` to ``decode``."""
+    named = (ticket.prefill, ticket.prefill_epoch, ticket.decode, ticket.decode_epoch)
+    pair = (prefill.worker, prefill.epoch, decode.worker, decode.epoch)
+    return named == pair and valid(key, ticket, request, attempt)
+
+
 def _mac(
     key: bytes, request: RequestId, attempt: Attempt, prefill: WorkerId, prefill_epoch: Epoch,
     decode: WorkerId, decode_epoch: Epoch,

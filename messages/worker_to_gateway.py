@@ -4,6 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from messages.codec import check_packed
 from messages.common import AttemptMessage, Count, Detail, FailReason, Logprobs, Message, PackedTokens, Part
 from messages.ids import Attempt, RequestId, WorkerId
 from messages.sampling import FinishReason
@@ -24,6 +25,9 @@ class TokenChunk(Part, frozen=True):
     """Set on the last chunk: these are all the tokens. Sent again until an ``EndAck`` comes."""
     kv_bytes: Count = 0
     """KV bytes that moved for this attempt, with the first chunk that decode sends."""
+
+    def __post_init__(self) -> None:
+        check_packed(self.tokens)
 
 
 class TokenBatch(Message, frozen=True):

@@ -38,6 +38,7 @@ class PrefillWorker(WorkerActor):
         settings = PrefillSettings(
             address=address,
             router=Address(self._config.router),
+            cluster_key=self._config.cluster_key,
             max_num_seqs=self._config.max_num_seqs,
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -24,6 +25,8 @@ MAX_MESSAGE_BYTES = 32 << 20
 """Above the largest message of the protocol (a sequence of 4 Mi tokens); libzmq drops peers that send more."""
 QUEUED_MESSAGES = 10_000
 """Messages that wait for one peer, at each end, before further ones are dropped and counted."""
+MAX_PEERS = 512
+"""Peers that one process keeps a socket to; then the one that was not written to for the longest time loses its own."""
 MESSAGES_A_TURN = 256
 """Messages taken at once, so that a flood cannot keep a step loop from its step."""
 
@@ -33,22 +36,45 @@ class Outbox:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._context = context
-        self._peers: dict[Address, zmq.Socket[bytes]] = {}
+        self._peers: OrderedDict[Address, zmq.Socket[bytes]] = OrderedDict()  # the last written to at the end
         self.dropped = 0
         """Messages that found a peer's queue full."""
+        self.unreachable = 0
+        """Messages to what is no address, or for which there was no socket; dropped."""
 
     def send(self, to: Address, message: msgspec.Struct) -> None:
         """Queue ``message`` for the process that listens at ``to``."""
-        peer = self._peers.get(to)
+        peer = self._peers.get(to) or self._connect(to)
         if peer is None:
-            peer = self._context.socket(zmq.PUSH)
-            peer.set(zmq.SNDHWM, QUEUED_MESSAGES)
-            peer.connect(to)
-            self._peers[to] = peer
+            return
+        self._peers.move_to_end(to)
         try:
             peer.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
+
+    def _connect(self, to: Address) -> zmq.Socket[bytes] | None:
+        """A new socket to ``to``; None where there can be none, for many an address comes from a message."""
+        if len(self._peers) >= MAX_PEERS:
+            self.forget(next(iter(self._peers)))
+        peer = None
+        try:
+            peer = self._context.socket(zmq.PUSH)
+            peer.set(zmq.SNDHWM, QUEUED_MESSAGES)
+            peer.set(zmq.IPV6, int("[" in to))
+            peer.connect(to)
+        except zmq.ZMQError as error:
+            if peer is not None:
+                peer.close(linger=0)  # else the context would wait for it at the end
+            self.unreachable += 1
+            warn_now_and_then(self.unreachable, "cannot send to %r: %s", to, error)
+            return None
+        self._peers[to] = peer
+        return peer
+
+    @property
+    def num_peers(self) -> int:
+        return len(self._peers)
 
     def forget(self, address: Address) -> None:
         """Close the socket to a peer that is gone; what still waited for it is lost."""
@@ -109,7 +135,7 @@ class Mailbox:
                 yield self._decode(frame) if frame else self._posted.get_nowait()
             except (BadMessage, queue.Empty) as error:
                 self.malformed += 1
-                log.warning("dropped a malformed frame of %d bytes: %s", len(frame), error)
+                warn_now_and_then(self.malformed, "dropped a malformed frame of %d bytes: %s", len(frame), error)
 
     def close(self) -> None:
         self.outbox.close()
@@ -147,12 +173,18 @@ class AsyncMailbox:
                 return self._decode(frame)
             except BadMessage as error:
                 self.malformed += 1
-                log.warning("dropped a malformed frame of %d bytes: %s", len(frame), error)
+                warn_now_and_then(self.malformed, "dropped a malformed frame of %d bytes: %s", len(frame), error)
 
     def close(self) -> None:
         self.outbox.close()
         self._socket.close(linger=0)
         self._context.term()
+
+
+def warn_now_and_then(count: int, text: str, *details: object) -> None:
+    """Log the first occurrence, and the 2nd, 4th, 8th, ...: who floods us shall not flood the log."""
+    if count & (count - 1) == 0:
+        log.warning(f"{text} (%d so far)", *details, count)
 
 
 def bind_pull(context: Any, host: str) -> Any:

@@ -26,7 +26,7 @@ from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
-from messages.tickets import valid
+from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
 from runtime.core.actions import Send
 from runtime.core.deliveries import Deliveries
@@ -81,6 +81,10 @@ class DecodeMachine:
         self._pool = pool
         self._reservations = reservations
         self._runs: dict[RequestId, _Run] = {}
+        self._peers: set[Address] = set()
+        """Mailboxes of prefill workers that came with a ticket; no other is answered."""
+        self.forged = 0
+        """Messages without a proof that they are who they say; dropped."""
         self._fences = Fences()
         self._deliveries = Deliveries(settings.address.worker)
         self.membership = Membership(
@@ -100,6 +104,9 @@ class DecodeMachine:
                 return self._opened(event, now)
             case Generate():
                 return self._generate(event, now)
+            case EndTransfer() if event.mailbox not in self._peers:
+                self.forged += 1
+                return []
             case EndTransfer() | TransferClosed() | Landed() | Digested() | WriterGone():
                 return self._settle(self._reservations.handle(event, now))
             case Abort():
@@ -171,9 +178,14 @@ class DecodeMachine:
             "runs": len(self._runs),
             "reservations": len(self._reservations),
             "deliveries": len(self._deliveries),
+            "forged": self.forged,
         }
 
     def _opened(self, order: OpenTransfer, now: float) -> list[Action]:
+        if not self._genuine(order):
+            self.forged += 1
+            return []  # nor is anything sent to where it says that it comes from
+        self._peers.add(order.prefill.mailbox)
         if not self._fences.admits(order.request, order.attempt):
             return self._settle(self._reservations.repeated(order, now))
         refusal, retryable = self._refusal(order)
@@ -182,13 +194,13 @@ class DecodeMachine:
         actions = self._stop(order.request, order.attempt, "a newer attempt has come", now)
         return [*actions, *self._settle(self._reservations.opened(order, now))]
 
+    def _genuine(self, order: OpenTransfer) -> bool:
+        """Whether the router has minted a ticket for just this transfer."""
+        key, own = self._settings.cluster_key, self._settings.address
+        return valid_between(key, order.ticket, order.request, order.attempt, order.prefill, own)
+
     def _refusal(self, order: OpenTransfer) -> tuple[str, bool]:
         """Why there will be no room for ``order``, and whether another pair may have some."""
-        ticket, own = order.ticket, self._settings.address
-        genuine = valid(self._settings.cluster_key, ticket, order.request, order.attempt)
-        parties = (ticket.prefill, ticket.prefill_epoch, ticket.decode, ticket.decode_epoch)
-        if not genuine or parties != (order.prefill.worker, order.prefill.epoch, own.worker, own.epoch):
-            return "the ticket is not for this transfer", True
         if order.layout != self._settings.layout:
             return f"KV layout {order.layout} cannot land in a pool of layout {self._settings.layout}", True
         return self._misfit(order.generation), False
@@ -212,9 +224,13 @@ class DecodeMachine:
         self._runs[RequestId(seq.seq_id)] = _Run(attempt, gateway, seq)
         self._scheduler.add(seq)
 
-    def _landed(self, landed: KVLanded) -> None:
+    def _landed(self, landed: KVLanded) -> list[Action]:
         """Go on from the first token, which the gateway has from the prefill worker."""
         order, first = landed.order, landed.first
+        if first.token >= self._settings.vocab_size:  # in the engine it would fail everyone's step
+            self._pool.free(landed.blocks)
+            detail = f"the first token is {first.token}, the vocabulary has {self._settings.vocab_size}"
+            return [self._failed(order.request, order.attempt, order.gateway, FailReason.TRANSFER, detail)]
         kv_bytes = len(landed.blocks) * self._settings.block_bytes
         self.membership.transfers += 1
         self.membership.kv_bytes_received += kv_bytes
@@ -230,6 +246,7 @@ class DecodeMachine:
             num_computed_tokens=order.generation.num_tokens,
         )
         self._start(order.attempt, order.gateway, seq)
+        return []
 
     def _deliver(self, progress: Progress) -> None:
         request = RequestId(progress.seq.seq_id)
@@ -274,7 +291,7 @@ class DecodeMachine:
         actions: list[Action] = []
         for step in steps:
             if isinstance(step, KVLanded):
-                self._landed(step)
+                actions += self._landed(step)
             else:
                 actions.append(step)
         return actions

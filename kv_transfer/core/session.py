@@ -196,6 +196,8 @@ class SendSession:
     def end(self, first: FirstToken, now: float) -> list[Action]:
         """The prompt is computed, and this is the token after it."""
         self._first = first
+        if self._cached > self._ready:
+            return self.give_up(f"decode says that it has {self._cached} blocks, of {self._ready}", Outcome.FAILED)
         return self._end_if_pushed(now)
 
     def handle(
@@ -319,7 +321,7 @@ class SendSession:
         return self.give_up(event.detail or "decode cancelled the transfer", Outcome.FAILED)
 
     def _closed_message(self, detail: str) -> TransferClosed:
-        return TransferClosed(request=self.key.request, attempt=self.key.attempt, reason=detail)
+        return TransferClosed(request=self.key.request, attempt=self.key.attempt, reason=detail[:2000])
 
     def _close(self, outcome: Outcome, detail: str, *, retryable: bool = True) -> list[Action]:
         told = self.state is not SendState.IDLE and outcome not in (Outcome.DONE, Outcome.REFUSED)
@@ -501,7 +503,7 @@ class ReceiveSession:
 
     def _cancel(self) -> CancelTransfer:
         return CancelTransfer(
-            request=self.key.request, attempt=self.key.attempt, mailbox=self.mailbox, detail=self._detail
+            request=self.key.request, attempt=self.key.attempt, mailbox=self.mailbox, detail=self._detail[:2000]
         )
 
     def _close(self) -> list[Action]:

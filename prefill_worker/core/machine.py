@@ -11,7 +11,7 @@ dropped.
 """
 
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -27,6 +27,7 @@ from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import FirstToken, TransferClosed
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
+from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
 from runtime.core.actions import Send
@@ -55,6 +56,7 @@ class PrefillSettings:
 
     address: WorkerAddress
     router: Address
+    cluster_key: bytes = field(repr=False)
     max_num_seqs: int
     max_model_len: int
     vocab_size: int
@@ -90,6 +92,10 @@ class PrefillMachine:
         self._pool = pool
         self._handoffs = handoffs
         self._legs: dict[RequestId, _Leg] = {}
+        self._peers: set[Address] = set()
+        """Mailboxes of decode workers that came with a ticket; no other is answered."""
+        self.forged = 0
+        """Messages without a proof that they are who they say; dropped."""
         self._waiting: deque[RequestId] = deque()
         self._fences = Fences()
         self._deliveries = Deliveries(settings.address.worker)
@@ -121,6 +127,9 @@ class PrefillMachine:
                 return [*self.membership.wanted(event)]
             case PeerLost():
                 return self._settle(self._handoffs.peer_lost(event.peer.worker, event.peer.epoch))
+            case CancelTransfer() if event.mailbox not in self._peers:
+                self.forged += 1
+                return []
             case CancelTransfer() if TransferKey(event.request, event.attempt) not in self._handoffs:
                 closed = TransferClosed(request=event.request, attempt=event.attempt, reason="nothing is being sent")
                 return [Send(event.mailbox, closed)]
@@ -195,9 +204,19 @@ class PrefillMachine:
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""
         counts = asdict(self._pool.counts())
-        return counts | {"legs": len(self._legs), "handoffs": len(self._handoffs), "deliveries": len(self._deliveries)}
+        return counts | {
+            "legs": len(self._legs),
+            "handoffs": len(self._handoffs),
+            "deliveries": len(self._deliveries),
+            "forged": self.forged,
+        }
 
     def _arrived(self, order: Prefill) -> list[Action]:
+        own = self._settings.address
+        if not valid_between(self._settings.cluster_key, order.ticket, order.request, order.attempt, own, order.decode):
+            self.forged += 1
+            return []  # nor is anything sent to where it says that it comes from
+        self._peers.add(order.decode.mailbox)
         if not self._fences.admits(order.request, order.attempt):
             return []  # asked again, or late
         actions = self._stop(order.request, order.attempt, "a newer attempt has come")

@@ -1,5 +1,7 @@
 """Promise: only well-formed, bounded messages get in, and they come out as they went in."""
 
+from typing import Any
+
 import msgpack
 import numpy as np
 import pytest
@@ -8,13 +10,17 @@ from hypothesis import strategies as st
 
 from messages.codec import BadMessage, decoder_for, encode, pack_tokens, unpack_tokens
 from messages.common import Generation, WorkerAddress
+from messages.decode_to_prefill import BlocksWanted, TransferAccepted
+from messages.gateway_to_router import ClusterStateWanted
 from messages.gateway_to_worker import Abort, EndAck, Generate
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.prefill_to_decode import EndTransfer, TransferClosed
 from messages.sampling import SamplingParams
 from messages.tickets import mint, valid
 
 decode = decoder_for(Generate, Abort)
 REQUEST = RequestId("0" * 32)
+END: dict[str, Any] = {"mailbox": "tcp://127.0.0.1:1", "round": 1, "first": [1], "num_blocks": 0, "digests": b""}
 
 
 def generate(**sampling: object) -> Generate:
@@ -104,6 +110,50 @@ def test_a_prompt_of_half_a_token_is_refused() -> None:
     assert decode(frame).generation.num_tokens == 3
     with pytest.raises(ValueError, match="no token"):
         Generation(b"", SamplingParams(max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "", "nonsense", "tcp://localhost", "tcp://:1", "tcp://127.0.0.1:0", "tcp://127.0.0.1:*", "tcp://*:1",
+        "tcp://127.0.0.1:1\n", "tcp://127.0.0.1:1;tcp://10.0.0.1:2", "tcp://10.0.0.1:1:2", "ipc:///tmp/socket",
+        "inproc://wake", "udp://127.0.0.1:1", "tcp://127.0.0.1:123456", "tcp://" + "a" * 300 + ":1", "tcp://[::1]x:1",
+    ],
+)  # fmt: skip
+def test_what_is_no_address_does_not_get_in(address: str) -> None:
+    frame = encode(ClusterStateWanted(gateway=Address(address)))
+    with pytest.raises(BadMessage):
+        decoder_for(ClusterStateWanted)(frame)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:40123", "tcp://[::1]:65535", "tcp://node-7.example.org:1"])
+def test_addresses_of_either_family_and_names_do(address: str) -> None:
+    message = ClusterStateWanted(gateway=Address(address))
+    assert decoder_for(ClusterStateWanted)(encode(message)) == message
+
+
+BAD_PARTS = [
+    pytest.param(TransferAccepted, {"blocks": b"12345", "cached_blocks": 0}, id="blocks of five bytes"),
+    pytest.param(TransferAccepted, {"blocks": b"", "cached_blocks": -1}, id="cached blocks below none"),
+    pytest.param(BlocksWanted, {"round": 1, "indices": b"1"}, id="an index of one byte"),
+    pytest.param(TransferClosed, {"reason": "x" * 2001}, id="an endless reason"),
+    pytest.param(EndTransfer, {**END, "first": [2**31]}, id="a token beyond int32"),
+    pytest.param(EndTransfer, {**END, "first": [-1]}, id="a token below none"),
+    pytest.param(EndTransfer, {**END, "mailbox": "nonsense"}, id="no mailbox"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), BAD_PARTS)
+def test_lengths_and_bounds_are_checked_before_a_core_sees_a_message(kind: Any, fields: dict[str, Any]) -> None:
+    frame = msgpack.packb({"type": kind.__name__, "request": REQUEST, "attempt": 1, **fields})
+    with pytest.raises(BadMessage):
+        decoder_for(kind)(frame)
+
+
+@pytest.mark.parametrize("request_id", ["", "r" * 129])
+def test_ids_are_bounded(request_id: str) -> None:
+    with pytest.raises(BadMessage):
+        decode(encode(Abort(RequestId(request_id), Attempt(1))))
 
 
 def worker(name: str, epoch: int) -> WorkerAddress:

@@ -160,6 +160,18 @@ def test_bytes_that_are_no_message_stop_nothing(router: RouterActor, gateway: Ma
     assert not next_message(gateway, ClusterState).ready
 
 
+def test_a_gateway_without_an_address_and_a_thousand_with_one_stop_nothing(
+    router: RouterActor, gateway: Mailbox
+) -> None:
+    address = router.start()["address"]
+    others = ["nonsense", "tcp://999.1.1.1:5", "", *(f"tcp://127.0.0.1:{port}" for port in range(1000, 2100))]
+    for other in others:
+        gateway.send(address, ClusterStateWanted(gateway=Address(other)))
+    gateway.send(address, ClusterStateWanted(gateway=gateway.address))
+    assert not next_message(gateway, ClusterState).ready
+    router.stop()  # returns
+
+
 def test_a_placement_that_nobody_can_give_is_turned_down_in_time(hasty: RouterActor, gateway: Mailbox) -> None:
     gateway.send(hasty.start()["address"], wanted("r", gateway=gateway.address))
     assert next_message(gateway, Rejected).retry_after == 7.0

@@ -1,0 +1,118 @@
+"""Promise: a worker does nothing for a message that does not prove where it comes from, nor sends anything there."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from decode_worker.core.machine import DecodeMachine, DecodeSettings
+from decode_worker.core.reservation import Reservations
+from engine.core.blocks import BlockPool
+from engine.core.scheduler import Scheduler, SchedulerLimits
+from kv_transfer.core.digest import DIGEST_BYTES
+from kv_transfer.core.session import Digested, TransferTimeouts
+from messages.codec import pack_tokens
+from messages.common import FailReason, Generation, KVEndpoint, Role, Ticket, WorkerAddress
+from messages.decode_to_prefill import CancelTransfer
+from messages.gateway_to_worker import Prefill
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
+from messages.sampling import SamplingParams
+from messages.tickets import mint
+from messages.worker_to_gateway import AttemptFailed
+from prefill_worker.core.handoff import Handoffs
+from prefill_worker.core.machine import PrefillMachine, PrefillSettings
+from runtime.core.actions import Send
+
+KEY = b"k" * 32
+ROUTER, GATEWAY = Address("tcp://127.0.0.1:1"), Address("tcp://127.0.0.1:2")
+VOCABULARY = 100
+REQUEST, ATTEMPT = RequestId("f" * 32), Attempt(1)
+ENDPOINT = KVEndpoint("zmq", "tcp://127.0.0.1:9", "layout", 8)
+PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:3"))
+DECODE = WorkerAddress(WorkerId("decode-0"), Epoch(2), Address("tcp://127.0.0.1:4"), (ENDPOINT,))
+GENERATION = Generation(pack_tokens([1] * 20), SamplingParams(max_tokens=5))
+TICKET = mint(KEY, REQUEST, ATTEMPT, PREFILL, DECODE)
+OPEN = OpenTransfer(REQUEST, ATTEMPT, PREFILL, GATEWAY, GENERATION, "zmq", "layout", (), TICKET)
+ORDER = Prefill(REQUEST, ATTEMPT, GATEWAY, GENERATION, DECODE, TICKET)
+END = EndTransfer(REQUEST, ATTEMPT, PREFILL.mailbox, 1, FirstToken(7), 2, bytes(2 * DIGEST_BYTES))
+
+
+def engine() -> tuple[Scheduler, BlockPool]:
+    pool = BlockPool(8, 16)
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, prefill_chunk=64)
+    return Scheduler(pool, limits, frozenset()), pool
+
+
+@pytest.fixture
+def decode() -> DecodeMachine:
+    scheduler, pool = engine()
+    settings = DecodeSettings(
+        address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, layout="layout", block_bytes=64,
+        max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    reservations = Reservations(DECODE.mailbox, pool, one_sided=True, timeouts=TransferTimeouts())
+    return DecodeMachine(settings, scheduler, pool, reservations)
+
+
+@pytest.fixture
+def prefill() -> PrefillMachine:
+    scheduler, pool = engine()
+    settings = PrefillSettings(
+        address=PREFILL, router=ROUTER, cluster_key=KEY, max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY
+    )
+    return PrefillMachine(settings, scheduler, pool, Handoffs(PREFILL, "layout", "zmq", pool, TransferTimeouts()))
+
+
+def sent(actions: list[Any]) -> list[Any]:
+    return [action.message for action in actions if isinstance(action, Send)]
+
+
+OTHER = WorkerAddress(WorkerId("decode-1"), Epoch(2), DECODE.mailbox, DECODE.kv)
+FORGED = [
+    pytest.param(Ticket(PREFILL.worker, Epoch(1), DECODE.worker, Epoch(2), bytes(32)), id="made up"),
+    pytest.param(mint(b"x" * 32, REQUEST, ATTEMPT, PREFILL, DECODE), id="under another key"),
+    pytest.param(mint(KEY, REQUEST, Attempt(2), PREFILL, DECODE), id="of another attempt"),
+    pytest.param(mint(KEY, REQUEST, ATTEMPT, PREFILL, OTHER), id="for another pair"),
+]
+
+
+@pytest.mark.parametrize("ticket", FORGED)
+def test_an_open_without_its_ticket_is_dropped_unanswered(decode: DecodeMachine, ticket: Ticket) -> None:
+    assert decode.handle(replace(OPEN, ticket=ticket), 0.0) == []
+    assert decode.schedule(0.0) == (None, [])
+    assert decode.inspect()["forged"] == 1
+    decode.handle(OPEN, 0.0)  # and does not fence the true one
+    assert decode.schedule(0.0)[1]
+
+
+@pytest.mark.parametrize("ticket", FORGED)
+def test_a_prefill_without_its_ticket_is_dropped_unanswered(prefill: PrefillMachine, ticket: Ticket) -> None:
+    assert prefill.handle(replace(ORDER, ticket=ticket), 0.0) == []
+    assert prefill.inspect()["legs"] == 0
+    assert prefill.inspect()["forged"] == 1
+    prefill.handle(ORDER, 0.0)
+    assert prefill.inspect()["legs"] == 1
+
+
+def test_a_stranger_who_says_that_a_transfer_is_over_is_not_answered(
+    decode: DecodeMachine, prefill: PrefillMachine
+) -> None:
+    cancel = CancelTransfer(REQUEST, Attempt(9), DECODE.mailbox, "over")
+    assert decode.handle(replace(END, attempt=Attempt(9)), 0.0) == []
+    assert prefill.handle(cancel, 0.0) == []
+    assert decode.inspect()["forged"] == prefill.inspect()["forged"] == 1
+    decode.handle(OPEN, 0.0)
+    prefill.handle(ORDER, 0.0)
+    assert [type(message) for message in sent(decode.handle(replace(END, attempt=Attempt(9)), 0.0))] == [CancelTransfer]
+    assert [type(message) for message in sent(prefill.handle(cancel, 0.0))] == [TransferClosed]
+
+
+def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its_blocks(decode: DecodeMachine) -> None:
+    decode.handle(OPEN, 0.0)
+    decode.schedule(0.0)
+    decode.handle(replace(END, first=FirstToken(VOCABULARY)), 0.0)
+    failed = sent(decode.handle(Digested((REQUEST, ATTEMPT), 0, bytes(2 * DIGEST_BYTES)), 0.0))[-1]  # type: ignore[arg-type]
+    assert isinstance(failed, AttemptFailed) and failed.reason is FailReason.TRANSFER
+    decode.check_integrity()
+    assert decode.inspect()["held"] == decode.inspect()["runs"] == 0
