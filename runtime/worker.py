@@ -25,7 +25,7 @@ from kv_transfer.core.session import (
     WriterGone,
 )
 from kv_transfer.transports.base import Pool, Receiver, Sender
-from runtime.core.actions import Send
+from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
 from runtime.mailbox import Mailbox
 
@@ -136,6 +136,11 @@ class WorkerLoop:
             match action:
                 case Send(to, message):
                     self._mailbox.send(to, message)
+                case ForgetPeer(peer):
+                    self._mailbox.outbox.forget(peer.mailbox)
+                    for endpoint in peer.kv:
+                        if port.sender is not None:
+                            port.sender.forget(endpoint)
                 case Push(key, to, first, source, target):
                     assert port.sender is not None
                     self._machine.membership.kv_bytes_sent += len(source) * port.pool.shape[1]

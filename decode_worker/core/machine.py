@@ -28,7 +28,7 @@ from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
 from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
-from runtime.core.actions import Send
+from runtime.core.actions import ForgetPeer, Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
@@ -119,8 +119,7 @@ class DecodeMachine:
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
             case PeerLost():
-                lost = (event.peer.worker, event.peer.epoch)
-                return self._settle(self._reservations.peer_lost(*lost, dead=event.dead, now=now))
+                return self._peer_lost(event, now)
 
     def tick(self, now: float) -> list[Action]:
         """What is due by the clock."""
@@ -180,6 +179,14 @@ class DecodeMachine:
             "deliveries": len(self._deliveries),
             "forged": self.forged,
         }
+
+    def _peer_lost(self, event: PeerLost, now: float) -> list[Action]:
+        lost = (event.peer.worker, event.peer.epoch)
+        actions = self._settle(self._reservations.peer_lost(*lost, dead=event.dead, now=now))
+        if event.dead:
+            self._peers.discard(event.peer.mailbox)
+            actions.append(ForgetPeer(event.peer))
+        return actions
 
     def _opened(self, order: OpenTransfer, now: float) -> list[Action]:
         if not self._genuine(order):

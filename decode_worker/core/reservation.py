@@ -27,7 +27,7 @@ from kv_transfer.core.session import (
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
-from runtime.core.actions import Send
+from runtime.core.actions import ForgetPeer, Send
 
 MAX_WAITING = 4096
 """Opens that wait for blocks; further ones are refused."""
@@ -43,7 +43,7 @@ class KVLanded(NamedTuple):
     first: FirstToken
 
 
-Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriter
+Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriter | ForgetPeer
 Step = Action | KVLanded
 
 

@@ -166,9 +166,14 @@ class CopyingSender(BackgroundSender):
         failed = [job for job in self._jobs if job.to.address == address]
         self._jobs = deque(job for job in self._jobs if job.to.address != address)
         for to in [to for to in self._targets if to.address == address]:
-            self._targets.pop(to).release()
+            self._let_go(to)
         for job in failed:
             self._on_event(PushFailed(job.key, "the peer is gone"))
+
+    def _let_go(self, to: KVEndpoint) -> None:
+        target = self._targets.pop(to, None)
+        if target is not None:
+            target.release()
 
     def _step(self, job: Job) -> None:
         """Copy the next blocks of ``job``."""
@@ -179,6 +184,7 @@ class CopyingSender(BackgroundSender):
             target.write(job.key, job.first + job.begun, job.target[part], self._pool, job.source[part])
         except TransportError as error:
             self._jobs.popleft()
+            self._let_go(job.to)
             self._on_event(PushFailed(job.key, str(error)))
             return
         job.begun = end

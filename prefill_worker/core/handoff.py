@@ -23,7 +23,7 @@ from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAcc
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, OpenTransfer
-from runtime.core.actions import Send
+from runtime.core.actions import ForgetPeer, Send
 
 PeerMessage = TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
 TransportAnswer = Pushed | PushFailed | Cancelled | Digested
@@ -38,7 +38,7 @@ class HandoffEnded(NamedTuple):
     retryable: bool
 
 
-Action = Send | Push | CancelPushes | TakeDigests
+Action = Send | Push | CancelPushes | TakeDigests | ForgetPeer
 Step = Action | HandoffEnded
 
 
@@ -47,6 +47,8 @@ class _Handoff:
     order: Prefill
     seq: Sequence
     session: SendSession
+    peer_dead: bool = False
+    """Nobody reads what would be sent to the decode worker."""
 
 
 class Handoffs:
@@ -116,18 +118,14 @@ class Handoffs:
     def give_up(self, key: TransferKey, detail: str) -> list[Step]:
         return self._steps(key, self._open[key].session.give_up(detail))
 
-    def peer_lost(self, worker: WorkerId, epoch: Epoch) -> list[Step]:
+    def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool) -> list[Step]:
         """A decode worker is gone: every hand-over to it fails."""
-        lost = [
-            (key, handoff.session)
-            for key, handoff in self._open.items()
-            if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch)
-        ]
-        return [
-            step
-            for key, session in lost
-            for step in self._steps(key, session.give_up("the decode worker was lost", Outcome.FAILED))
-        ]
+        steps: list[Step] = []
+        for key, handoff in list(self._open.items()):
+            if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch):
+                handoff.peer_dead = dead
+                steps += self._steps(key, handoff.session.give_up("the decode worker was lost", Outcome.FAILED))
+        return steps
 
     def handle(self, event: PeerMessage | TransportAnswer, now: float) -> list[Step]:
         """An answer of the peer or of the transport; one that comes too late is dropped."""
@@ -154,6 +152,6 @@ class Handoffs:
                     steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable))
                 case Push() | CancelPushes() | TakeDigests():
                     steps.append(action)
-                case message:
+                case message if not handoff.peer_dead:
                     steps.append(Send(handoff.order.decode.mailbox, message))  # type: ignore[arg-type]
         return steps

@@ -30,7 +30,7 @@ from messages.sampling import FinishReason
 from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
-from runtime.core.actions import Send
+from runtime.core.actions import ForgetPeer, Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
@@ -126,7 +126,7 @@ class PrefillMachine:
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
             case PeerLost():
-                return self._settle(self._handoffs.peer_lost(event.peer.worker, event.peer.epoch))
+                return self._peer_lost(event)
             case CancelTransfer() if event.mailbox not in self._peers:
                 self.forged += 1
                 return []
@@ -210,6 +210,13 @@ class PrefillMachine:
             "deliveries": len(self._deliveries),
             "forged": self.forged,
         }
+
+    def _peer_lost(self, event: PeerLost) -> list[Action]:
+        actions = self._settle(self._handoffs.peer_lost(event.peer.worker, event.peer.epoch, dead=event.dead))
+        if event.dead:
+            self._peers.discard(event.peer.mailbox)
+            actions.append(ForgetPeer(event.peer))
+        return actions
 
     def _arrived(self, order: Prefill) -> list[Action]:
         own = self._settings.address

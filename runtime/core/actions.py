@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from messages.common import WorkerAddress
 from messages.ids import Address
 
 
@@ -13,6 +14,12 @@ class Send(NamedTuple):
 
     to: Address
     message: msgspec.Struct
+
+
+class ForgetPeer(NamedTuple):
+    """That process is gone: let go of the sockets and mappings that lead to it."""
+
+    peer: WorkerAddress
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Promise: shared KV memory goes with its processes, and nobody writes into memory that is not the pool."""
 
+import contextlib
 import json
 import os
 import signal
@@ -98,7 +99,18 @@ def test_a_push_into_the_pool_of_a_dead_process_fails() -> None:
         each.push(key(), to, 0, blocks, blocks)
         failed = events.next()
         assert isinstance(failed, PushFailed) and failed.key == key()
+        assert not num_pidfds()  # the mapping has gone with it
+    for each in (sender, late):
         each.shutdown()
+
+
+def num_pidfds() -> int:
+    """Processes that this one has mapped a pool of."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += "pidfd" in os.readlink(f"/proc/self/fd/{fd}")
+    return found
 
 
 def test_a_writer_that_stands_still_is_not_taken_for_gone_and_a_dead_one_is() -> None:

@@ -13,13 +13,14 @@ from messages.codec import decoder_for, pack_tokens, unpack_tokens
 from messages.common import Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill
 from messages.ids import Attempt, RequestId
+from messages.router_to_worker import PeerLost
 from messages.sampling import FinishReason, SamplingParams
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch, TokenChunk
 from messages.worker_to_router import Leaving, Register, Report
 from prefill_worker.actor import PrefillWorker
 from runtime.actor import WorkerActor
-from runtime.mailbox import Mailbox
+from runtime.mailbox import Mailbox, Outbox
 from runtime.worker_config import WorkerConfig
 
 KEY = b"k" * 32
@@ -83,6 +84,18 @@ class Relay:
         ticket = mint(KEY, request, attempt, prefill, decode)
         order = Prefill(request, attempt, self.gateway.address, generation, decode, ticket)
         self.gateway.send(prefill.mailbox, order)
+
+    def lose(self, worker: str, *, dead: bool) -> None:
+        """Tell the others that a worker has left; it goes on all the same."""
+        lost = PeerLost(peer=self.addresses[worker], dead=dead, detail="the test says so")
+        for name, address in self.addresses.items():
+            if name != worker:
+                self.router.send(address.mailbox, lost)
+
+    def outbox_of(self, worker: str) -> Outbox:
+        mailbox = self.workers[worker]._mailbox
+        assert mailbox is not None
+        return mailbox.outbox
 
     def abort(self, request: RequestId, attempt: int = 1) -> None:
         for address in self.addresses.values():

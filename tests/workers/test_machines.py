@@ -17,12 +17,13 @@ from messages.decode_to_prefill import CancelTransfer
 from messages.gateway_to_worker import Prefill
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
+from messages.router_to_worker import PeerLost
 from messages.sampling import SamplingParams
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine, PrefillSettings
-from runtime.core.actions import Send
+from runtime.core.actions import ForgetPeer, Send
 
 KEY = b"k" * 32
 ROUTER, GATEWAY = Address("tcp://127.0.0.1:1"), Address("tcp://127.0.0.1:2")
@@ -106,6 +107,38 @@ def test_a_stranger_who_says_that_a_transfer_is_over_is_not_answered(
     prefill.handle(ORDER, 0.0)
     assert [type(message) for message in sent(decode.handle(replace(END, attempt=Attempt(9)), 0.0))] == [CancelTransfer]
     assert [type(message) for message in sent(prefill.handle(cancel, 0.0))] == [TransferClosed]
+
+
+def test_of_a_dead_peer_nothing_is_kept_and_nothing_is_sent_to_it(
+    decode: DecodeMachine, prefill: PrefillMachine
+) -> None:
+    prefill.handle(ORDER, 0.0)
+    prefill.schedule(0.0)
+    lost = prefill.handle(PeerLost(peer=DECODE, dead=True, detail="killed"), 0.0)
+    assert lost[-1] == ForgetPeer(DECODE)
+    assert [type(message) for message in sent(lost)] == [AttemptFailed]
+    decode.handle(OPEN, 0.0)
+    decode.schedule(0.0)
+    lost = decode.handle(PeerLost(peer=PREFILL, dead=True, detail="killed"), 0.0)
+    assert lost[-1] == ForgetPeer(PREFILL) and not sent(lost)
+    for machine in (decode, prefill):
+        machine.check_integrity()
+        assert machine.inspect()["held"] == 0
+    assert decode.handle(END, 0.0) == []  # it is a stranger now
+
+
+def test_a_peer_that_is_only_silent_is_told_that_its_transfer_is_over_and_kept(
+    decode: DecodeMachine, prefill: PrefillMachine
+) -> None:
+    prefill.handle(ORDER, 0.0)
+    prefill.schedule(0.0)
+    actions = prefill.handle(PeerLost(peer=DECODE, dead=False, detail="silent"), 0.0)
+    assert [type(message) for message in sent(actions)] == [TransferClosed, AttemptFailed]
+    decode.handle(OPEN, 0.0)
+    decode.schedule(0.0)
+    actions = decode.handle(PeerLost(peer=PREFILL, dead=False, detail="silent"), 0.0)
+    assert [type(message) for message in sent(actions)] == [CancelTransfer]
+    assert decode.inspect()["held"] == 2
 
 
 def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its_blocks(decode: DecodeMachine) -> None:

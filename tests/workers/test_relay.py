@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from messages.common import FailReason, Role
 from messages.ids import Attempt, RequestId
 from messages.sampling import FinishReason, SamplingParams
+from tests.kv_transfer.test_shared_memory import num_pidfds
 from tests.workers.relay import relay_of
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -130,6 +131,19 @@ def test_an_end_is_sent_again_until_it_is_acked(tiny_llama: Path) -> None:
         relay.wait(lambda: sum(chunk.finish is not None for chunk in relay.streams[request].chunks) >= 3)
         relay.ack = True
         relay.wait(lambda: relay.workers["decode-0"].inspect()["deliveries"] == 0)
+
+
+def test_a_dead_peer_leaves_no_mapping_and_no_socket_behind(tiny_llama: Path) -> None:
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, transport="shm") as relay:
+        relay.finish(relay.send(prompt(40), GREEDY, **PAIR))
+        relay.wait_until_idle()
+        outbox = relay.outbox_of("prefill-0")
+        assert (num_pidfds(), outbox.num_peers) == (1, 3)  # router, gateway, decode-0
+        relay.lose("decode-0", dead=False)
+        relay.wait_until_idle()
+        assert num_pidfds() == 1
+        relay.lose("decode-0", dead=True)
+        relay.wait(lambda: (num_pidfds(), outbox.num_peers) == (0, 2))
 
 
 def test_a_forged_ticket_opens_nothing(tiny_llama: Path) -> None:
