@@ -4,6 +4,7 @@ import os
 
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +110,51 @@ def test_up_interrupted_while_it_starts_leaves_nothing() -> None:
             if "worker-1: starting" in line:
                 launcher.send_signal(signal.SIGINT)
         assert launcher.wait(60) == 130
+
+
+@pytest.fixture
+def somebodys_ray(tmp_path: Path) -> Iterator[str]:
+    """The address of a Ray that was started without us, on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Ray's sockets have long paths: not below the test's own folder.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        command = [
+            BATON.with_name("ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1",
+            "--include-dashboard=false", "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={folder}",
+        ]  # fmt: skip
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
+            assert head.stdout is not None
+            try:
+                for line in head.stdout:
+                    if "--block" in line:  # "This command will now block"
+                        break
+                yield f"127.0.0.1:{port}"
+            finally:
+                head.terminate()
+                head.stdout.read()
+                head.wait(30)
+
+
+def test_up_joins_a_ray_that_is_there_and_gives_everything_back(tmp_path: Path, somebodys_ray: str) -> None:
+    topology = tmp_path / "joined.yaml"
+    text = Path(COLOCATED).read_text().replace("../../models/tiny-llama", str(CONFIGS.parents[1] / "models/tiny-llama"))
+    topology.write_text(f"{text}\ncluster: {{address: '{somebodys_ray}'}}\n")
+    shown = baton("up", "--detach", str(topology), "--port", "0")
+    url = re.search(r"http://127\.0\.0\.1:\d+", shown)
+    assert url is not None
+    body = {"model": "tiny-llama", "prompt": "Once", "max_tokens": 4}
+    assert httpx.post(url[0] + "/v1/completions", json=body, timeout=30).status_code == 200
+    baton("down")
+    look = (
+        f"import ray; ray.init('{somebodys_ray}', logging_level='ERROR', log_to_driver=False)\n"
+        "from ray.util import list_named_actors, placement_group_table\n"
+        "groups = [group for group in placement_group_table().values() if group['state'] != 'REMOVED']\n"
+        "print(groups, list_named_actors(all_namespaces=True), ray.available_resources()['CPU'])"
+    )
+    left = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60)
+    assert left.stdout.split() == ["[]", "[]", "2.0"]
 
 
 def test_the_demo_shows_who_ran_what() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from messages.common import Role
 from messages.ids import RequestId
+from router.core.policies.base import LOOK
 from router.core.policies.least_load import LeastLoad, Load, outstanding_sequences, outstanding_tokens
 from router.core.views import WorkerView
 from tests.router.world import register
@@ -54,6 +55,28 @@ def test_prefill_counts_tokens_and_decode_counts_sequences(load: Callable[[Worke
     policy.add(many)
     chosen = policy.choose(lambda view: True)
     assert chosen is not None and chosen.worker == best
+
+
+def test_the_search_for_room_ends_after_a_few_workers_without_and_changes_nothing() -> None:
+    policy = LeastLoad(outstanding_tokens)
+    views = [WorkerView.registered(register(f"w{i}", Role.DECODE), 0.0) for i in range(LOOK + 1)]
+    for view in views:
+        policy.add(view)
+    asked: list[WorkerView] = []
+    assert policy.choose(lambda view: True, lambda view: asked.append(view) is not None) is None
+    assert asked == views[:LOOK]
+    assert policy.choose(lambda view: view not in views[1:3], lambda view: view is views[LOOK]) is views[LOOK]
+    assert policy.choose(lambda view: True) is views[0]
+
+
+def test_workers_without_room_come_last() -> None:
+    """By the pool first, in eighths, then by sequences; those whose batch is full are the last of all."""
+    batch, most, some, free = (
+        WorkerView.registered(register(name, Role.DECODE, max_num_seqs=3, blocks=80), 0.0) for name in "bmsf"
+    )
+    for view, sequences, tokens in ((batch, 3, 16), (most, 1, 1000), (some, 1, 100), (free, 2, 90)):
+        view.requests, view.tokens = {RequestId(str(number)): None for number in range(sequences)}, tokens
+    assert sorted((batch, most, some, free), key=outstanding_sequences) == [some, free, most, batch]
 
 
 def test_stale_entries_do_not_pile_up() -> None:

@@ -18,16 +18,21 @@ KEY = b"k" * 32
 GATEWAY = Address("tcp://gateway:1")
 
 
-def register(worker: str, role: Role, epoch: int = 1, max_model_len: int = 4096) -> Register:
-    kv = () if role is not Role.DECODE else (KVEndpoint("shm", f"pool-{worker}", "layout", 100),)
+BLOCKS = 1000
+
+
+def register(worker: str, role: Role, epoch: int = 1, max_model_len: int = 4096, *, max_num_seqs: int = 8,
+             blocks: int = BLOCKS) -> Register:  # fmt: skip
+    kv = () if role is not Role.DECODE else (KVEndpoint("shm", f"pool-{worker}", "layout", blocks),)
     address = WorkerAddress(WorkerId(worker), Epoch(epoch), Address(f"tcp://{worker}.{epoch}:1"), kv)
-    return Register(address=address, role=role, max_num_seqs=8, max_model_len=max_model_len)
+    return Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
 
-def report(worker: str, number: int, epoch: int = 1) -> Report:
+def report(worker: str, number: int, epoch: int = 1, *, blocks: int = BLOCKS, running: int = 1) -> Report:
     return Report(
-        worker=WorkerId(worker), epoch=Epoch(epoch), number=number, steps=number, running=1, waiting=2,
-        blocks=BlockCounts(free=90, held=10, cached=0, total=100), kv_bytes_sent=0, kv_bytes_received=0, transfers=0,
+        worker=WorkerId(worker), epoch=Epoch(epoch), number=number, steps=number, running=running, waiting=2,
+        blocks=BlockCounts(free=blocks - 10, held=10, cached=0, total=blocks),
+        kv_bytes_sent=0, kv_bytes_received=0, transfers=0,
     )  # fmt: skip
 
 
