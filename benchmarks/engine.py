@@ -37,6 +37,12 @@ SHAPES = {
 }  # fmt: skip
 
 
+def mixed_lengths() -> list[tuple[int, int]]:
+    """The mix: 32 (prompt, output) lengths, prompts uniform in 64..512, outputs in 32..128."""
+    rng = random.Random(1)
+    return [(rng.randint(64, 512), rng.randint(32, 128)) for _ in range(32)]
+
+
 def make_model(shape: str, folder: Path) -> None:
     """Save a Llama with random weights."""
     import torch
@@ -88,9 +94,8 @@ class Bench:
         return sum(sum(at > first for at in each) for each in times) / (last - first)
 
     def mixed(self) -> dict[str, float]:
-        """32 requests at once, prompts uniform in 64..512, outputs in 32..128."""
-        rng = random.Random(1)
-        lengths = [(rng.randint(64, 512), rng.randint(32, 128)) for _ in range(32)]
+        """All of the mix at once."""
+        lengths = mixed_lengths()
         result = self.run(lengths)
         ttft = [each[0] for each in result["times"]]
         tpot = sorted((each[-1] - each[0]) / (len(each) - 1) for each in result["times"])

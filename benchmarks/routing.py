@@ -5,6 +5,9 @@
 Half of the workers prefill, half decode. ``place_us`` is the time of ``handle(PlacementWanted)`` in the core, ticket
 included, without codec and sockets; a request is placed, prefilled and finished while a thousand others are in flight.
 
+``overload`` is the core with every decode worker full, by its batch (``slots``) or its KV pool (``memory``), and a
+thousand requests in line: ``queued_us`` is a further question, ``served_us`` a ``Finished``, which places the head.
+
 ``zmq`` is the same with a router in a process of its own, held to one core: placements a second with 64 questions in
 flight, each followed by ``Prefilled`` and ``Finished``, and the time from question to answer with one in flight.
 """
@@ -25,17 +28,20 @@ from collections.abc import Iterator
 import psutil
 
 from messages.codec import decoder_for
-from messages.common import BlockCounts, Role, WorkerAddress
+from messages.common import BlockCounts, KVEndpoint, Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.worker_to_router import Register, Report
 from router.actor import RouterActor, RouterConfig
 from router.core.machine import Router, RouterSettings
+from runtime.core.actions import Send
 from runtime.mailbox import Mailbox
 
 IN_FLIGHT = 1000
 WINDOW = 64
+POOL = 65_536
+"""Blocks of a worker's KV pool: a million tokens."""
 LOOPBACK = "127.0.0.1"
 ATTEMPT = Attempt(1)
 
@@ -53,6 +59,10 @@ def main() -> None:
         return
     figures = {"workers": options.workers, "requests": options.requests}
     result = {**figures, **in_the_core(options.workers, options.requests)}
+    result["overload"] = {
+        "slots": overloaded(options.workers, options.requests, max_num_seqs=2, blocks=POOL),
+        "memory": overloaded(options.workers, options.requests, max_num_seqs=64, blocks=POOL // 64),
+    }
     result["zmq"] = over_zmq(options.workers, options.requests)
     print(json.dumps({**result, "python": platform.python_version(), "machine": platform.machine()}))
 
@@ -69,7 +79,7 @@ def in_the_core(workers: int, requests: int) -> dict[str, object]:
         times[kind].append(time.perf_counter_ns() - start)
 
     flying: deque[RequestId] = deque()
-    blocks = BlockCounts(free=1, held=0, cached=0, total=1)
+    blocks = BlockCounts(free=POOL, held=0, cached=0, total=POOL)
     for number, wanted in enumerate(questions(requests, Address("tcp://10.0.0.2:1"))):
         timed("place", wanted)
         flying.append(wanted.request)
@@ -84,6 +94,34 @@ def in_the_core(workers: int, requests: int) -> dict[str, object]:
         timed("report", report)
     router.check_integrity()
     return {f"{kind}_us": spread([ns / 1000 for ns in samples]) for kind, samples in times.items() if samples}
+
+
+def overloaded(workers: int, requests: int, *, max_num_seqs: int, blocks: int) -> dict[str, object]:
+    router = Router(RouterSettings(cluster_key=bytes(32)))
+    for register in registers(workers, max_num_seqs, blocks):
+        router.handle(register, 0.0)
+    placed: deque[RequestId] = deque()
+    times: dict[str, list[int]] = {"queued": [], "served": []}
+
+    def timed(kind: str, event: object) -> None:
+        start = time.perf_counter_ns()
+        actions = router.handle(event, 1.0)
+        times[kind].append(time.perf_counter_ns() - start)
+        for action in actions:
+            if isinstance(action, Send) and isinstance(action.message, Placed):
+                placed.append(action.message.request)
+
+    asked = questions(2**62, Address("tcp://10.0.0.2:1"))
+    while router.inspect()["waiting"] < IN_FLIGHT:
+        timed("queued", next(asked))
+    for samples in times.values():
+        samples.clear()
+    for _ in range(requests):
+        timed("served", Finished(request=placed.popleft(), attempt=ATTEMPT))
+        while router.inspect()["waiting"] < IN_FLIGHT:
+            timed("queued", next(asked))
+    router.check_integrity()
+    return {f"{kind}_us": spread([ns / 1000 for ns in samples]) for kind, samples in times.items()}
 
 
 def over_zmq(workers: int, requests: int) -> dict[str, object]:
@@ -153,11 +191,12 @@ def name(index: int) -> WorkerId:
     return WorkerId(f"{'prefill' if index % 2 else 'decode'}-{index}")
 
 
-def registers(workers: int) -> Iterator[Register]:
+def registers(workers: int, max_num_seqs: int = 64, blocks: int = POOL) -> Iterator[Register]:
     for index in range(workers):
-        address = WorkerAddress(name(index), Epoch(index), Address(f"tcp://10.0.0.1:{index + 1}"))
         role = Role.PREFILL if index % 2 else Role.DECODE
-        yield Register(address=address, role=role, max_num_seqs=64, max_model_len=131_072)
+        kv = (KVEndpoint("zmq", "tcp://10.0.0.1:1", "layout", blocks),) if role is Role.DECODE else ()
+        address = WorkerAddress(name(index), Epoch(index), Address(f"tcp://10.0.0.1:{index + 1}"), kv)
+        yield Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=131_072)
 
 
 def questions(count: int, gateway: Address, seed: int = 0) -> Iterator[PlacementWanted]:

@@ -38,8 +38,9 @@ class TransferTimeouts:
 
     resend: float = 0.5
     """An unanswered message is sent again after this."""
-    open: float = 30.0
-    """The receiver may let an open wait this long for free blocks."""
+    open: float = 120.0
+    """The receiver may let an open wait this long for free blocks. Long, for that a peer is lost is told by
+    ``PeerLost``, and that a gateway wants no more by ``Abort``."""
     lease: float = 120.0
     """A landing that hears nothing for this long is given up: the sender may be computing, but not for ever."""
     progress: float = 10.0

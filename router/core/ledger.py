@@ -1,7 +1,8 @@
 """What the router has placed and not yet seen finished: the load of every worker between its reports.
 
 Tokens are counted on the prefill worker from ``Placed`` to ``Prefilled``, on the decode worker from ``Placed`` to
-``Finished``. A newer attempt of a request takes the place of the older one.
+``Finished``. A newer attempt of a request takes the place of the older one. What nobody will ever finish, because a
+message was lost or a gateway died, is found by the worker's reports, and at last by its age.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,9 +45,15 @@ class Ledger:
         return self._entries.get(request)
 
     def place(
-        self, wanted: PlacementWanted, placed: Placed, prefill: WorkerView | None, decode: WorkerView, now: float
+        self,
+        wanted: PlacementWanted,
+        placed: Placed,
+        prefill: WorkerView | None,
+        decode: WorkerView,
+        expected: int,
+        now: float,
     ) -> None:
-        """Count an attempt on its workers, in place of an older one."""
+        """Count an attempt on its workers, in place of an older one; on ``decode`` with ``expected`` tokens."""
         self.close(wanted.request)
         entry = Entry(
             attempt=wanted.attempt,
@@ -56,7 +63,7 @@ class Ledger:
             prefill=prefill,
             prefill_tokens=wanted.num_tokens if prefill is not None else 0,
             decode=decode,
-            decode_tokens=wanted.num_tokens + wanted.max_new_tokens,
+            decode_tokens=expected,
         )
         self._entries[wanted.request] = entry
         if prefill is not None:
@@ -105,6 +112,23 @@ class Ledger:
         for request in old:
             self.close(request)
         return len(old)
+
+    def forget_absent(self, worker: WorkerView, present: int, before: float) -> int:
+        """``worker`` says that it has ``present`` requests: of those placed on it before ``before``, close the oldest
+        in excess of that. Returns how many.
+
+        By then every one must have reached it, so as many are over as are in excess. Which ones is a guess; a wrong one
+        costs no more than a place too many on the worker.
+        """
+        old = []
+        for request in worker.requests:
+            if self._entries[request].since >= before:
+                break
+            old.append(request)
+        excess = old[: max(0, len(old) - present)]
+        for request in excess:
+            self.close(request)
+        return len(excess)
 
     def check_integrity(self, workers: Iterator[WorkerView]) -> None:
         """Every worker's load is the sum of its entries."""

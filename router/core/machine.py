@@ -1,25 +1,27 @@
 """The router's decisions. A request's life here:
 
 1. ``PlacementWanted`` comes from a gateway. Longer than any worker can hold: ``Rejected`` for good.
-2. Live workers of every role it needs: the policy picks them, the ledger counts it on them, a ticket is minted, and
-   ``Placed`` goes back. Asked again for the same attempt, the router answers the same.
-3. None live: it waits in line, first come first served, until a worker registers or its time is up (``Rejected``).
+2. Live workers of every role it needs, with room: the policy picks them, the ledger counts it on them, a ticket is
+   minted, and ``Placed`` goes back. Asked again for the same attempt, the router answers the same.
+3. None live, or all full: it waits in line, first come first served, until there is one or its time is up
+   (``Rejected``). A further attempt goes to the front, however long the line is: its client may be reading already.
 4. ``Prefilled`` takes it off the prefill worker's load, ``Finished`` off the ledger.
 5. If one of its workers leaves the membership, its gateway hears ``WorkerLost`` and asks for the next attempt.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from messages import tickets
 from messages.common import Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
-from messages.ids import Address, RequestId, WorkerId
+from messages.ids import Address
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
+from router.core.admission import expected_tokens, has_room
 from router.core.ledger import Ledger
+from router.core.line import Line
 from router.core.membership import Members
 from router.core.policies.least_load import LeastLoad, outstanding_sequences, outstanding_tokens
 from router.core.views import WorkerView
@@ -51,20 +53,18 @@ class RouterSettings:
     """Tickets are minted under it."""
     liveness_timeout: float = 5.0
     """Seconds without a report after which a worker is taken for lost."""
+    block_size: int = 16
+    """Tokens in a KV block of the workers."""
     max_waiting: int = 1024
-    """Requests that may wait for a worker."""
+    """Requests that may wait for a worker; further attempts of placed ones may always."""
     wait_timeout: float = 30.0
-    """Seconds that one may wait."""
+    """Seconds that one may wait; for further attempts, seconds without a live worker that they need."""
     retry_after: float = 1.0
     """What a request that is turned away is told."""
     forget_after: float = 3600.0
     """Seconds after which a request that nobody finished is taken off the ledger: its gateway must have died."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    wanted: PlacementWanted
-    until: float
+    forget_absent_after: float = 150.0
+    """The same for one that its decode worker does not have; longer than a gateway waits for a first token."""
 
 
 class Router:
@@ -79,9 +79,10 @@ class Router:
                 Role.COLOCATED: LeastLoad(outstanding_sequences),
             }
         )
-        self._ledger = Ledger(lambda view: self._members.policies[view.role].changed(view))
+        self._ledger = Ledger(self._load_changed)
         self._finished = Fences()
-        self._waiting: OrderedDict[RequestId, _Waiting] = OrderedDict()  # in line, which is also by deadline
+        self._line = Line(settings.wait_timeout)
+        self._moved = False  # whether this event may have made room for the head of the line
         self._asked_wake = float("inf")
         self._handlers: dict[type[Any], Any] = {
             PlacementWanted: self._placement_wanted,
@@ -97,6 +98,9 @@ class Router:
 
     def handle(self, event: Any, now: float) -> list[Action]:
         actions: list[Action] = self._handlers[type(event)](event, now)
+        if self._moved and len(self._line):
+            actions += self._serve(now)
+        self._moved = False
         wake = self._next_deadline()
         if wake < self._asked_wake:
             self._asked_wake = wake
@@ -105,18 +109,16 @@ class Router:
 
     def inspect(self) -> dict[str, int]:
         """Figures for tests and logs."""
-        return {"workers": len(list(self._members.live())), "placed": len(self._ledger), "waiting": len(self._waiting)}
+        return {"workers": len(list(self._members.live())), "placed": len(self._ledger), "waiting": len(self._line)}
 
     def check_integrity(self) -> None:
         """Ledger, membership and queue are each sound and agree; ``AssertionError`` says where not."""
         self._members.check_integrity()
         self._ledger.check_integrity(iter(self._members))
-        assert len(self._waiting) <= self._settings.max_waiting, f"{len(self._waiting)} requests wait"
-        for request, waiting in self._waiting.items():
-            entry = self._ledger.get(request)
-            assert entry is None or entry.attempt < waiting.wanted.attempt, f"{request} waits, and is placed"
-        deadlines = [waiting.until for waiting in self._waiting.values()]
-        assert deadlines == sorted(deadlines), "requests do not wait in order"
+        self._line.check_integrity()
+        assert all(self._ledger.get(request) is None for request in self._line), "a request waits, and is placed"
+        head = self._line.head()
+        assert head is None or self._find(head) is None, "a request waits where there is room"
 
     # Requests
 
@@ -129,28 +131,32 @@ class Router:
             return []
         if not self._finished.admits(wanted.request, wanted.attempt):
             return []
-        waiting = self._waiting.get(wanted.request)
+        waiting = self._line.get(wanted.request)
         if waiting is not None:
-            if wanted.attempt >= waiting.wanted.attempt:
-                waiting.wanted = wanted
+            if wanted.attempt >= waiting.attempt and wanted != waiting:
+                self._line.push(wanted, now)
+                self._moved = True
             return []
-        return self._place(wanted, now) or self._wait(wanted, now)
+        if entry is not None:
+            self._ledger.close(wanted.request)  # the older attempt is over, whether or not this one gets a place
+        answer = self._too_long(wanted)
+        if not answer and not len(self._line):
+            answer = self._place(wanted, now)
+        return answer or self._wait(wanted, now)
+
+    def _too_long(self, wanted: PlacementWanted) -> list[Action]:
+        longest = self._longest()
+        if longest is None or wanted.num_tokens + wanted.max_new_tokens <= longest:
+            return []
+        detail = f"{wanted.num_tokens} + {wanted.max_new_tokens} tokens exceed the context of {longest}"
+        return [self._reject(wanted, detail, None)]
 
     def _place(self, wanted: PlacementWanted, now: float) -> list[Action]:
         """The answer, or nothing where the request has to wait."""
-        length = wanted.num_tokens + wanted.max_new_tokens
-        longest = self._longest()
-        if longest is not None and length > longest:
-            detail = f"{wanted.num_tokens} + {wanted.max_new_tokens} tokens exceed the context of {longest}"
-            return [self._reject(wanted, detail, None)]
-        prefill = None
-        if self._members.has_live(Role.COLOCATED):
-            decode = self._choose(Role.COLOCATED, wanted.avoid, length)
-        else:
-            prefill = self._choose(Role.PREFILL, wanted.avoid, length)
-            decode = self._choose(Role.DECODE, wanted.avoid, length) if prefill is not None else None
-        if decode is None:
+        found = self._find(wanted)
+        if found is None:
             return []
+        prefill, decode, expected = found
         ticket = None
         if prefill is not None:
             key = self._settings.cluster_key
@@ -162,15 +168,29 @@ class Router:
             decode=decode.address,
             ticket=ticket,
         )
-        self._ledger.place(wanted, placed, prefill, decode, now)
+        self._ledger.place(wanted, placed, prefill, decode, expected, now)
         return [Send(wanted.gateway, placed)]
 
-    def _choose(self, role: Role, avoid: tuple[WorkerId, ...], length: int) -> WorkerView | None:
-        policy = self._members.policies[role]
-        chosen = policy.choose(lambda view: view.max_model_len >= length and view.worker not in avoid)
-        if chosen is None and avoid:
-            chosen = policy.choose(lambda view: view.max_model_len >= length)
-        return chosen
+    def _find(self, wanted: PlacementWanted) -> tuple[WorkerView | None, WorkerView, int] | None:
+        """A prefill worker (None in a colocated pool), a decode worker with room, and the tokens to count there."""
+        expected = expected_tokens(wanted, self._settings.block_size)
+        prefill = None
+        if self._members.has_live(Role.COLOCATED):
+            decode = self._choose(Role.COLOCATED, wanted, expected)
+        else:
+            prefill = self._choose(Role.PREFILL, wanted)
+            decode = self._choose(Role.DECODE, wanted, expected) if prefill is not None else None
+        return None if decode is None else (prefill, decode, expected)
+
+    def _choose(self, role: Role, wanted: PlacementWanted, expected: int | None = None) -> WorkerView | None:
+        """``expected``: only a worker that has room for as many tokens."""
+        policy, avoid, length = self._members.policies[role], wanted.avoid, wanted.num_tokens + wanted.max_new_tokens
+        room = None if expected is None else lambda view: has_room(view, expected)
+        if avoid:
+            other = policy.choose(lambda view: view.max_model_len >= length and view.worker not in avoid)
+            if other is not None:  # worth waiting for
+                return policy.choose(lambda view: view.max_model_len >= length and view.worker not in avoid, room)
+        return policy.choose(lambda view: view.max_model_len >= length, room)
 
     def _longest(self) -> int | None:
         """Tokens of the longest sequence that can be placed; None before workers of all roles needed are known."""
@@ -182,25 +202,33 @@ class Router:
         return None
 
     def _wait(self, wanted: PlacementWanted, now: float) -> list[Action]:
-        if len(self._waiting) >= self._settings.max_waiting:
-            return [self._reject(wanted, "no worker is there, and the queue is full", self._settings.retry_after)]
-        self._ledger.close(wanted.request)  # an older attempt is over, whether or not this one gets a place
-        self._waiting[wanted.request] = _Waiting(wanted, now + self._settings.wait_timeout)
+        if wanted.attempt == 1 and len(self._line) >= self._settings.max_waiting:
+            detail = f"the queue is full, for {self._shortage()}"
+            return [self._reject(wanted, detail, self._settings.retry_after)]
+        self._line.push(wanted, now)
+        self._moved = self._moved or wanted.attempt > 1  # it may be the head now
         return []
+
+    def _shortage(self) -> str:
+        return "every worker is full" if self._members.ready else "no worker is there"
 
     def _reject(self, wanted: PlacementWanted, detail: str, retry_after: float | None) -> Send:
         self._ledger.close(wanted.request)
         rejected = Rejected(request=wanted.request, attempt=wanted.attempt, detail=detail, retry_after=retry_after)
         return Send(wanted.gateway, rejected)
 
-    def _place_waiting(self, now: float) -> list[Action]:
+    def _serve(self, now: float) -> list[Action]:
+        """Answer those in line, in order, up to the first that has to wait on."""
         actions: list[Action] = []
-        for request, waiting in list(self._waiting.items()):
-            placed = self._place(waiting.wanted, now)
-            if placed:
-                del self._waiting[request]
-                actions += placed
+        while (head := self._line.head()) is not None and (answer := self._too_long(head) or self._place(head, now)):
+            self._line.remove(head.request)
+            actions += answer
+        self._line.note(ready=self._members.ready, now=now)
         return actions
+
+    def _load_changed(self, view: WorkerView) -> None:
+        self._members.policies[view.role].changed(view)
+        self._moved = True
 
     def _prefilled(self, event: Prefilled, _now: float) -> list[Action]:
         self._ledger.prefilled(event.request, event.attempt)
@@ -211,17 +239,17 @@ class Router:
         entry = self._ledger.get(event.request)
         if entry is not None and entry.attempt <= event.attempt:
             self._ledger.close(event.request)
-        waiting = self._waiting.get(event.request)
-        if waiting is not None and waiting.wanted.attempt <= event.attempt:
-            del self._waiting[event.request]
+        waiting = self._line.get(event.request)
+        if waiting is not None and waiting.attempt <= event.attempt:
+            self._line.remove(event.request)
+            self._moved = True
         return []
 
     def _state_wanted(self, event: ClusterStateWanted, _now: float) -> list[Action]:
-        pair = self._members.has_live(Role.PREFILL) and self._members.has_live(Role.DECODE)
         state = ClusterState(
             workers=tuple(view.state() for view in sorted(self._members, key=lambda view: (view.role, view.worker))),
-            queued=len(self._waiting),
-            ready=pair or self._members.has_live(Role.COLOCATED),
+            queued=len(self._line),
+            ready=self._members.ready,
         )
         return [Send(event.gateway, state)]
 
@@ -242,8 +270,9 @@ class Router:
                 return []
         elif known is not None and known.alive:
             actions += self._lose(known, "another process has taken its name", for_good=True)
-        self._members.join(WorkerView.registered(event, now))
-        return actions + self._place_waiting(now)
+        self._members.join(WorkerView.registered(event, now, self._settings.block_size))
+        self._moved = True
+        return actions
 
     def _report(self, event: Report, now: float) -> list[Action]:
         view = self._members.get(event.worker, event.epoch)
@@ -251,10 +280,19 @@ class Router:
             return []  # a report does not say where its sender listens, so only a Register can bring it in
         if not view.alive:
             return [Send(view.address.mailbox, RegisterWanted(worker=view.worker, epoch=view.epoch))]
-        view.take(event, now)
-        if view.heard == now:
+        if view.take(event, now):
             self._members.heard(view)
+            self._believe(view, event, now)
         return []
+
+    def _believe(self, view: WorkerView, report: Report, now: float) -> None:
+        """Take over what a worker knows better: its pool, and which of its requests are over without a word."""
+        if view.num_blocks != report.blocks.total:
+            view.num_blocks = report.blocks.total
+            self._load_changed(view)
+        present = report.running + report.waiting
+        if view.role is not Role.PREFILL and len(view.requests) > present:
+            self._ledger.forget_absent(view, present, now - self._settings.forget_absent_after)
 
     def _died(self, event: WorkerDied, _now: float) -> list[Action]:
         view = self._members.get(event.worker, event.epoch)
@@ -277,6 +315,7 @@ class Router:
         """Take a worker out of the membership, and tell everyone who deals with it. It may still write unless it is
         ``dead``, which only its supervisor knows."""
         self._members.leave(view)
+        self._moved = True
         view.dead_for_good = for_good
         lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail)
         actions: list[Action] = [Send(gateway, lost) for gateway in self._ledger.lose(view, lost)]
@@ -298,15 +337,14 @@ class Router:
         actions: list[Action] = []
         while (view := self._members.most_silent()) is not None and view.heard + timeout <= now:
             actions += self._lose(view, f"no report for {now - view.heard:.1f} s", for_good=False)
-        while self._waiting and (first := next(iter(self._waiting.values()))).until <= now:
-            del self._waiting[first.wanted.request]
-            actions.append(self._reject(first.wanted, "no worker came in time", self._settings.retry_after))
+        for wanted in self._line.take_late(now):
+            detail = f"waited too long, for {self._shortage()}"
+            actions.append(self._reject(wanted, detail, self._settings.retry_after))
+            self._moved = True
         self._ledger.forget_before(now - self._settings.forget_after)
         return actions
 
     def _next_deadline(self) -> float:
         silent = self._members.most_silent()
         deadline = silent.heard + self._settings.liveness_timeout if silent is not None else float("inf")
-        if self._waiting:
-            deadline = min(deadline, next(iter(self._waiting.values())).until)
-        return deadline
+        return min(deadline, self._line.deadline) if len(self._line) else deadline

@@ -68,6 +68,11 @@ class Members:
     def has_live(self, role: Role) -> bool:
         return len(self.policies[role]) > 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether every role that a request needs has a live worker."""
+        return self.has_live(Role.COLOCATED) or (self.has_live(Role.PREFILL) and self.has_live(Role.DECODE))
+
     def knows(self, role: Role) -> bool:
         """Whether a worker of this role ever registered."""
         return role in self._longest and self._longest[role] > 0

@@ -20,6 +20,9 @@ class WorkerView:
     max_model_len: int
     heard: float
     """When it last reported or registered."""
+    block_size: int
+    num_blocks: int
+    """Of its KV pool; 0 until it says so."""
     alive: bool = True
     dead_for_good: bool = False
     """Its process is gone or has said good-bye: whatever still comes in its name is late."""
@@ -27,11 +30,15 @@ class WorkerView:
     requests: dict[RequestId, None] = field(default_factory=dict)
     """Placed here and not yet finished, in order of placement."""
     tokens: int = 0
-    """Tokens placed here whose work the router does not know to be over."""
+    """Tokens placed here whose work the router does not know to be over: of prompts where they are prefilled, as in
+    ``admission.expected_tokens`` where they are decoded."""
 
     @classmethod
-    def registered(cls, message: Register, now: float) -> "WorkerView":
-        return cls(message.address, message.role, message.max_num_seqs, message.max_model_len, now)
+    def registered(cls, message: Register, now: float, block_size: int = 16) -> "WorkerView":
+        num_blocks = min((endpoint.num_blocks for endpoint in message.address.kv), default=0)
+        return cls(
+            message.address, message.role, message.max_num_seqs, message.max_model_len, now, block_size, num_blocks
+        )
 
     @property
     def worker(self) -> WorkerId:
@@ -41,10 +48,17 @@ class WorkerView:
     def epoch(self) -> Epoch:
         return self.address.epoch
 
-    def take(self, report: Report, now: float) -> None:
-        """Note a report, unless a younger one came before it."""
-        if self.report is None or report.number > self.report.number:
-            self.report, self.heard = report, now
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that its KV pool holds; 0 while nobody knows."""
+        return self.num_blocks * self.block_size
+
+    def take(self, report: Report, now: float) -> bool:
+        """Note a report, unless a younger one came before it: then False."""
+        if self.report is not None and report.number <= self.report.number:
+            return False
+        self.report, self.heard = report, now
+        return True
 
     def state(self) -> WorkerState:
         """For ``ClusterState``; zeros where the worker has not reported yet."""

@@ -58,7 +58,7 @@ class Simulation:
         self.router = router.Router(router.RouterSettings(cluster_key=KEY, block_size=BLOCK, **settings))
         limits = SchedulerLimits(max_num_seqs=slots, max_num_batched_tokens=2048, max_model_len=4096, prefill_chunk=512)
         common: dict[str, Any] = {
-            "router": ROUTER, "max_num_seqs": slots, "max_model_len": 4096, "vocab_size": 2048,
+            "router": ROUTER, "cluster_key": KEY, "max_num_seqs": slots, "max_model_len": 4096, "vocab_size": 2048,
         }  # fmt: skip
         pool, self.decode_pool = BlockPool(4096, BLOCK), BlockPool(blocks, BLOCK)
         timeouts = transfer.TransferTimeouts()
@@ -68,7 +68,7 @@ class Simulation:
         )  # fmt: skip
         self.decode = DecodeMachine(
             DecodeSettings(
-                address=DECODE, role=Role.DECODE, cluster_key=KEY, layout="layout", block_bytes=1, **common
+                address=DECODE, role=Role.DECODE, layout="layout", block_bytes=1, **common
             ),
             Scheduler(self.decode_pool, limits, frozenset()), self.decode_pool,
             Reservations(DECODE.mailbox, self.decode_pool, one_sided=False, timeouts=timeouts),

@@ -7,6 +7,9 @@ from router.core.views import WorkerView
 
 Suits = Callable[[WorkerView], bool]
 
+LOOK = 4
+"""Workers without room that a choice looks at."""
+
 
 class Policy(Protocol):
     """Told of every change, so that a choice need not look at every worker.
@@ -23,8 +26,11 @@ class Policy(Protocol):
     def changed(self, worker: WorkerView) -> None:
         """What is placed on ``worker`` is another load now."""
 
-    def choose(self, suits: Suits) -> WorkerView | None:
-        """The best worker that suits, or None. Changes nothing that a caller could see."""
+    def choose(self, suits: Suits, has_room: Suits | None = None) -> WorkerView | None:
+        """The best worker that suits and has room, or None. Changes nothing that a caller could see.
+
+        The order puts room first: when ``LOOK`` workers that suit have none, it looks no further.
+        """
 
     def __len__(self) -> int:
         """Workers that can be chosen."""

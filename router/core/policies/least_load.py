@@ -3,10 +3,13 @@
 import heapq
 from collections.abc import Callable
 
-from router.core.policies.base import Suits
+from router.core.policies.base import LOOK, Suits
 from router.core.views import WorkerView
 
-Load = tuple[int, int]
+Load = tuple[int, ...]
+
+
+FULL = 8
 
 
 def outstanding_tokens(worker: WorkerView) -> Load:
@@ -15,8 +18,12 @@ def outstanding_tokens(worker: WorkerView) -> Load:
 
 
 def outstanding_sequences(worker: WorkerView) -> Load:
-    """For decode: a step's time grows with the batch first, with the length of its sequences second."""
-    return len(worker.requests), worker.tokens
+    """For decode: a step's time grows with the batch first, with the length of its sequences second. Before both, by
+    eighths of the KV pool, comes how full it is, and last are those whose batch is full."""
+    sequences, pool = len(worker.requests), worker.pool_tokens
+    if sequences >= worker.max_num_seqs:
+        return FULL, sequences, worker.tokens
+    return min(FULL, 8 * worker.tokens // pool) if pool else 0, sequences, worker.tokens
 
 
 class LeastLoad:
@@ -46,16 +53,19 @@ class LeastLoad:
             self._heap = [entry for entry in self._heap if self._newest.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
 
-    def choose(self, suits: Suits) -> WorkerView | None:
+    def choose(self, suits: Suits, has_room: Suits | None = None) -> WorkerView | None:
         heap, unsuitable = self._heap, []
-        chosen = None
-        while heap and chosen is None:
+        chosen, full = None, 0
+        while heap and chosen is None and full < LOOK:
             _, change, worker = heap[0]
             if self._newest.get(worker) != change:
                 heapq.heappop(heap)
-            elif suits(worker):
+                continue
+            suitable = suits(worker)
+            if suitable and (has_room is None or has_room(worker)):
                 chosen = worker
             else:
+                full += suitable
                 unsuitable.append(heapq.heappop(heap))
         for entry in unsuitable:
             heapq.heappush(heap, entry)
