@@ -25,7 +25,7 @@ class GatewayConfig:
     limits: Limits = field(default_factory=Limits)
     timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
     max_connections: int = 4096
-    """Open HTTP connections; further ones hear 503. Each costs a file descriptor."""
+    """Open HTTP connections; further ones hear 503. At most half of the process's file descriptors are used."""
     headers_timeout: float = 30.0
     """Seconds that a client may take from connecting, or from beginning its next request, to the end of the headers."""
     keep_alive: int = 75

@@ -6,6 +6,8 @@ deadline counts (``body.py``), and whether the client reads (``answers.py``).
 """
 
 import asyncio
+import logging
+import resource
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +17,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gateway.answers import LINGER, error_headers
 from gateway.core.errors import GatewayError, HeadersTimeout, Unavailable
 from gateway.rendering import encode, error_body
+
+log = logging.getLogger(__name__)
+
+REFUSALS = 64
+"""Refused connections that may linger until their clients have read why; further ones are closed without a word."""
+
+
+def affordable(wanted: int) -> int:
+    """``wanted`` connections, or as many as half of this process's file descriptors are enough for: a mailbox that gets
+    no descriptor ends the process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or wanted <= soft // 2:
+        return wanted
+    log.warning("at most %d HTTP connections, not %d: the limit of open files is %d", soft // 2, wanted, soft)
+    return soft // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +64,14 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.bounds.taken) >= self.bounds.most:
+        if len(self.bounds.taken) < self.bounds.most:
+            self.bounds.taken.add(self)
+            self._expect_request()
+        elif len(self.connections) <= self.bounds.most + REFUSALS:
             self._refuse(Unavailable("too many connections are open", retry_after=1.0))
-            return
-        self.bounds.taken.add(self)
-        self._expect_request()
+        else:
+            self._refused = True
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.bounds.taken.discard(self)

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from gateway.config import GatewayConfig
-from gateway.connections import Connections
+from gateway.connections import Connections, affordable
 from gateway.hub import Hub, Messages
 from gateway.metrics import Metrics
 from gateway.openai_api import Api, create_app
@@ -148,7 +148,8 @@ class GatewayServer:
             executor=executor,
             max_model_len=max_model_len,
         )
-        connections = Connections(most=config.max_connections, headers_timeout=config.headers_timeout)
+        most = affordable(config.max_connections)
+        connections = Connections(most=most, headers_timeout=config.headers_timeout)
         settings = uvicorn.Config(
             create_app(api),
             http=connections.protocol(),

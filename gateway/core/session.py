@@ -114,8 +114,9 @@ class SessionTimeouts:
     ask_again: float = 1.0
     """Until a placement or start message without an effect is sent again; doubles each time."""
     ask_again_most: float = 8.0
-    placement: float = 60.0
-    """Until a request that the router does not answer fails. Longer than the router lets one wait."""
+    placement: float = 120.0
+    """Until a request that the router does not answer fails. Longer than the router lets a new one wait; a further
+    attempt waits at the head of its line for as long as the workers that live are full."""
     first_token: float = 120.0
     """Until an attempt without any token is given up. Long, since it may wait its turn in a prefill worker's queue, and
     since the router tells when that worker is lost."""

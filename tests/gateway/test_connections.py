@@ -2,6 +2,7 @@
 answering those that it has."""
 
 import contextlib
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import GatewayConfig
+from gateway.connections import REFUSALS, affordable
 from gateway.server import GatewayServer
 from messages.gateway_to_router import Prefilled
 from tests.gateway.conftest import MODEL, serving
@@ -141,9 +143,10 @@ def test_more_connections_than_are_allowed_are_refused_in_the_apis_shape(tiny_ll
 
 
 def answers(server: GatewayServer) -> bool:
-    with connected(server) as connection:
+    with connected(server) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(HEALTH)
-        return read_reply(connection).status == 200
+        return connection.recv(65536).startswith(b"HTTP/1.1 200")
+    return False
 
 
 def test_a_crowd_in_front_of_the_door_does_not_keep_it_shut(tiny_llama: Path) -> None:
@@ -156,6 +159,29 @@ def test_a_crowd_in_front_of_the_door_does_not_keep_it_shut(tiny_llama: Path) ->
                 refused = crowd.enter_context(connected(server))
                 assert read_reply(refused).status == 503
         until(lambda: answers(server), "there is room again")
+
+
+def test_a_flood_of_connections_costs_little_and_harms_nobody(tiny_llama: Path) -> None:
+    with serving(tiny_llama, max_connections=1) as (_, server), contextlib.ExitStack() as flood:
+        with connected(server) as only:
+            only.sendall(HEALTH)
+            assert read_reply(only).status == 200
+            refused = [flood.enter_context(connected(server)) for _ in range(4 * REFUSALS)]
+            for connection in refused:  # some with an answer, some without
+                with contextlib.suppress(ConnectionResetError):
+                    received = connection.recv(65536)
+                    assert received == b"" or received.startswith(b"HTTP/1.1 503")
+            only.sendall(HEALTH)
+            assert read_reply(only).status == 200
+        until(lambda: answers(server), "there is room again")
+
+
+@pytest.mark.parametrize(("soft", "most"), [(1024, 512), (65536, 4096), (resource.RLIM_INFINITY, 4096)])
+def test_no_more_connections_are_taken_than_files_may_be_open(
+    soft: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    assert affordable(4096) == most
 
 
 def test_the_bounds_are_generous_where_nothing_is_said() -> None:

@@ -1,5 +1,6 @@
 """Promise: whatever happens to workers and links, the client gets tokens 0..k once each, in order, and one end."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
 from messages.worker_to_gateway import AttemptFailed, TokenChunk
+from router.core.machine import RouterSettings
 from runtime.core.actions import Send, WakeAt
 
 REQUEST = RequestId("r")
@@ -486,6 +488,11 @@ def test_chunks_that_make_no_sense_are_dropped(chunk: TokenChunk) -> None:
     play = streaming()
     assert play.handle(Chunk(WorkerId("d0"), chunk)) == []
     assert len(play.tokens) == 3 and play.session.bad_chunks == 1
+
+
+def test_the_router_speaks_before_the_session_loses_patience() -> None:
+    wait_timeout = next(field.default for field in fields(RouterSettings) if field.name == "wait_timeout")
+    assert SessionTimeouts().placement > 2 * wait_timeout
 
 
 def test_an_illegal_move_tells_the_requests_story(play: Play) -> None:
