@@ -32,6 +32,7 @@ from messages.common import BlockCounts, KVEndpoint, Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
+from messages.seals import seal
 from messages.worker_to_router import Register, Report
 from router.actor import RouterActor, RouterConfig
 from router.core.machine import Router, RouterSettings
@@ -44,6 +45,7 @@ POOL = 65_536
 """Blocks of a worker's KV pool: a million tokens."""
 LOOPBACK = "127.0.0.1"
 ATTEMPT = Attempt(1)
+KEY = bytes(32)
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def in_the_core(workers: int, requests: int) -> dict[str, object]:
-    router = Router(RouterSettings(cluster_key=bytes(32)))
+    router = Router(RouterSettings(cluster_key=KEY))
     for register in registers(workers):
         router.handle(register, 0.0)
     times: dict[str, list[int]] = {"place": [], "prefilled": [], "finished": [], "report": []}
@@ -97,7 +99,7 @@ def in_the_core(workers: int, requests: int) -> dict[str, object]:
 
 
 def overloaded(workers: int, requests: int, *, max_num_seqs: int, blocks: int) -> dict[str, object]:
-    router = Router(RouterSettings(cluster_key=bytes(32)))
+    router = Router(RouterSettings(cluster_key=KEY))
     for register in registers(workers, max_num_seqs, blocks):
         router.handle(register, 0.0)
     placed: deque[RequestId] = deque()
@@ -179,9 +181,7 @@ def router_process() -> Iterator[tuple[Address, psutil.Process]]:
 def serve() -> None:
     """A router on one core, until the input ends."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    actor = RouterActor(
-        RouterConfig(host=LOOPBACK, settings=RouterSettings(cluster_key=bytes(32), liveness_timeout=600))
-    )
+    actor = RouterActor(RouterConfig(host=LOOPBACK, settings=RouterSettings(cluster_key=KEY, liveness_timeout=600)))
     print(actor.start()["address"], flush=True)
     sys.stdin.read()
     actor.stop()
@@ -196,7 +196,8 @@ def registers(workers: int, max_num_seqs: int = 64, blocks: int = POOL) -> Itera
         role = Role.PREFILL if index % 2 else Role.DECODE
         kv = (KVEndpoint("zmq", "tcp://10.0.0.1:1", "layout", blocks),) if role is Role.DECODE else ()
         address = WorkerAddress(name(index), Epoch(index), Address(f"tcp://10.0.0.1:{index + 1}"), kv)
-        yield Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=131_072)
+        register = Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=131_072)
+        yield seal(KEY, register)
 
 
 def questions(count: int, gateway: Address, seed: int = 0) -> Iterator[PlacementWanted]:

@@ -3,7 +3,7 @@
 import difflib
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import TopologyError
@@ -39,7 +39,7 @@ class Plan:
     num_blocks: int
     max_model_len: int
     transport: str
-    cluster_key: bytes
+    cluster_key: bytes = field(repr=False)
 
     def workers(self, router: str) -> list[PlannedWorker]:
         """All workers, given the router's address."""

@@ -2,6 +2,7 @@
 
 from messages.common import Detail, Message, WorkerAddress
 from messages.ids import Epoch, WorkerId
+from messages.seals import Sealed
 
 
 class RegisterWanted(Message, frozen=True):
@@ -11,7 +12,7 @@ class RegisterWanted(Message, frozen=True):
     epoch: Epoch
 
 
-class PeerLost(Message, frozen=True):
+class PeerLost(Sealed, frozen=True):
     """This incarnation of another worker has left the membership."""
 
     peer: WorkerAddress

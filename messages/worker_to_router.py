@@ -2,9 +2,10 @@
 
 from messages.common import BlockCounts, Count, Detail, Message, Role, WorkerAddress
 from messages.ids import Epoch, WorkerId
+from messages.seals import Sealed
 
 
-class Register(Message, frozen=True):
+class Register(Sealed, frozen=True):
     """A worker enters the membership, or renews its place in a restarted router."""
 
     address: WorkerAddress
@@ -30,7 +31,8 @@ class Report(Message, frozen=True):
 
 
 class WorkerDied(Message, frozen=True):
-    """Ray, or the controller, says that this incarnation is dead."""
+    """Ray, or the controller, says that this incarnation is dead. It says so in the router's own process: what comes
+    over the network is never taken for this."""
 
     worker: WorkerId
     epoch: Epoch | None
@@ -38,7 +40,7 @@ class WorkerDied(Message, frozen=True):
     detail: Detail
 
 
-class Leaving(Message, frozen=True):
+class Leaving(Sealed, frozen=True):
     """The worker stops in good order: place nothing on it any more."""
 
     worker: WorkerId

@@ -25,6 +25,7 @@ from kv_transfer.core.session import (
     WriterGone,
 )
 from kv_transfer.transports.base import Pool, Receiver, Sender
+from messages.common import WorkerAddress
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
 from runtime.mailbox import Mailbox
@@ -64,6 +65,12 @@ class KVPort:
         self.pool = pool
         self.sender = sender
         self.receiver = receiver
+
+    def forget(self, peer: WorkerAddress) -> None:
+        """Let go of what leads into a peer that is gone."""
+        if self.sender is not None:
+            for endpoint in peer.kv:
+                self.sender.forget(endpoint)
 
     def close(self) -> None:
         if self.sender is not None:
@@ -138,9 +145,7 @@ class WorkerLoop:
                     self._mailbox.send(to, message)
                 case ForgetPeer(peer):
                     self._mailbox.outbox.forget(peer.mailbox)
-                    for endpoint in peer.kv:
-                        if port.sender is not None:
-                            port.sender.forget(endpoint)
+                    port.forget(peer)
                 case Push(key, to, first, source, target):
                     assert port.sender is not None
                     self._machine.membership.kv_bytes_sent += len(source) * port.pool.shape[1]

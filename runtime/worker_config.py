@@ -1,6 +1,6 @@
 """What the composition root tells a worker; nothing below it sees the topology."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from messages.common import Role
 
@@ -16,7 +16,7 @@ class WorkerConfig:
     """Address of this machine that the worker's sockets bind to."""
     router: str
     """The router's mailbox."""
-    cluster_key: bytes
+    cluster_key: bytes = field(repr=False)
     """Checks KV tickets; drawn by the launcher, known to the router and the workers only."""
     model: str
     """Folder with config.json and safetensors."""

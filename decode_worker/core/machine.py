@@ -10,7 +10,7 @@
 older one wherever it stands; an older one that comes late is dropped.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
 from engine.core.blocks import BlockPool
@@ -26,6 +26,7 @@ from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
+from messages.seals import genuine
 from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
 from runtime.core.actions import ForgetPeer, Send
@@ -52,7 +53,7 @@ class DecodeSettings:
     address: WorkerAddress
     role: Role
     router: Address
-    cluster_key: bytes
+    cluster_key: bytes = field(repr=False)
     layout: str
     """Fingerprint of the KV layout; a sender must have the same."""
     block_bytes: int
@@ -88,7 +89,7 @@ class DecodeMachine:
         self._fences = Fences()
         self._deliveries = Deliveries(settings.address.worker)
         self.membership = Membership(
-            settings.address, settings.role, settings.router,
+            settings.address, settings.role, settings.router, settings.cluster_key,
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
         )  # fmt: skip
 
@@ -181,6 +182,9 @@ class DecodeMachine:
         }
 
     def _peer_lost(self, event: PeerLost, now: float) -> list[Action]:
+        if not genuine(self._settings.cluster_key, event):
+            self.forged += 1
+            return []
         lost = (event.peer.worker, event.peer.epoch)
         actions = self._settle(self._reservations.peer_lost(*lost, dead=event.dead, now=now))
         if event.dead:

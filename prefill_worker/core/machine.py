@@ -27,6 +27,7 @@ from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import FirstToken, TransferClosed
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
+from messages.seals import genuine
 from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
@@ -100,7 +101,7 @@ class PrefillMachine:
         self._fences = Fences()
         self._deliveries = Deliveries(settings.address.worker)
         self.membership = Membership(
-            settings.address, Role.PREFILL, settings.router,
+            settings.address, Role.PREFILL, settings.router, settings.cluster_key,
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
         )  # fmt: skip
 
@@ -212,6 +213,9 @@ class PrefillMachine:
         }
 
     def _peer_lost(self, event: PeerLost) -> list[Action]:
+        if not genuine(self._settings.cluster_key, event):
+            self.forged += 1
+            return []
         actions = self._settle(self._handoffs.peer_lost(event.peer.worker, event.peer.epoch, dead=event.dead))
         if event.dead:
             self._peers.discard(event.peer.mailbox)

@@ -9,7 +9,7 @@
 5. If one of its workers leaves the membership, its gateway hears ``WorkerLost`` and asks for the next attempt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from messages import tickets
@@ -18,6 +18,7 @@ from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWa
 from messages.ids import Address
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.seals import Sealed, genuine, seal
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
 from router.core.admission import expected_tokens, has_room
 from router.core.ledger import Ledger
@@ -42,15 +43,15 @@ class Forget(NamedTuple):
 Action = Send | WakeAt | Forget
 
 Messages = (
-    PlacementWanted, Prefilled, Finished, ClusterStateWanted, Register, Report, WorkerDied, Leaving,
+    PlacementWanted, Prefilled, Finished, ClusterStateWanted, Register, Report, Leaving,
 )  # fmt: skip
-"""What the router's mailbox takes."""
+"""What the router's mailbox takes from the network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
-    cluster_key: bytes
-    """Tickets are minted under it."""
+    cluster_key: bytes = field(repr=False)
+    """Tickets are minted, and messages about the membership sealed, under it."""
     liveness_timeout: float = 5.0
     """Seconds without a report after which a worker is taken for lost."""
     block_size: int = 16
@@ -68,7 +69,7 @@ class RouterSettings:
 
 
 class Router:
-    """``handle(event, now)`` with the messages in ``Messages``, or a ``Tick``; ``now`` never goes back."""
+    """``handle(event, now)`` with what ``Messages`` names, a ``WorkerDied`` or a ``Tick``; ``now`` never goes back."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
@@ -80,6 +81,8 @@ class Router:
             }
         )
         self._ledger = Ledger(self._load_changed)
+        self.forged = 0
+        """Messages without a proof that they come from the cluster; dropped."""
         self._finished = Fences()
         self._line = Line(settings.wait_timeout)
         self._moved = False  # whether this event may have made room for the head of the line
@@ -97,6 +100,9 @@ class Router:
         }
 
     def handle(self, event: Any, now: float) -> list[Action]:
+        if isinstance(event, Sealed) and not genuine(self._settings.cluster_key, event):
+            self.forged += 1
+            return []
         actions: list[Action] = self._handlers[type(event)](event, now)
         if self._moved and len(self._line):
             actions += self._serve(now)
@@ -109,7 +115,8 @@ class Router:
 
     def inspect(self) -> dict[str, int]:
         """Figures for tests and logs."""
-        return {"workers": len(list(self._members.live())), "placed": len(self._ledger), "waiting": len(self._line)}
+        workers = len(list(self._members.live()))
+        return {"workers": workers, "placed": len(self._ledger), "waiting": len(self._line), "forged": self.forged}
 
     def check_integrity(self) -> None:
         """Ledger, membership and queue are each sound and agree; ``AssertionError`` says where not."""
@@ -322,7 +329,7 @@ class Router:
         return [*actions, *self._tell_peers(view.address, detail, dead=dead), Forget(view.address.mailbox)]
 
     def _tell_peers(self, lost: WorkerAddress, detail: str, *, dead: bool) -> list[Action]:
-        message = PeerLost(peer=lost, dead=dead, detail=detail)
+        message = seal(self._settings.cluster_key, PeerLost(peer=lost, dead=dead, detail=detail))
         return [Send(peer.address.mailbox, message) for peer in self._members.live()]
 
     # Time

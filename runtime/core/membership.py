@@ -3,6 +3,7 @@
 from messages.common import BlockCounts, Role, WorkerAddress
 from messages.ids import Address
 from messages.router_to_worker import RegisterWanted
+from messages.seals import seal
 from messages.worker_to_router import Leaving, Register, Report
 from runtime.core.actions import Send
 
@@ -17,11 +18,20 @@ class Membership:
     that the router knows, but took for lost, is told so by ``RegisterWanted``."""
 
     def __init__(
-        self, address: WorkerAddress, role: Role, router: Address, *, max_num_seqs: int, max_model_len: int
+        self,
+        address: WorkerAddress,
+        role: Role,
+        router: Address,
+        cluster_key: bytes,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
     ) -> None:
         self.address = address
         self._router = router
-        self._register = Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        register = Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self._register = seal(cluster_key, register)
+        self._leaving = seal(cluster_key, Leaving(worker=address.worker, epoch=address.epoch))
         self._number = 0
         self.report_at = 0.0
         self.kv_bytes_sent = 0
@@ -33,7 +43,7 @@ class Membership:
         return Send(self._router, self._register)
 
     def leave(self) -> Send:
-        return Send(self._router, Leaving(worker=self.address.worker, epoch=self.address.epoch))
+        return Send(self._router, self._leaving)
 
     def wanted(self, event: RegisterWanted) -> list[Send]:
         return [self.register()] if event.epoch == self.address.epoch else []

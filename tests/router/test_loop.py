@@ -15,6 +15,7 @@ from messages.gateway_to_router import ClusterStateWanted
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.seals import seal
 from messages.worker_to_router import Register
 from router.actor import RouterActor, RouterConfig
 from router.core.machine import RouterSettings
@@ -62,7 +63,7 @@ def test_a_router_places_and_announces_losses(watchful: RouterActor) -> None:
     worker = Mailbox(HOST, decoder_for(RegisterWanted, PeerLost))
     with gateway, worker:
         here = WorkerAddress(WorkerId("c0"), Epoch(1), worker.address)
-        register = Register(address=here, role=Role.COLOCATED, max_num_seqs=4, max_model_len=100)
+        register = seal(KEY, Register(address=here, role=Role.COLOCATED, max_num_seqs=4, max_model_len=100))
         gateway.send(address, PeerLost(peer=here, dead=True, detail="no message for a router"))
         worker.send(address, register)
         gateway.send(address, wanted("r", gateway=gateway.address))
@@ -79,7 +80,8 @@ def test_the_supervisors_word_counts_at_once(router: RouterActor) -> None:
     worker = Mailbox(HOST, decoder_for(RegisterWanted, PeerLost))
     with gateway, worker:
         here = WorkerAddress(WorkerId("c0"), Epoch(1), worker.address)
-        worker.send(address, Register(address=here, role=Role.COLOCATED, max_num_seqs=4, max_model_len=100))
+        register = Register(address=here, role=Role.COLOCATED, max_num_seqs=4, max_model_len=100)
+        worker.send(address, seal(KEY, register))
         gateway.send(address, wanted("r", gateway=gateway.address))
         next_message(gateway, Placed)
         router.worker_died("c0", None, "killed by the kernel")
@@ -103,7 +105,7 @@ def join(router: Address, pool: list[Mailbox]) -> None:
     names = (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("decode-1", Role.DECODE))
     for mailbox, (name, role) in zip(pool, names, strict=True):
         here = WorkerAddress(WorkerId(name), Epoch(1), mailbox.address)
-        mailbox.send(router, Register(address=here, role=role, max_num_seqs=4, max_model_len=100))
+        mailbox.send(router, seal(KEY, Register(address=here, role=role, max_num_seqs=4, max_model_len=100)))
 
 
 def wait_until_all_joined(router: Address, gateway: Mailbox) -> None:
@@ -127,7 +129,7 @@ def test_a_request_that_loses_its_worker_is_placed_on_another_and_its_peers_hear
     second = next_message(gateway, Placed)
     assert second.attempt == 2
     assert {first.decode.worker, second.decode.worker} == {"decode-0", "decode-1"}
-    assert router.inspect() == {"workers": 2, "placed": 1, "waiting": 0}
+    assert router.inspect() == {"workers": 2, "placed": 1, "waiting": 0, "forged": 0}
 
 
 def test_messages_of_older_attempts_and_incarnations_lead_to_nothing(
@@ -144,7 +146,7 @@ def test_messages_of_older_attempts_and_incarnations_lead_to_nothing(
     router.worker_died("decode-1", 7, "another one of that name")
     gateway.send(address, wanted("r", 2, gateway=gateway.address))  # the same link: it comes after the others
     assert next_message(gateway, Placed).attempt == 2
-    assert router.inspect() == {"workers": 3, "placed": 1, "waiting": 0}
+    assert router.inspect() == {"workers": 3, "placed": 1, "waiting": 0, "forged": 0}
 
 
 def test_bytes_that_are_no_message_stop_nothing(router: RouterActor, gateway: Mailbox) -> None:

@@ -1,15 +1,20 @@
 """What the router promises gateways and workers, one sentence a test."""
 
+from typing import Any
+
 import pytest
+from msgspec.structs import replace
 
 from messages import tickets
+from messages.codec import BadMessage, decoder_for, encode
 from messages.common import BlockCounts, Role
 from messages.gateway_to_router import ClusterStateWanted
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
 from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.seals import genuine, seal
 from messages.worker_to_router import Leaving, WorkerDied
-from router.core.machine import Tick
+from router.core.machine import Messages, Tick
 from runtime.core.actions import Send
 from runtime.core.membership import REGISTER_EVERY, REPORT_EVERY, Membership
 from tests.router.world import GATEWAY, KEY, World, finished, prefilled, register, report, wanted
@@ -251,7 +256,7 @@ def test_a_register_that_was_lost_is_made_up_for() -> None:
     """The worker's side of the membership against the router's."""
     world = World()
     address = register("c0", Role.COLOCATED).address
-    member = Membership(address, Role.COLOCATED, Address("tcp://router:1"), max_num_seqs=8, max_model_len=4096)
+    member = Membership(address, Role.COLOCATED, Address("tcp://router:1"), KEY, max_num_seqs=8, max_model_len=4096)
     blocks = BlockCounts(free=1, held=0, cached=0, total=1)
     for step in range(REGISTER_EVERY):
         assert not world.state().ready
@@ -305,6 +310,37 @@ def test_messages_about_a_request_or_worker_that_nobody_knows_do_nothing(pair: W
     ):  # fmt: skip
         assert pair.handle(event) == []
     assert pair.state() == before
+
+
+@pytest.mark.parametrize("mac", [b"m" * 32, b"", "another key", "another message"])
+def test_who_does_not_know_the_clusters_key_can_neither_join_nor_have_anyone_leave(pair: World, mac: Any) -> None:
+    pair.place("r")
+    before = pair.state()
+    forged = [register("d0", Role.DECODE, epoch=666), register("d9", Role.DECODE), Leaving(WorkerId("d0"), Epoch(1))]
+    for number, message in enumerate(forged, 1):
+        match mac:
+            case "another key":
+                message = seal(b"x" * 32, message)
+            case "another message":
+                message = replace(message, mac=seal(KEY, Leaving(WorkerId("d0"), Epoch(2))).mac)
+            case _:
+                message = replace(message, mac=mac)
+        assert pair.router.handle(message, pair.now) == []
+        assert pair.router.inspect()["forged"] == number
+    assert pair.state() == before
+
+
+def test_the_supervisors_word_does_not_come_over_the_network() -> None:
+    frame = encode(WorkerDied(worker=WorkerId("d0"), epoch=None, detail="killed"))
+    with pytest.raises(BadMessage):
+        decoder_for(*Messages)(frame)
+
+
+def test_peers_can_tell_the_routers_word_from_anyone_elses(pair: World) -> None:
+    sends = pair.handle(WorkerDied(worker=WorkerId("d0"), epoch=None, detail="killed"))
+    heard = [send.message for send in sends if isinstance(send.message, PeerLost)]
+    assert all(genuine(KEY, message) for message in heard)
+    assert not any(genuine(KEY, replace(message, dead=False)) for message in heard)
 
 
 def test_a_late_report_does_not_overwrite_a_younger_one(pair: World) -> None:

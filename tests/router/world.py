@@ -10,6 +10,7 @@ from messages.common import BlockCounts, KVEndpoint, Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed
+from messages.seals import Sealed, seal
 from messages.worker_to_router import Register, Report
 from router.core.machine import Router, RouterSettings, Tick
 from runtime.core.actions import Send, WakeAt
@@ -61,6 +62,9 @@ class World:
         self.wakes: list[float] = []
 
     def handle(self, event: Any) -> list[Send]:
+        """What ``event`` leads to; the sender of one that needs a seal knows the key, unless it has put on its own."""
+        if isinstance(event, Sealed) and not event.mac:
+            event = seal(KEY, event)
         actions = self.router.handle(event, self.now)
         self.router.check_integrity()
         self.wakes += [action.time for action in actions if isinstance(action, WakeAt)]

@@ -15,6 +15,7 @@ from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill
 from messages.ids import Attempt, RequestId
 from messages.router_to_worker import PeerLost
 from messages.sampling import FinishReason, SamplingParams
+from messages.seals import seal
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch, TokenChunk
 from messages.worker_to_router import Leaving, Register, Report
@@ -87,7 +88,7 @@ class Relay:
 
     def lose(self, worker: str, *, dead: bool) -> None:
         """Tell the others that a worker has left; it goes on all the same."""
-        lost = PeerLost(peer=self.addresses[worker], dead=dead, detail="the test says so")
+        lost = seal(KEY, PeerLost(peer=self.addresses[worker], dead=dead, detail="the test says so"))
         for name, address in self.addresses.items():
             if name != worker:
                 self.router.send(address.mailbox, lost)

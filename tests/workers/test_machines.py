@@ -19,6 +19,7 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
 from messages.router_to_worker import PeerLost
 from messages.sampling import SamplingParams
+from messages.seals import seal
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Handoffs
@@ -69,6 +70,10 @@ def sent(actions: list[Any]) -> list[Any]:
     return [action.message for action in actions if isinstance(action, Send)]
 
 
+def lost_peer(peer: WorkerAddress, *, dead: bool) -> PeerLost:
+    return seal(KEY, PeerLost(peer=peer, dead=dead, detail="killed"))
+
+
 OTHER = WorkerAddress(WorkerId("decode-1"), Epoch(2), DECODE.mailbox, DECODE.kv)
 FORGED = [
     pytest.param(Ticket(PREFILL.worker, Epoch(1), DECODE.worker, Epoch(2), bytes(32)), id="made up"),
@@ -114,12 +119,12 @@ def test_of_a_dead_peer_nothing_is_kept_and_nothing_is_sent_to_it(
 ) -> None:
     prefill.handle(ORDER, 0.0)
     prefill.schedule(0.0)
-    lost = prefill.handle(PeerLost(peer=DECODE, dead=True, detail="killed"), 0.0)
+    lost = prefill.handle(lost_peer(DECODE, dead=True), 0.0)
     assert lost[-1] == ForgetPeer(DECODE)
     assert [type(message) for message in sent(lost)] == [AttemptFailed]
     decode.handle(OPEN, 0.0)
     decode.schedule(0.0)
-    lost = decode.handle(PeerLost(peer=PREFILL, dead=True, detail="killed"), 0.0)
+    lost = decode.handle(lost_peer(PREFILL, dead=True), 0.0)
     assert lost[-1] == ForgetPeer(PREFILL) and not sent(lost)
     for machine in (decode, prefill):
         machine.check_integrity()
@@ -127,16 +132,27 @@ def test_of_a_dead_peer_nothing_is_kept_and_nothing_is_sent_to_it(
     assert decode.handle(END, 0.0) == []  # it is a stranger now
 
 
+def test_only_the_router_can_say_that_a_peer_is_dead(decode: DecodeMachine, prefill: PrefillMachine) -> None:
+    decode.handle(OPEN, 0.0)
+    decode.schedule(0.0)
+    prefill.handle(ORDER, 0.0)
+    prefill.schedule(0.0)
+    for forged in (replace(lost_peer(PREFILL, dead=False), dead=True), PeerLost(peer=DECODE, dead=True, detail="")):
+        assert decode.handle(forged, 0.0) == prefill.handle(forged, 0.0) == []
+    assert decode.inspect()["forged"] == prefill.inspect()["forged"] == 2
+    assert decode.inspect()["held"] == prefill.inspect()["held"] == 2
+
+
 def test_a_peer_that_is_only_silent_is_told_that_its_transfer_is_over_and_kept(
     decode: DecodeMachine, prefill: PrefillMachine
 ) -> None:
     prefill.handle(ORDER, 0.0)
     prefill.schedule(0.0)
-    actions = prefill.handle(PeerLost(peer=DECODE, dead=False, detail="silent"), 0.0)
+    actions = prefill.handle(lost_peer(DECODE, dead=False), 0.0)
     assert [type(message) for message in sent(actions)] == [TransferClosed, AttemptFailed]
     decode.handle(OPEN, 0.0)
     decode.schedule(0.0)
-    actions = decode.handle(PeerLost(peer=PREFILL, dead=False, detail="silent"), 0.0)
+    actions = decode.handle(lost_peer(PREFILL, dead=False), 0.0)
     assert [type(message) for message in sent(actions)] == [CancelTransfer]
     assert decode.inspect()["held"] == 2
 
