@@ -4,8 +4,8 @@ Promised blocks are held in the pool. They become a sequence's own when the KV i
 the transfer ends otherwise; those that a one-sided writer could still reach stay in quarantine until it has confirmed.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,7 +62,8 @@ class Reservations:
         self._one_sided = one_sided
         self._timeouts = timeouts
         self._open: dict[TransferKey, _Reservation] = {}
-        self._waiting: deque[tuple[float, OpenTransfer]] = deque()
+        self._waiting: OrderedDict[RequestId, tuple[float, OpenTransfer]] = OrderedDict()
+        """The newest attempt of each, and until when it may wait; in line, which is also by deadline."""
         self._landed: dict[TransferKey, None] = {}
 
     def __len__(self) -> int:
@@ -79,13 +80,14 @@ class Reservations:
     @property
     def wake_at(self) -> float:
         sessions = min((reservation.session.wake_at for reservation in self._open.values()), default=float("inf"))
-        return min(sessions, self._waiting[0][0] if self._waiting else float("inf"))
+        return min(sessions, self._first_waiting()[0])
 
     def opened(self, order: OpenTransfer, now: float) -> list[Step]:
         """A sender asks for room. It waits its turn; ``admit`` gives it."""
         if len(self._waiting) == MAX_WAITING:
             return [self.refuse(order, "too many transfers wait for blocks")]
-        self._waiting.append((now + self._timeouts.open, order))
+        self._waiting.pop(order.request, None)  # an older attempt; this one comes after those that were there
+        self._waiting[order.request] = (now + self._timeouts.open, order)
         return []
 
     def repeated(self, order: OpenTransfer, now: float) -> list[Step]:
@@ -93,7 +95,7 @@ class Reservations:
         key = TransferKey(order.request, order.attempt)
         if key in self._open:
             return self._steps(key, self._open[key].session.handle(order, now))
-        if any(TransferKey(waiting.request, waiting.attempt) == key for _, waiting in self._waiting):
+        if order.request in self._waiting and self._waiting[order.request][1].attempt == order.attempt:
             return []
         return [self.refuse(order, "this attempt is over")]
 
@@ -107,11 +109,12 @@ class Reservations:
         """Promise blocks to those that wait, in order, at most ``room`` of them and while the pool has blocks."""
         steps: list[Step] = []
         while self._waiting and room > 0:
-            _, order = self._waiting[0]
+            _, order = self._first_waiting()
+            assert order is not None
             blocks = self._pool.allocate(-(-order.generation.num_tokens // self._pool.block_size))
             if blocks is None:
                 break
-            self._waiting.popleft()
+            self._waiting.popitem(last=False)
             key = TransferKey(order.request, order.attempt)
             # One rank for now, as at the sender.
             writer = order.sources[0] if order.sources else None
@@ -131,7 +134,7 @@ class Reservations:
             return self._steps(key, self._open[key].session.handle(event, now))
         match event:
             case TransferClosed():
-                self._forget_waiting(lambda order: (order.request, order.attempt) == key)
+                self._forget_waiting(event.request, event.attempt)
             case EndTransfer() if key in self._landed:  # the ack was lost
                 return [Send(event.mailbox, TransferAcked(request=key.request, attempt=key.attempt))]
             case EndTransfer():
@@ -142,13 +145,13 @@ class Reservations:
 
     def give_up(self, request: RequestId, attempt: Attempt, detail: str, now: float) -> list[Step]:
         """End the transfers of every attempt of ``request`` up to ``attempt``."""
-        self._forget_waiting(lambda order: order.request == request and order.attempt <= attempt)
+        self._forget_waiting(request, attempt)
         keys = [key for key in self._open if key.request == request and key.attempt <= attempt]
         return [step for key in keys for step in self._steps(key, self._open[key].session.give_up(detail, now=now))]
 
     def give_up_all(self, detail: str, now: float) -> list[Step]:
         """End every transfer; those that wait are refused."""
-        refusals: list[Step] = [self.refuse(order, detail) for _, order in self._waiting]
+        refusals: list[Step] = [self.refuse(order, detail) for _, order in self._waiting.values()]
         self._waiting.clear()
         return refusals + [
             step
@@ -158,7 +161,9 @@ class Reservations:
 
     def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool, now: float) -> list[Step]:
         """A prefill worker is gone: nothing of it is waited for. If it is ``dead``, its quarantined blocks are safe."""
-        self._forget_waiting(lambda order: (order.prefill.worker, order.prefill.epoch) == (worker, epoch))
+        for _, order in list(self._waiting.values()):
+            if (order.prefill.worker, order.prefill.epoch) == (worker, epoch):
+                del self._waiting[order.request]
         lost = [
             key
             for key, reservation in self._open.items()
@@ -171,16 +176,22 @@ class Reservations:
     def tick(self, now: float) -> list[Step]:
         """Refuse those that have waited too long; let the sessions see the time."""
         steps: list[Step] = []
-        while self._waiting and self._waiting[0][0] <= now:
-            _, order = self._waiting.popleft()
+        while self._first_waiting()[0] <= now:
+            _, (_, order) = self._waiting.popitem(last=False)
             steps.append(self.refuse(order, "no KV blocks became free in time"))
         due = [key for key, reservation in self._open.items() if reservation.session.wake_at <= now]
         for key in due:
             steps += self._steps(key, self._open[key].session.tick(now))
         return steps
 
-    def _forget_waiting(self, gone: Callable[[OpenTransfer], bool]) -> None:
-        self._waiting = deque(entry for entry in self._waiting if not gone(entry[1]))
+    def _first_waiting(self) -> tuple[float, OpenTransfer | None]:
+        """Whose turn is next, and until when it may wait."""
+        return next(iter(self._waiting.values()), (float("inf"), None))
+
+    def _forget_waiting(self, request: RequestId, attempt: Attempt) -> None:
+        """Attempts of ``request`` up to ``attempt`` wait no longer."""
+        if request in self._waiting and self._waiting[request][1].attempt <= attempt:
+            del self._waiting[request]
 
     def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
         reservation = self._open[key]

@@ -1,16 +1,20 @@
 """Promise: blocks that a peer could still write into are nobody else's."""
 
+import sys
+
 import pytest
 
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from kv_transfer.core.events import TransferKey
-from kv_transfer.core.session import TransferTimeouts, WriterGone
+from kv_transfer.core.session import OpenLanding, TransferTimeouts, WriterGone
 from messages.codec import pack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
+from messages.decode_to_prefill import TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import OpenTransfer, TransferClosed
 from messages.sampling import SamplingParams
+from runtime.core.actions import Send
 
 PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:1"))
 SOURCE = KVEndpoint("shm", "/proc/1/fd/3#" + "0" * 32 + ":4096", "layout", 8)
@@ -58,3 +62,54 @@ def test_a_two_sided_receiver_needs_no_quarantine() -> None:
     reservations.admit(1, 0.0)
     reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=5.0)
     assert pool.counts().held == 0
+
+
+def test_those_that_wait_get_their_blocks_in_turn_a_newer_attempt_at_the_end_of_the_line() -> None:
+    reservations, pool = made(num_blocks=4)
+    for each in (order(1), order(2), order(3), order(1, attempt=2)):
+        reservations.opened(each, 0.0)
+    assert reservations.num_waiting == 3
+    admitted = []
+    while reservations.num_waiting:
+        (blocks,) = (step for step in reservations.admit(1, 0.0) if isinstance(step, OpenLanding))
+        admitted.append(blocks.key)
+        reservations.give_up(*blocks.key, "next", 0.0)
+        reservations.handle(TransferClosed(*blocks.key, "stopped"), 0.0)
+    assert admitted == [(order(number).request, attempt) for number, attempt in ((2, 1), (3, 1), (1, 2))]
+    assert pool.counts().held == 0
+
+
+def test_who_waits_is_refused_when_its_time_is_up_and_forgotten_when_it_is_lost() -> None:
+    reservations, _ = made(num_blocks=1)
+    for number in range(3):
+        reservations.opened(order(number), float(number))
+    limit = TransferTimeouts().open
+    assert reservations.wake_at == limit
+    assert [type(step.message) for step in reservations.tick(limit) if isinstance(step, Send)] == [TransferRefused]
+    reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped"), limit)
+    assert reservations.num_waiting == 1
+    reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=limit)
+    assert reservations.num_waiting == 0 and reservations.wake_at == float("inf")
+
+
+def test_asking_again_costs_the_same_however_many_wait() -> None:
+    """Each of them asks again every half second, from the step loop."""
+    lookups = []
+    for waiting in (16, 1024):
+        reservations, _ = made(num_blocks=1)
+        for number in range(waiting):
+            reservations.opened(order(number), 0.0)
+        last = order(waiting - 1)
+        calls = 0
+
+        def count(_frame: object, _event: str, _argument: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count)
+        try:
+            assert reservations.repeated(last, 0.5) == []
+        finally:
+            sys.setprofile(None)
+        lookups.append(calls)
+    assert lookups[0] == lookups[1]
