@@ -1,8 +1,10 @@
 """The router's process. A plain class; ``cluster`` makes a Ray actor of it."""
 
+import logging
 import os
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,8 @@ from messages.ids import Epoch, WorkerId
 from messages.worker_to_router import WorkerDied
 from router.core.machine import Router, RouterSettings
 from router.loop import RouterLoop
+
+log = logging.getLogger(__name__)
 
 STOP_WITHIN = 5.0
 """Seconds that the loop may take to end or to answer; nothing in it waits."""
@@ -31,14 +35,24 @@ class RouterActor:
         self._config = config
         self._loop: RouterLoop | None = None
         self._thread: threading.Thread | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called, in the loop's thread, when the loop ends by an exception: nothing is routed any more."""
 
     def start(self) -> dict[str, Any]:
         """Listen; harmless twice."""
         if self._loop is None:
             self._loop = RouterLoop(self._config.settings, self._config.host)
-            self._thread = threading.Thread(target=self._loop.run, name="router", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="router", daemon=True)
             self._thread.start()
         return {"address": self._loop.address, "pid": os.getpid()}
+
+    def _run(self, loop: RouterLoop) -> None:
+        try:
+            loop.run()
+        except BaseException as error:
+            log.exception("the router's loop has failed")
+            if self.on_failure is not None:
+                self.on_failure(error)
 
     def worker_died(self, worker: str, epoch: int | None, detail: str) -> None:
         """The supervisor's word that a worker's process is gone."""

@@ -6,6 +6,7 @@ import queue
 import secrets
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class WorkerActor(ABC):
         self._mailbox: Mailbox | None = None
         self._loop: WorkerLoop | None = None
         self._thread: threading.Thread | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called, in the loop's thread, when the loop ends by an exception: nothing is served here any more."""
 
     def start(self) -> dict[str, Any]:
         """Load the model and begin to serve; raises ``ModelError`` or ``ValueError`` with what to do about it."""
@@ -76,7 +79,7 @@ class WorkerActor(ABC):
         )
         machine = self._make_machine(address, scheduler, pool, runner)
         self._loop = WorkerLoop(machine, runner, self._mailbox, self._port)
-        self._thread = threading.Thread(target=self._loop.run, name=config.worker, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name=config.worker, daemon=True)
         self._thread.start()
         return {"worker": config.worker, "epoch": self._epoch, "mailbox": self._mailbox.address, "pid": os.getpid()}
 
@@ -116,6 +119,14 @@ class WorkerActor(ABC):
         if self._memory is not None:
             self._memory.release()
             self._memory = None
+
+    def _run(self, loop: WorkerLoop) -> None:
+        try:
+            loop.run()
+        except BaseException as error:
+            log.exception("the loop of %s has failed", self._config.worker)
+            if self.on_failure is not None:
+                self.on_failure(error)
 
     @abstractmethod
     def _decoder(self) -> Decode:

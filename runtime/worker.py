@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
@@ -79,6 +79,12 @@ class KVPort:
             self.receiver.shutdown()
 
 
+class _Failure(NamedTuple):
+    """Event: a thread that works for the loop could not do its work."""
+
+    error: BaseException
+
+
 class WorkerLoop:
     """Runs one machine until it is stopped; made and run in one thread, stopped from another."""
 
@@ -91,7 +97,13 @@ class WorkerLoop:
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Until ``stop``: take what has come, schedule, run, update."""
+        """Until ``stop``: take what has come, schedule, run, update. Raises what a digest or the machine raised."""
+        try:
+            self._turns()
+        finally:
+            self._hasher.shutdown(cancel_futures=True)
+
+    def _turns(self) -> None:
         machine, now = self._machine, time.monotonic
         self._perform([machine.membership.register()])
         busy = False
@@ -105,7 +117,6 @@ class WorkerLoop:
             if plan is not None:
                 self._perform(self._step(plan))
         self._perform(machine.leave(now()))
-        self._hasher.shutdown()
 
     def stop(self) -> None:
         """Ask the loop to end, from any thread."""
@@ -119,6 +130,8 @@ class WorkerLoop:
     def _handle(self, event: Any) -> list[Any]:
         if event is None:
             return []
+        if isinstance(event, _Failure):
+            raise RuntimeError("taking a digest failed") from event.error
         if callable(event):
             event(self._machine)
             return []
@@ -164,10 +177,16 @@ class WorkerLoop:
                     if port.receiver.writer_gone(writer):
                         self._mailbox.post(WriterGone(key))
                 case TakeDigests():
-                    self._hasher.submit(self._digest, action)
+                    self._hasher.submit(self._digest, action).add_done_callback(self._digest_done)
                 case _:
                     raise AssertionError(f"nobody performs {action}")
 
     def _digest(self, wanted: TakeDigests) -> None:
         taken = digests(self._port.pool, wanted.blocks, wanted.key, wanted.first)
         self._mailbox.post(Digested(wanted.key, wanted.first, taken))
+
+    def _digest_done(self, future: Future[None]) -> None:
+        """A digest that was not taken would leave its transfer waiting for ever: the loop must hear of it."""
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self._mailbox.post(_Failure(error))

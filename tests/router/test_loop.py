@@ -1,6 +1,7 @@
 """The router's shell over real sockets."""
 
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +173,20 @@ def test_a_gateway_without_an_address_and_a_thousand_with_one_stop_nothing(
     gateway.send(address, ClusterStateWanted(gateway=gateway.address))
     assert not next_message(gateway, ClusterState).ready
     router.stop()  # returns
+
+
+def test_a_router_whose_loop_fails_says_so_to_its_host(router: RouterActor, caplog: pytest.LogCaptureFixture) -> None:
+    failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    router.on_failure = failures.put
+    router.start()
+    assert router._loop is not None
+
+    def broken(_router: object) -> None:
+        raise MemoryError("no room")
+
+    router._loop.ask(broken)
+    assert isinstance(failures.get(timeout=10), MemoryError)
+    assert "the router's loop has failed" in caplog.text
 
 
 def test_a_placement_that_nobody_can_give_is_turned_down_in_time(hasty: RouterActor, gateway: Mailbox) -> None:

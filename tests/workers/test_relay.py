@@ -1,6 +1,7 @@
 """Promise: a prompt prefilled by one worker and decoded by another gives the tokens that one worker alone gives."""
 
 import json
+import queue
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from messages.common import FailReason, Role
 from messages.ids import Attempt, RequestId
 from messages.sampling import FinishReason, SamplingParams
+from prefill_worker.core.machine import PrefillMachine
 from tests.kv_transfer.test_shared_memory import num_pidfds
-from tests.workers.relay import relay_of
+from tests.workers.relay import Relay, config, relay_of
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PAIR = {"prefill": "prefill-0", "decode": "decode-0"}
@@ -151,6 +153,35 @@ def test_a_forged_ticket_opens_nothing(tiny_llama: Path) -> None:
         request = relay.send(prompt(10), GREEDY, **PAIR)
         relay.wait(lambda: relay.workers["prefill-0"].inspect()["forged"] == 1)
         assert not relay.streams[request].over  # whoever forges gets no answer
+
+
+@pytest.mark.parametrize("failing", ["the digests", "the machine"])
+def test_a_loop_that_fails_says_so_to_its_host(
+    tiny_llama: Path, failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise MemoryError("no room")
+
+    relay = Relay()
+    try:
+        for role in (Role.PREFILL, Role.DECODE):
+            relay.start(config(relay, f"{role}-0", role, tiny_llama))
+        failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        worker = relay.workers["prefill-0"]
+        worker.on_failure = failures.put
+        if failing == "the digests":
+            monkeypatch.setattr("runtime.worker.digests", broken)
+        else:
+            monkeypatch.setattr(PrefillMachine, "handle", broken)
+        relay.send(prompt(40), GREEDY, **PAIR)
+        error = failures.get(timeout=10)
+        assert isinstance(error.__cause__ or error, MemoryError)
+        assert "the loop of prefill-0 has failed" in caplog.text
+        worker.stop()  # gives back what it can all the same
+        del relay.workers["prefill-0"]
+    finally:
+        monkeypatch.undo()
+        relay.stop()
 
 
 def test_logprobs_travel_with_their_tokens(tiny_llama: Path) -> None:

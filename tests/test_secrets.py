@@ -1,0 +1,36 @@
+"""Promise: the cluster's key is in no text that is made of a config; such texts end in logs and error messages."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from cluster.plan import Plan, PlannedWorker
+from decode_worker.core.machine import DecodeSettings
+from messages.common import Role
+from prefill_worker.core.machine import PrefillSettings
+from router.actor import RouterConfig
+from router.core.machine import RouterSettings
+from runtime.worker_config import WorkerConfig
+
+KEY = b"secret-" * 4
+HOLDERS = [WorkerConfig, RouterSettings, Plan, DecodeSettings, PrefillSettings]
+
+
+def made(kind: Any) -> Any:
+    """One of that kind, with a key, and nothing of use beside it."""
+    values: dict[str, Any] = {field.name: None for field in fields(kind)}
+    return kind(**{**values, "cluster_key": KEY})
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_a_config_does_not_show_its_key(kind: Any) -> None:
+    config = made(kind)
+    assert config.cluster_key == KEY
+    assert "secret" not in repr(config) + str(config)
+
+
+def test_nor_does_what_holds_such_a_config() -> None:
+    router = RouterConfig(host="127.0.0.1", settings=RouterSettings(cluster_key=KEY))
+    worker = PlannedWorker(made(WorkerConfig), pool=None)  # type: ignore[arg-type]
+    assert "secret" not in repr(router) + repr(worker) + repr([worker]) + repr(Role.DECODE)
