@@ -3,11 +3,15 @@
 import json
 import queue
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine.core.outputs import StepOutput
+from engine.core.scheduler import StepPlan
+from engine.runner import ModelRunner
 from messages.common import FailReason, Role
 from messages.ids import Attempt, RequestId
 from messages.sampling import FinishReason, SamplingParams
@@ -133,6 +137,34 @@ def test_an_end_is_sent_again_until_it_is_acked(tiny_llama: Path) -> None:
         relay.wait(lambda: sum(chunk.finish is not None for chunk in relay.streams[request].chunks) >= 3)
         relay.ack = True
         relay.wait(lambda: relay.workers["decode-0"].inspect()["deliveries"] == 0)
+
+
+def test_what_a_prefill_worker_in_a_long_step_may_still_write_into_stays_held(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router takes it for lost while it computes; it goes on, and writes no more once it has read the cancel."""
+    with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, transport="shm", prefill_chunk=16) as relay:
+        computing, go_on = threading.Event(), threading.Event()
+        run = ModelRunner.run
+
+        def long_step(runner: ModelRunner, plan: StepPlan) -> StepOutput:
+            if computing.is_set():
+                go_on.wait(10)
+            computing.set()
+            return run(runner, plan)
+
+        monkeypatch.setattr(ModelRunner, "run", long_step)
+        decode = relay.workers["decode-0"]
+        request = relay.send(prompt(100), GREEDY, **PAIR)
+        relay.wait(lambda: computing.is_set() and decode.inspect()["held"] == 7)
+        relay.lose("prefill-0", dead=False)
+        seen = relay.reports["decode-0"].number
+        relay.wait(lambda: relay.reports["decode-0"].number > seen + 2)  # it has long read it
+        assert decode.inspect()["held"] == 7
+        go_on.set()
+        (stream,) = relay.finish(request)
+        assert stream.failed is not None and stream.failed.reason is FailReason.TRANSFER
+        relay.wait(lambda: decode.inspect()["held"] == 0)
 
 
 def test_a_dead_peer_leaves_no_mapping_and_no_socket_behind(tiny_llama: Path) -> None:
