@@ -255,6 +255,7 @@ class Cluster:
             max_waiting=wanted.max_waiting,
             wait_timeout=wanted.wait_timeout,
             retry_after=wanted.retry_after,
+            block_size=self.plan.layout.block_size,
         )
         return RouterConfig(host=LOOPBACK, settings=settings)
 
