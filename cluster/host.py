@@ -2,8 +2,11 @@
 
 import importlib
 import logging
+import os
 import threading
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 WORKERS = {
     "prefill": "prefill_worker.actor:PrefillWorker",
@@ -17,7 +20,8 @@ GATEWAY = "gateway.actor:GatewayActor"
 class Host:
     """Imports ``target`` ("module:Class") when it is made, so that all processes do so at once; ``start`` makes it.
 
-    ``watch`` returns when ``stop`` is through. If the process dies, whoever waits for ``watch`` hears of it at once.
+    ``watch`` returns when ``stop`` is through. If the process dies, whoever waits for ``watch`` hears of it at once;
+    and it does die when the actor's own loop fails, for a process without its loop would only look alive.
     """
 
     def __init__(self, target: str) -> None:
@@ -29,6 +33,7 @@ class Host:
 
     def start(self, config: Any) -> dict[str, Any]:
         self._actor = self._make(config)
+        self._actor.on_failure = _end_process
         started: dict[str, Any] = self._actor.start()
         return started
 
@@ -45,3 +50,9 @@ class Host:
                 self._actor.stop()
         finally:
             self._stopped.set()
+
+
+def _end_process(error: BaseException) -> None:
+    log.critical("this process ends, for its loop has failed", exc_info=error)
+    logging.shutdown()
+    os._exit(1)

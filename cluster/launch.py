@@ -23,6 +23,7 @@ from cluster.plan import LOOPBACK, Plan, PlannedWorker, size
 from cluster.ray_session import RaySession
 from gateway.config import GatewayConfig
 from gateway.core.limits import Limits
+from gateway.core.session import SessionTimeouts
 from router.actor import RouterConfig
 from router.core.machine import RouterSettings
 
@@ -275,6 +276,8 @@ class Cluster:
             mailbox_host=LOOPBACK,
             max_model_len=self.plan.max_model_len,
             limits=limits,
+            # The router answers first.
+            timeouts=SessionTimeouts(placement=topology.router.wait_timeout + SessionTimeouts().placement),
         )
 
     def _result(self, ref: Any, name: str) -> Any:

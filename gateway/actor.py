@@ -1,5 +1,6 @@
 """The gateway as an actor: a plain class for the composition root to give to Ray. Requests do not pass through it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from gateway.config import GatewayConfig
@@ -12,9 +13,12 @@ class GatewayActor:
     def __init__(self, config: GatewayConfig | dict[str, Any]) -> None:
         """``config``: a ``GatewayConfig``, or its fields, with ``limits`` and ``timeouts`` as dicts of theirs."""
         self._server = GatewayServer(config if isinstance(config, GatewayConfig) else config_from(config))
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called from the gateway's thread when it fails; set before ``start``."""
 
     def start(self) -> dict[str, str]:
         """Take requests: the mailbox's ``address`` and the ``http_url``."""
+        self._server.on_failure = self.on_failure
         self._server.start()
         return {"address": self._server.address, "http_url": self._server.url}
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class GatewayServer:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
+        self.on_failure: Callable[[BaseException], None] | None = None
+        """Called from the gateway's thread when it fails after its start."""
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -91,10 +94,12 @@ class GatewayServer:
         try:
             asyncio.run(self._serve(tokenizer, listener, started))
         except BaseException as error:
-            if started.done():
-                log.exception("the gateway has failed")
-            else:
+            if not started.done():
                 started.set_exception(error)
+                return
+            log.exception("the gateway has failed")
+            if self.on_failure is not None:
+                self.on_failure(error)
         finally:
             listener.close()
 

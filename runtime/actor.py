@@ -59,6 +59,7 @@ class WorkerActor(ABC):
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             kv_memory=torch.from_numpy(self._memory.pool).view(-1),
+            max_model_len=config.max_model_len,
         )
         pool = BlockPool(config.num_blocks, config.block_size)
         limits = SchedulerLimits(
