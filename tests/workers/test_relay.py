@@ -242,6 +242,18 @@ def test_logits_that_are_no_numbers_fail_their_own_request_only(tiny_llama: Path
         assert [len(stream.tokens) for stream in streams] == [0, 0, 12, 12]
 
 
+def test_blocks_that_held_no_numbers_do_no_harm_to_their_next_owner(tiny_llama: Path, tmp_path: Path) -> None:
+    """Poison written over many chunks and pushed before it shows; the next request gets the same blocks."""
+    folder = poisoned(tiny_llama, tmp_path / "model")
+    with relay_of(folder, Role.PREFILL, Role.DECODE, transport="shm", prefill_chunk=16, num_blocks=64) as relay:
+        (bad,) = relay.finish(relay.send([7, *[5] * 201], GREEDY, **PAIR))
+        assert bad.failed is not None
+        relay.wait_until_idle()
+        long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+        (good,) = relay.finish(relay.send([5] * 10, long, **PAIR))
+        assert good.failed is None and len(good.tokens) == 40
+
+
 def poisoned(model: Path, folder: Path) -> Path:
     """The same model, but token 7 has no embedding: whatever attends to it is not a number."""
     shutil.copytree(model, folder)
