@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from engine.core.kv_layout import KVLayout
-from engine.core.scheduler import StepPlan
+from engine.core.step_input import StepInput
+from engine.kv_cache import KVCache
 
 SHORT_QUERY = 16
 """Rows of up to this many tokens share a rectangle with rows of other lengths; longer ones only with equals."""
@@ -48,20 +48,29 @@ class StepAttention:
         self._write_rows = write_rows
         self._rectangles = rectangles
 
-    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """``qkv [tokens, heads + 2 * kv_heads, head_dim]``, rotated -> ``[tokens, heads * head_dim]``.
-
-        Writes the step's keys and values into the cache, then attends to all that the cache holds of each sequence.
-        """
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """See ``engine.models.interface.Attend``."""
         cache = self._cache
-        written = qkv[:, cache.num_heads :].reshape(-1, cache.head_dim)
-        cache.tokens[layer].index_copy_(0, self._write_rows, written)
-        queries = qkv[:, : cache.num_heads]
+        if window is not None or softcap is not None:
+            raise NotImplementedError("sliding windows and soft caps come with the next attention")
+        if scale is not None:
+            query = query * (scale / cache.head_dim**-0.5)
+        cache.tokens[layer].index_copy_(0, self._write_rows, torch.cat((key, value), 1).reshape(-1, cache.head_dim))
         if len(self._rectangles) == 1:
-            return cache.attend(self._rectangles[0], layer, queries)
-        out = queries.new_empty(queries.shape[0], cache.num_heads * cache.head_dim)
+            return cache.attend(self._rectangles[0], layer, query)
+        out = query.new_empty(query.shape[0], cache.num_heads * cache.head_dim)
         for rectangle in self._rectangles:
-            part = cache.attend(rectangle, layer, queries.index_select(0, rectangle.tokens))
+            part = cache.attend(rectangle, layer, query.index_select(0, rectangle.tokens))
             out.index_copy_(0, rectangle.tokens, part)
         return out
 
@@ -69,7 +78,8 @@ class StepAttention:
 class PagedAttention:
     """One rank's KV cache and how to attend to it."""
 
-    def __init__(self, layout: KVLayout, kv_cache: torch.Tensor, num_heads: int) -> None:
+    def __init__(self, kv_cache: KVCache, num_heads: int) -> None:
+        layout = kv_cache.layout
         self.num_heads = num_heads
         self.head_dim = layout.head_dim
         self._kv_heads = layout.num_kv_heads
@@ -78,7 +88,7 @@ class PagedAttention:
         self._scale = layout.head_dim**-0.5
         layer_rows = 2 * layout.num_kv_heads
         self._block_rows = layout.num_layers * layer_rows
-        blocks = kv_cache.view(-1, layout.block_size * layout.head_dim)
+        blocks = kv_cache.data.view(-1, layout.block_size * layout.head_dim)
         self._blocks = [blocks[layer * layer_rows :] for layer in range(layout.num_layers)]
         self.tokens = [layer.view(-1, layout.head_dim) for layer in self._blocks]
         self._gathered = blocks.new_empty(0, blocks.shape[1])
@@ -89,16 +99,13 @@ class PagedAttention:
         causal = torch.full((TILE, TILE), float("-inf"), dtype=kv_cache.dtype).triu_(1)
         self._causal = causal.repeat(self._group, 1)
 
-    def prepare(self, plan: StepPlan, positions: NDArray[np.int64], starts: NDArray[np.int64]) -> StepAttention:
-        """``positions [tokens]`` in their sequences, ``starts [rows + 1]`` of the rows in the flat batch."""
+    def prepare(self, plan: StepInput) -> StepAttention:
+        """What all layers of a step have in common."""
+        positions, starts = plan.positions, plan.starts
         counts = plan.num_tokens.astype(np.int64)
         lengths = plan.num_computed.astype(np.int64) + counts
         num_blocks = -(-lengths // self._block_size)
-        tables = np.empty((len(lengths), int(num_blocks.max())), np.int64)
-        for row, seq in enumerate(plan.sequences):
-            blocks = seq.block_table[: num_blocks[row]]
-            tables[row, : len(blocks)] = blocks
-            tables[row, len(blocks) :] = blocks[0]  # masked, but no other sequence's: its numbers may not be finite
+        tables = plan.block_tables.astype(np.int64)
         rows = np.repeat(np.arange(len(lengths)), counts)
         block_rows = tables[rows, positions // self._block_size] * self._block_rows
         token_rows = (block_rows[:, None] + self._head_rows) * self._block_size + (positions % self._block_size)[
@@ -187,7 +194,7 @@ class PagedAttention:
     def _rectangle(
         self,
         members: NDArray[np.int64],
-        plan: StepPlan,
+        plan: StepInput,
         tables: NDArray[np.int64],
         lengths: NDArray[np.int64],
         num_blocks: NDArray[np.int64],
@@ -217,7 +224,7 @@ class PagedAttention:
         )
 
 
-def _partition(plan: StepPlan, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _partition(plan: StepInput, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Rows of the plan that share a rectangle. A lone rectangle keeps the rows' order, so that nothing is gathered."""
     counts = plan.num_tokens
     groups: dict[tuple[int, int], list[int]] = {}

@@ -1,41 +1,39 @@
-"""One rank's model and KV cache: runs a step's plan, returns a step's output."""
+"""Rank 0's shell around a model: turns a step's plan into arrays, runs them, and samples."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.attention import PagedAttention
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
 from engine.core.outputs import StepOutput, TokenLogprobs
 from engine.core.scheduler import StepPlan
+from engine.core.step_input import StepInput
 from engine.models.config import ModelConfig
-from engine.models.llama import Llama
 from engine.parallel import ParallelGroup
+from engine.rank import RankModel
 from engine.sampler import logprobs_of, sample
 
-# torch asks for huge pages for large tensors where this is set before its first one: steadier, and up to 20 % faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-SCORED_ROWS = 256
-"""Prompt positions whose logits are made at once when a prompt is scored: bounds the memory for a long one."""
-
-
-def kv_layout(config: ModelConfig, dtype: str, block_size: int, group: ParallelGroup | None = None) -> KVLayout:
-    """The layout of one rank's KV blocks for a model."""
+def kv_layout(
+    config: ModelConfig, dtype: str, block_size: int, *, kv_dtype: str = "auto", group: ParallelGroup | None = None
+) -> KVLayout:
+    """The layout of one rank's KV blocks for a model; ``kv_dtype`` auto is the dtype that the model computes in."""
     group = group or ParallelGroup()
     kv_heads = group.share(config.num_kv_heads, "KV heads")
-    return KVLayout(config.num_layers, kv_heads, config.head_dim, block_size, config.resolve_dtype(dtype))
+    stored = config.resolve_dtype(dtype) if kv_dtype == "auto" else kv_dtype
+    return KVLayout(config.num_layers, kv_heads, config.head_dim, block_size, stored)
 
 
 class ModelRunner:
-    """Loads ``folder`` and owns the views of its KV cache.
+    """Loads ``folder`` and runs steps.
 
     ``kv_memory``: ``num_blocks * layout.block_bytes`` bytes (uint8) of the caller's, for example shared memory; without
-    it the cache is allocated here. Raises ``ModelError``.
+    it the cache is allocated here. ``broadcast`` is given each step before it is run, for the group's other ranks.
+    Raises ``ModelError``.
     """
 
     def __init__(
@@ -46,51 +44,44 @@ class ModelRunner:
         device: str = "cpu",
         num_blocks: int,
         block_size: int,
+        kv_dtype: str = "auto",
         kv_memory: torch.Tensor | None = None,
         max_model_len: int | None = None,
+        group: ParallelGroup | None = None,
+        broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
         if device != "cpu":
             raise ModelError(f"device must be cpu in this version, got {device!r}")
         self.config = ModelConfig.from_folder(folder)
-        self.layout = kv_layout(self.config, dtype, block_size)
-        torch_dtype: torch.dtype = getattr(torch, self.layout.dtype)
+        group = group or ParallelGroup()
+        self.layout = kv_layout(self.config, dtype, block_size, kv_dtype=kv_dtype, group=group)
         if kv_memory is None:
             # From numpy: its zeros are pages that cost nothing until they are touched.
             kv_memory = torch.from_numpy(np.zeros(num_blocks * self.layout.block_bytes, np.uint8))
-        self.kv_cache = kv_memory.view(torch_dtype).view(self.layout.shape(num_blocks))
-        max_positions = min(max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings)
-        with torch.inference_mode():
-            self._model = Llama(folder, self.config, ParallelGroup(), torch_dtype, max_positions)
-            self._attention = PagedAttention(self.layout, self.kv_cache, self.config.num_heads)
+        self._broadcast = broadcast
+        self._model = RankModel(
+            folder,
+            self.config,
+            group,
+            self.layout,
+            dtype=self.config.resolve_dtype(dtype),
+            kv_memory=kv_memory,
+            max_positions=max_model_len or self.config.max_position_embeddings,
+        )
+        self.kv_cache = self._model.kv_cache
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
         """Compute every row of ``plan`` in one call of the model, write its KV, and sample where a row catches up."""
-        starts = np.zeros(len(plan.sequences) + 1, np.int64)
-        np.cumsum(plan.num_tokens, out=starts[1:])
-        positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - plan.num_computed, plan.num_tokens)
-        tokens = np.empty(starts[-1], np.int64)
-        for row, seq in enumerate(plan.sequences):
-            computed = seq.num_computed_tokens
-            tokens[starts[row] : starts[row + 1]] = seq.token_ids[computed : computed + plan.num_tokens[row]]
-        self._clear_tails(plan)
-        attend = self._attention.prepare(plan, positions, starts)
-        hidden = self._model.forward(torch.from_numpy(tokens), torch.from_numpy(positions), attend)
-        prompt_logprobs = self._score_prompts(plan, hidden, starts)
+        step = step_input(plan, self.layout.block_size)
+        self._broadcast(step)
+        hidden = self._model.forward(step)
+        chunks = [self._model.logits(hidden[rows]) for rows in step.logit_chunks()[: 1 if step.num_sampled else 0]]
+        scored = self._score_prompts(plan, step, hidden)
         rows = np.flatnonzero(plan.samples)
-        if not len(rows):
-            return StepOutput(np.empty(0, np.int32), {}, prompt_logprobs)
-        logits = self._model.logits(hidden[torch.from_numpy(starts[rows + 1] - 1)]).float()
-        return self._sample(plan, rows, logits, prompt_logprobs)
-
-    def _clear_tails(self, plan: StepPlan) -> None:
-        """Zero each block that this step begins and does not fill: attention masks what is behind a sequence's end,
-        but 0 times a former owner's NaN is NaN."""
-        size = self.layout.block_size
-        ends = plan.num_computed + plan.num_tokens
-        last = (ends - 1) // size
-        for row in np.flatnonzero((last * size >= plan.num_computed) & (ends % size != 0)):
-            self.kv_cache[int(plan.sequences[row].block_table[last[row]])] = 0
+        if not chunks:
+            return StepOutput(np.empty(0, np.int32), {}, scored)
+        with torch.inference_mode():
+            return self._sample(plan, rows, chunks[0], scored)
 
     def _sample(
         self,
@@ -113,23 +104,63 @@ class ModelRunner:
             logprobs = {int(rows[place]): entry for place, entry in zip(asked_valid, made, strict=True)}
         return StepOutput(tokens, logprobs, prompt_logprobs)
 
-    def _score_prompts(
-        self, plan: StepPlan, hidden: torch.Tensor, starts: NDArray[np.int64]
-    ) -> dict[int, list[TokenLogprobs]]:
+    def _score_prompts(self, plan: StepPlan, step: StepInput, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of prompt tokens, for rows that asked for them."""
         scored: dict[int, list[TokenLogprobs]] = {}
-        for row, seq in enumerate(plan.sequences):
-            count = seq.params.prompt_logprobs
-            if count is None:
-                continue
-            first = seq.num_computed_tokens
-            last = min(first + int(plan.num_tokens[row]), seq.num_prompt_tokens - 1)  # predicts the token after it
-            entries: list[TokenLogprobs] = []
-            for start in range(first, last, SCORED_ROWS):
-                end = min(start + SCORED_ROWS, last)
-                offset = int(starts[row]) - first
-                logits = self._model.logits(hidden[offset + start : offset + end])
-                targets = seq.token_ids[start + 1 : end + 1].tolist()
-                entries += logprobs_of(logits, targets, [count] * len(targets))
-            scored[row] = entries
+        if step.num_sampled == len(step.logit_rows):
+            return scored
+        rows: list[int] = []
+        targets: list[int] = []
+        counts: list[int] = []
+        for row, first, last in _scored_ranges(plan):
+            rows += [row] * (last - first)
+            seq = plan.sequences[row]
+            targets += seq.token_ids[first + 1 : last + 1].tolist()
+            counts += [seq.params.prompt_logprobs or 0] * (last - first)
+        entries: list[TokenLogprobs] = []
+        for chunk in step.logit_chunks()[1 if step.num_sampled else 0 :]:
+            logits = self._model.logits(hidden[chunk])
+            part = slice(chunk.start - step.num_sampled, chunk.stop - step.num_sampled)
+            entries += logprobs_of(logits, targets[part], counts[part])
+        for row, entry in zip(rows, entries, strict=True):
+            scored.setdefault(row, []).append(entry)
         return scored
+
+
+def step_input(plan: StepPlan, block_size: int) -> StepInput:
+    """The arrays of a plan."""
+    ends = plan.num_computed + plan.num_tokens
+    starts = np.zeros(len(ends) + 1, np.int64)
+    np.cumsum(plan.num_tokens, out=starts[1:])
+    num_blocks = -(-ends // block_size)
+    tokens = np.empty(starts[-1], np.int32)
+    tables = np.empty((len(ends), int(num_blocks.max())), np.int32)
+    for row, seq in enumerate(plan.sequences):
+        tokens[starts[row] : starts[row + 1]] = seq.token_ids[plan.num_computed[row] : ends[row]]
+        blocks = seq.block_table[: num_blocks[row]]
+        tables[row, : len(blocks)] = blocks
+        tables[row, len(blocks) :] = blocks[0]
+    sampled = starts[1:][plan.samples] - 1
+    scored = [
+        np.arange(first, last) - plan.num_computed[row] + starts[row] for row, first, last in _scored_ranges(plan)
+    ]
+    return StepInput(
+        tokens=tokens,
+        num_tokens=plan.num_tokens,
+        num_computed=plan.num_computed,
+        block_tables=tables,
+        logit_rows=np.concatenate([sampled, *scored]).astype(np.int32),
+        num_sampled=len(sampled),
+    )
+
+
+def _scored_ranges(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """Rows whose prompts are scored, and the positions (first, last) whose logits predict a prompt token."""
+    ranges = []
+    for row, seq in enumerate(plan.sequences):
+        if seq.params.prompt_logprobs is not None:
+            first = int(plan.num_computed[row])
+            last = min(first + int(plan.num_tokens[row]), seq.num_prompt_tokens - 1)  # predicts the token after it
+            if first < last:
+                ranges.append((row, first, last))
+    return ranges

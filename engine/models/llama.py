@@ -3,7 +3,6 @@
 Merged projections: q, k and v are one product, gate and up another (Touvron et al. 2023; Jiang et al. 2023).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,11 +11,9 @@ import torch.nn.functional as F
 from engine.core.errors import ModelError
 from engine.linear import Linear
 from engine.models.config import ModelConfig
+from engine.models.interface import Attend
 from engine.parallel import ParallelGroup
 from engine.weights import Checkpoint
-
-Attend = Callable[[int, torch.Tensor], torch.Tensor]
-"""``(layer, qkv [tokens, heads + 2 * kv_heads, head_dim]) -> [tokens, heads * head_dim]``."""
 
 
 class Rope:
@@ -87,7 +84,8 @@ class Layer:
             queries.copy_(rms_norm(queries, self.q_norm, config.rms_norm_eps))
             keys.copy_(rms_norm(keys, self.k_norm, config.rms_norm_eps))
         rotate_(qkv[:, : self.heads + self.kv_heads], *rotation)
-        x += self._group.all_reduce(self.out(attend(index, qkv)))
+        query, key, value = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], 1)
+        x += self._group.all_reduce(self.out(attend(index, query, key, value)))
         gate_up = self.gate_up(rms_norm(x, self.post_norm, config.rms_norm_eps))
         activated = F.silu(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
         x += self._group.all_reduce(self.down(activated))
