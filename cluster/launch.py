@@ -19,13 +19,8 @@ from typing import Any, Self
 
 from cluster.errors import ClusterError, LaunchError
 from cluster.host import GATEWAY, ROUTER, WORKERS, Host
-from cluster.plan import LOOPBACK, Plan, PlannedWorker, size
+from cluster.plan import Plan, PlannedWorker, size
 from cluster.ray_session import RaySession
-from gateway.config import GatewayConfig
-from gateway.core.limits import Limits
-from gateway.core.session import SessionTimeouts
-from router.actor import RouterConfig
-from router.core.machine import RouterSettings
 
 Progress = Callable[[str, str], None]
 """Called with who ("prefill-0") and what ("loading the model")."""
@@ -120,9 +115,9 @@ class Cluster:
         self._check_room(planned)
         self._create_processes(planned)
 
-        started = self._start_actors({"router": self._router_config()}, "starting")
+        started = self._start_actors({"router": self.plan.router_config()}, "starting")
         router = started["router"]["address"]
-        configs: dict[str, Any] = {"gateway": self._gateway_config(router)}
+        configs: dict[str, Any] = {"gateway": self.plan.gateway_config(router)}
         configs.update((worker.config.worker, worker.config) for worker in self.plan.workers(router))
         started = self._start_actors(configs, "loading")
         self.url = started["gateway"]["http_url"]
@@ -247,38 +242,6 @@ class Cluster:
                 raise LaunchError(
                     f"not ready after {READY_WITHIN:.0f} s: the router knows {known} of {workers} workers"
                 )
-
-    def _router_config(self) -> RouterConfig:
-        wanted = self.plan.topology.router
-        settings = RouterSettings(
-            cluster_key=self.plan.cluster_key,
-            liveness_timeout=wanted.liveness_timeout,
-            max_waiting=wanted.max_waiting,
-            wait_timeout=wanted.wait_timeout,
-            retry_after=wanted.retry_after,
-            block_size=self.plan.layout.block_size,
-        )
-        return RouterConfig(host=LOOPBACK, settings=settings)
-
-    def _gateway_config(self, router: str) -> GatewayConfig:
-        topology = self.plan.topology
-        limits = Limits(
-            max_body_bytes=topology.limits.max_body_bytes,
-            max_sequences=topology.limits.max_concurrent_requests,
-            retry_after=topology.router.retry_after,
-        )
-        return GatewayConfig(
-            model=str(self.plan.model),
-            served_model_name=self.plan.served_model_name,
-            router=router,
-            host=topology.gateway.host,
-            port=topology.gateway.port,
-            mailbox_host=LOOPBACK,
-            max_model_len=self.plan.max_model_len,
-            limits=limits,
-            # The router answers first.
-            timeouts=SessionTimeouts(placement=topology.router.wait_timeout + SessionTimeouts().placement),
-        )
 
     def _result(self, ref: Any, name: str) -> Any:
         """What the call returned; what it raised, in one line."""

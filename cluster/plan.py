@@ -11,7 +11,12 @@ from cluster.topology import KV, Pool, Topology
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
 from engine.models.config import ModelConfig
+from gateway.config import GatewayConfig
+from gateway.core.limits import Limits
+from gateway.core.session import SessionTimeouts
 from messages.common import Role
+from router.actor import RouterConfig
+from router.core.machine import RouterSettings
 from runtime.worker_config import WorkerConfig
 
 LOOPBACK = "127.0.0.1"
@@ -48,6 +53,38 @@ class Plan:
             for pool in self.topology.pools
             for index in range(pool.replicas)
         ]
+
+    def router_config(self) -> RouterConfig:
+        wanted = self.topology.router
+        settings = RouterSettings(
+            cluster_key=self.cluster_key,
+            liveness_timeout=wanted.liveness_timeout,
+            max_waiting=wanted.max_waiting,
+            wait_timeout=wanted.wait_timeout,
+            retry_after=wanted.retry_after,
+            block_size=self.layout.block_size,
+        )
+        return RouterConfig(host=LOOPBACK, settings=settings)
+
+    def gateway_config(self, router: str) -> GatewayConfig:
+        topology = self.topology
+        limits = Limits(
+            max_body_bytes=topology.limits.max_body_bytes,
+            max_sequences=topology.limits.max_concurrent_requests,
+            retry_after=topology.router.retry_after,
+        )
+        return GatewayConfig(
+            model=str(self.model),
+            served_model_name=self.served_model_name,
+            router=router,
+            host=topology.gateway.host,
+            port=topology.gateway.port,
+            mailbox_host=LOOPBACK,
+            max_model_len=self.max_model_len,
+            limits=limits,
+            # The router answers first.
+            timeouts=SessionTimeouts(placement=topology.router.wait_timeout + SessionTimeouts().placement),
+        )
 
     def _worker(self, pool: Pool, index: int, router: str) -> WorkerConfig:
         return WorkerConfig(

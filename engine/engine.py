@@ -46,6 +46,7 @@ class Engine:
         config = ModelConfig.from_folder(folder)
         num_blocks = max(1, kv_bytes // kv_layout(config, dtype, block_size).block_bytes)
         context = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        self.max_model_len = context
         limits = SchedulerLimits(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -72,6 +73,12 @@ class Engine:
         if plan is None:
             return []
         return self.scheduler.update(plan, self.runner.run(plan))
+
+    def abort(self, seq_id: str) -> None:
+        """Drop a sequence and free its blocks; nothing happens where it has ended."""
+        seq = self.scheduler.remove(seq_id)
+        if seq is not None:
+            self.pool.free(seq.take_blocks())
 
     def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
         """All prompts together, to their ends, in the order given."""
