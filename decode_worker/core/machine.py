@@ -33,6 +33,7 @@ from runtime.core.actions import ForgetPeer, Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
+from runtime.core.pace import STEP_SECONDS, StepPace
 from runtime.core.work import NOT_NUMBERS, block_counts, misfit, sequence, wire_logprobs
 
 Messages = (
@@ -86,6 +87,9 @@ class DecodeMachine:
         """Mailboxes of prefill workers that came with a ticket; no other is answered."""
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
+        self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
+        self._begun = 0.0
+        """When the step that runs was planned."""
         self._fences = Fences()
         self._deliveries = Deliveries(settings.address.worker)
         self.membership = Membership(
@@ -134,7 +138,8 @@ class DecodeMachine:
 
     def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
         """The next step. Sequences already here come first; what they leave is promised to those that knock."""
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._pace.budget)
+        self._begun = now
         if self._scheduler.num_waiting:
             return plan, []
         room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
@@ -143,6 +148,7 @@ class DecodeMachine:
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: deliver its tokens."""
         self.membership.steps += 1
+        self._pace.took(int(plan.num_tokens.sum()), now - self._begun)
         failed: list[Action] = []
         for progress in self._scheduler.update(plan, output):
             if progress.finish_reason is FinishReason.ABORT:

@@ -77,6 +77,10 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
 
     @property
+    def max_num_batched_tokens(self) -> int:
+        return self._limits.max_num_batched_tokens
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -102,9 +106,9 @@ class Scheduler:
         self._sequences[seq.seq_id] = seq
         self._waiting.append(seq)
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None where there is nothing to compute."""
-        budget = self._limits.max_num_batched_tokens
+    def schedule(self, budget: int | None = None) -> StepPlan | None:
+        """The next step, of at most ``budget`` tokens, or None where there is nothing to compute."""
+        budget = min(budget or self._limits.max_num_batched_tokens, self._limits.max_num_batched_tokens)
         planned: list[tuple[Sequence, int]] = []
         place, running_before = 0, len(self._running)
         while place < len(self._running) and budget > 0:

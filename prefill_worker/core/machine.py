@@ -35,6 +35,7 @@ from runtime.core.actions import ForgetPeer, Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
+from runtime.core.pace import STEP_SECONDS, StepPace
 from runtime.core.work import NOT_NUMBERS, block_counts, misfit, sequence, wire_logprobs
 
 Messages = (
@@ -98,6 +99,9 @@ class PrefillMachine:
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
         self._waiting: deque[RequestId] = deque()
+        self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
+        self._begun = 0.0
+        """When the step that runs was planned."""
         self._fences = Fences()
         self._deliveries = Deliveries(settings.address.worker)
         self.membership = Membership(
@@ -150,7 +154,8 @@ class PrefillMachine:
     def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
         """The next step, and the transfers to open before it runs."""
         self._admit()
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._pace.budget)
+        self._begun = now
         actions: list[Action] = []
         for seq in plan.sequences if plan is not None else ():
             leg = self._legs[RequestId(seq.seq_id)]
@@ -162,6 +167,7 @@ class PrefillMachine:
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: push what is complete, deliver first tokens."""
         self.membership.steps += 1
+        self._pace.took(int(plan.num_tokens.sum()), now - self._begun)
         steps: list[Step] = []
         handed_over: list[RequestId] = []
         for progress in self._scheduler.update(plan, output):

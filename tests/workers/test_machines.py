@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
+from engine.core.outputs import StepOutput
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.session import Digested, TransferTimeouts
@@ -37,6 +39,7 @@ GENERATION = Generation(pack_tokens([1] * 20), SamplingParams(max_tokens=5))
 TICKET = mint(KEY, REQUEST, ATTEMPT, PREFILL, DECODE)
 OPEN = OpenTransfer(REQUEST, ATTEMPT, PREFILL, GATEWAY, GENERATION, "zmq", "layout", (), TICKET)
 ORDER = Prefill(REQUEST, ATTEMPT, GATEWAY, GENERATION, DECODE, TICKET)
+ORDER_OF_60 = replace(ORDER, generation=Generation(pack_tokens([1] * 60), SamplingParams(max_tokens=1)))
 END = EndTransfer(REQUEST, ATTEMPT, PREFILL.mailbox, 1, FirstToken(7), 2, bytes(2 * DIGEST_BYTES))
 
 
@@ -165,3 +168,14 @@ def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its
     assert isinstance(failed, AttemptFailed) and failed.reason is FailReason.TRANSFER
     decode.check_integrity()
     assert decode.inspect()["held"] == decode.inspect()["runs"] == 0
+
+
+def test_on_a_slow_machine_a_prompt_comes_in_steps_that_leave_time_to_report(prefill: PrefillMachine) -> None:
+    prefill.handle(ORDER_OF_60, 0.0)
+    now, taken = 0.0, []
+    while (plan := prefill.schedule(now)[0]) is not None:
+        taken.append(plan.num_tokens.sum() / 16)  # this machine computes 16 tokens a second
+        now += taken[-1]
+        tokens = np.zeros(int(plan.samples.sum()), np.int32)
+        prefill.update(plan, StepOutput(tokens), now)
+    assert len(taken) == 3 and max(taken[1:]) <= 1.0

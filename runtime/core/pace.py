@@ -1,0 +1,34 @@
+"""How many tokens a step may have, so that it ends in time: a worker reports between its steps, and one that does not
+report for long is taken for lost.
+"""
+
+STEP_SECONDS = 1.0
+"""Well below ``router.liveness_timeout``, and little to wait for one's next token beside a long prompt."""
+MEASURED = 32
+"""Steps of fewer tokens mostly read weights, and say nothing about the pace of prompts."""
+
+
+class StepPace:
+    """Learns the pace of steps, and bounds the next one to about ``target`` seconds, at most ``most`` tokens.
+
+    A single slow step (another process had the machine) costs little: the budget falls to a quarter at the least, and
+    doubles with each step that went well.
+    """
+
+    def __init__(self, target: float, most: int) -> None:
+        assert target > 0 and most > 0
+        self._target = target
+        self._most = most
+        self._known = False
+        self.budget = min(most, MEASURED)
+        """Tokens that the next step may have."""
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A step of ``tokens`` took so long; the first one sets the pace."""
+        if tokens < min(MEASURED, self.budget) or seconds <= 0:
+            return
+        fits = tokens / seconds * self._target
+        if self._known:
+            fits = min(max(fits, self.budget / 4), self.budget * 2)
+        self._known = True
+        self.budget = int(min(max(fits, 1), self._most))
