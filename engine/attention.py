@@ -6,6 +6,7 @@ a step's row numbers are computed once (numpy) and serve all layers: each layer 
 its own first row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,8 @@ TILE = 128
 
 @dataclass(slots=True)
 class _Rectangle:
-    """Sequences of one step with the same number of query tokens."""
+    """Sequences of one step with the same number of query tokens. With a window, a sequence begins here at the first
+    block that one of its queries sees."""
 
     batch: int
     query: int
@@ -32,6 +34,7 @@ class _Rectangle:
     """Longest KV length, in whole blocks."""
     computed: int
     """Tokens before the queries; the same for all rows, or -1 where lengths differ and ``mask`` tells."""
+    window: int | None
     rows: torch.Tensor
     """``[2 * batch * kv_heads * keys / block_size]``: the blocks' rows, keys first."""
     tokens: torch.Tensor
@@ -43,10 +46,18 @@ class _Rectangle:
 class StepAttention:
     """The attention of one step, for every layer: made by ``PagedAttention.prepare``."""
 
-    def __init__(self, cache: "PagedAttention", write_rows: torch.Tensor, rectangles: list[_Rectangle]) -> None:
+    def __init__(
+        self,
+        cache: "PagedAttention",
+        write_rows: torch.Tensor,
+        longest: int,
+        rectangles: Callable[[int | None], list[_Rectangle]],
+    ) -> None:
         self._cache = cache
         self._write_rows = write_rows
-        self._rectangles = rectangles
+        self._longest = longest
+        self._make = rectangles
+        self._rectangles: dict[int | None, list[_Rectangle]] = {}
 
     def __call__(
         self,
@@ -61,16 +72,17 @@ class StepAttention:
     ) -> torch.Tensor:
         """See ``engine.models.interface.Attend``."""
         cache = self._cache
-        if window is not None or softcap is not None:
-            raise NotImplementedError("sliding windows and soft caps come with the next attention")
-        if scale is not None:
-            query = query * (scale / cache.head_dim**-0.5)
+        scale = cache.head_dim**-0.5 if scale is None else scale
+        window = None if window is None or window >= self._longest else window
         cache.tokens[layer].index_copy_(0, self._write_rows, torch.cat((key, value), 1).reshape(-1, cache.head_dim))
-        if len(self._rectangles) == 1:
-            return cache.attend(self._rectangles[0], layer, query)
+        if window not in self._rectangles:
+            self._rectangles[window] = self._make(window)
+        rectangles = self._rectangles[window]
+        if len(rectangles) == 1:
+            return cache.attend(rectangles[0], layer, query, scale, softcap)
         out = query.new_empty(query.shape[0], cache.num_heads * cache.head_dim)
-        for rectangle in self._rectangles:
-            part = cache.attend(rectangle, layer, query.index_select(0, rectangle.tokens))
+        for rectangle in rectangles:
+            part = cache.attend(rectangle, layer, query.index_select(0, rectangle.tokens), scale, softcap)
             out.index_copy_(0, rectangle.tokens, part)
         return out
 
@@ -85,7 +97,6 @@ class PagedAttention:
         self._kv_heads = layout.num_kv_heads
         self._group = num_heads // layout.num_kv_heads
         self._block_size = layout.block_size
-        self._scale = layout.head_dim**-0.5
         layer_rows = 2 * layout.num_kv_heads
         self._block_rows = layout.num_layers * layer_rows
         blocks = kv_cache.data.view(-1, layout.block_size * layout.head_dim)
@@ -104,7 +115,6 @@ class PagedAttention:
         positions, starts = plan.positions, plan.starts
         counts = plan.num_tokens.astype(np.int64)
         lengths = plan.num_computed.astype(np.int64) + counts
-        num_blocks = -(-lengths // self._block_size)
         tables = plan.block_tables.astype(np.int64)
         rows = np.repeat(np.arange(len(lengths)), counts)
         block_rows = tables[rows, positions // self._block_size] * self._block_rows
@@ -112,12 +122,22 @@ class PagedAttention:
             :, None
         ]
         write_rows = torch.from_numpy(token_rows.ravel())
-        rectangles = [
-            self._rectangle(members, plan, tables, lengths, num_blocks, starts) for members in _partition(plan, lengths)
-        ]
-        return StepAttention(self, write_rows, rectangles)
 
-    def attend(self, rectangle: _Rectangle, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        def rectangles(window: int | None) -> list[_Rectangle]:
+            first = np.zeros_like(lengths)
+            if window is not None:
+                first = np.maximum(plan.num_computed + 1 - window, 0) // self._block_size
+            seen = lengths - first * self._block_size
+            return [
+                self._rectangle(members, plan, tables, first, seen, starts, window)
+                for members in _partition(counts, seen)
+            ]
+
+        return StepAttention(self, write_rows, int(lengths.max()), rectangles)
+
+    def attend(
+        self, rectangle: _Rectangle, layer: int, queries: torch.Tensor, scale: float, softcap: float | None
+    ) -> torch.Tensor:
         """``queries [batch * query, heads, head_dim]`` -> the same, heads and head_dim joined."""
         batch, query, heads, dim = rectangle.batch, rectangle.query, self._kv_heads, self.head_dim
         gathered = self._gather(layer, rectangle.rows)
@@ -125,11 +145,11 @@ class PagedAttention:
         grouped = queries.reshape(batch, query, heads, self._group, dim).permute(0, 2, 3, 1, 4)
         if rectangle.computed < 0 or query == 1:
             folded = grouped.reshape(batch, heads, self._group * query, dim)
-            out = self._attend_masked(rectangle, folded, keys, values)
-        elif self._half:
-            out = self._attend_tiles(rectangle, grouped, keys, values)
+            out = self._attend_masked(rectangle, folded, keys, values, scale, softcap)
+        elif self._half or rectangle.window is not None or softcap is not None:
+            out = self._attend_tiles(rectangle, grouped, keys, values, scale, softcap)
         else:
-            out = self._attend_causal(rectangle, grouped, keys, values)
+            out = self._attend_causal(rectangle, grouped, keys, values, scale)
         out = out.view(batch, heads, self._group, query, dim).permute(0, 3, 1, 2, 4)
         return out.reshape(batch * query, self.num_heads * dim)
 
@@ -140,39 +160,57 @@ class PagedAttention:
         return torch.index_select(self._blocks[layer], 0, rows, out=self._gathered[: len(rows)])
 
     def _attend_masked(
-        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        rectangle: _Rectangle,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Few queries a sequence. A fused kernel is faster for one sequence, plain products for many."""
         mask = rectangle.mask
-        if rectangle.batch < 4:
+        if rectangle.batch < 4 and softcap is None:
             expanded = None if mask is None else mask.expand(-1, -1, queries.shape[2], -1)
-            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=expanded, scale=self._scale)
-        scores = torch.matmul(queries * self._scale, keys.transpose(-1, -2))
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=expanded, scale=scale)
+        scores = _capped(torch.matmul(queries * scale, keys.transpose(-1, -2)), softcap)
         if mask is not None:
             scores += mask
         return torch.matmul(torch.softmax(scores, -1), values)
 
     def _attend_tiles(
-        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        rectangle: _Rectangle,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> torch.Tensor:
-        """A prompt's chunk in 16 bits: plain products over tiles of queries, and over the keys that a tile sees."""
+        """A prompt's chunk: plain products over tiles of queries, and over the keys that a tile sees."""
         batch, heads, group, query, dim = queries.shape
-        out = torch.empty((batch, heads, group, query, dim), dtype=self._dtype)
+        window = rectangle.window
+        out = torch.empty((batch, heads, group, query, dim), dtype=queries.dtype)
         for first in range(0, query, TILE):
             size = min(TILE, query - first)
             seen = rectangle.computed + first + size
-            tile = queries[:, :, :, first : first + size].reshape(batch, heads, group * size, dim) * self._scale
-            scores = torch.matmul(tile, keys[:, :, :seen].transpose(-1, -2))
+            unseen = 0 if window is None else max(0, seen - size + 1 - window)
+            tile = queries[:, :, :, first : first + size].reshape(batch, heads, group * size, dim) * scale
+            scores = _capped(torch.matmul(tile, keys[:, :, unseen:seen].transpose(-1, -2)), softcap)
             causal = (
                 self._causal if size == TILE else self._causal.view(group, TILE, TILE)[:, :size, :size].flatten(0, 1)
             )
-            scores[..., seen - size :] += causal
-            part = torch.matmul(torch.softmax(scores, -1), values[:, :, :seen])
+            scores[..., seen - size - unseen :] += causal
+            if window is not None and seen > window:
+                # The tile's last query sees `window` keys, those before it as many fewer of the first ones.
+                behind = torch.arange(seen - size, seen)[:, None] - torch.arange(unseen, seen) >= window
+                scores.view(batch, heads, group, size, -1).masked_fill_(behind, float("-inf"))
+            part = torch.matmul(torch.softmax(scores, -1), values[:, :, unseen:seen])
             out[:, :, :, first : first + size] = part.view(batch, heads, group, size, dim)
         return out
 
     def _attend_causal(
-        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, rectangle: _Rectangle, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """A prompt's chunk in 32 bits: the fused kernel."""
         batch, heads, group, query, dim = queries.shape
@@ -187,7 +225,7 @@ class PagedAttention:
             values[:, :, :seen],
             attn_mask=mask,
             is_causal=whole,
-            scale=self._scale,
+            scale=scale,
             enable_gqa=group > 1,
         )
 
@@ -196,20 +234,27 @@ class PagedAttention:
         members: NDArray[np.int64],
         plan: StepInput,
         tables: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        num_blocks: NDArray[np.int64],
+        first: NDArray[np.int64],
+        seen: NDArray[np.int64],
         starts: NDArray[np.int64],
+        window: int | None,
     ) -> _Rectangle:
+        """``first``: each row's first block that is looked at; ``seen``: its tokens from there on."""
         query = int(plan.num_tokens[members[0]])
-        width = int(num_blocks[members].max())
+        width = -(-int(seen[members].max()) // self._block_size)
         keys = width * self._block_size
-        block_rows = (tables[members, :width] * self._block_rows)[None, :, None, :]
+        # A shorter row looks at some block of its own instead, which the mask hides.
+        columns = np.minimum(first[members][:, None] + np.arange(width), tables.shape[1] - 1)
+        block_rows = (tables[members[:, None], columns] * self._block_rows)[None, :, None, :]
         rows = block_rows + self._head_rows.reshape(2, 1, self._kv_heads, 1)
-        computed = plan.num_computed[members].astype(np.int64)
+        computed = seen[members] - query
         alike = bool((computed == computed[0]).all())
         mask = None
-        if query <= SHORT_QUERY and not (alike and query == 1 and int(lengths[members[0]]) == keys):
-            visible = np.arange(keys) <= (computed[:, None] + np.arange(query))[:, :, None]
+        if query <= SHORT_QUERY and not (alike and query == 1 and int(seen[members[0]]) == keys and window is None):
+            positions = (computed[:, None] + np.arange(query))[:, :, None]
+            visible = np.arange(keys) <= positions
+            if window is not None:
+                visible &= np.arange(keys) > positions - window
             added = torch.zeros((len(members), 1, 1, query, keys), dtype=self._dtype)
             added.masked_fill_(torch.from_numpy(~visible)[:, None, None], float("-inf"))
             mask = added.expand(-1, -1, self._group, -1, -1).reshape(len(members), 1, self._group * query, keys)
@@ -218,15 +263,19 @@ class PagedAttention:
             query=query,
             keys=keys,
             computed=-1 if query <= SHORT_QUERY else int(computed[0]),
+            window=window,
             rows=torch.from_numpy(rows.ravel()),
             tokens=torch.from_numpy((starts[members][:, None] + np.arange(query)).ravel()),
             mask=mask,
         )
 
 
-def _partition(plan: StepInput, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _partition(counts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Rows of the plan that share a rectangle. A lone rectangle keeps the rows' order, so that nothing is gathered."""
-    counts = plan.num_tokens
     groups: dict[tuple[int, int], list[int]] = {}
     # Short rows: one rectangle for lengths within a factor of two. Long ones: only with the very same shape.
     buckets = np.ceil(np.log2(np.maximum(lengths, 64))).astype(np.int64)

@@ -45,6 +45,8 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     """RMSNorm over each head's query and key (Qwen 3)."""
+    windows: tuple[int | None, ...]
+    """For each layer: how many tokens a token sees, itself included; None: all before it."""
     dtype: str
     """The checkpoint's own."""
     eos_token_ids: tuple[int, ...]
@@ -60,7 +62,6 @@ class ModelConfig:
             raise ModelError(f"{folder}: {architecture} is not supported; the native families are {', '.join(NATIVE)}")
         if config.get("quantization_config"):
             raise ModelError(f"{folder}: quantised checkpoints are not supported; use the unquantised model")
-        _refuse_sliding_window(folder, architecture, config)
         try:
             return cls._parse(architecture, config, generation)
         except (KeyError, TypeError, ValueError) as error:
@@ -92,6 +93,7 @@ class ModelConfig:
             output_bias=bias and not qwen2,
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=architecture == "Qwen3ForCausalLM",
+            windows=_windows(architecture, config),
             dtype=dtype.removeprefix("torch."),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         )
@@ -147,11 +149,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_sliding_window(folder: Path, architecture: str, config: dict[str, Any]) -> None:
-    window = config.get("sliding_window")
-    used = config.get("use_sliding_window", architecture == "MistralForCausalLM")
-    if window and used and int(window) < int(config.get("max_position_embeddings", 0)):
-        raise ModelError(f"{folder}: sliding-window attention ({window} tokens) is not supported yet")
+def _windows(architecture: str, config: dict[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's sliding window, as transformers 5 reads the same keys: Mistral slides in every layer unless told
+    otherwise, Qwen 2 and 3 where ``use_sliding_window`` is set, from layer ``max_window_layers`` on or by
+    ``layer_types``; Llama never does."""
+    layers = int(config["num_hidden_layers"])
+    window = config.get("sliding_window", 4096)
+    if architecture == "MistralForCausalLM":
+        slides = [window is not None] * layers
+    elif architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and config.get("use_sliding_window") and window:
+        first = int(config.get("max_window_layers", 28))
+        default = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+        types = config.get("layer_types") or default
+        if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"layer_types must name full_attention or sliding_attention {layers} times")
+        slides = [kind == "sliding_attention" for kind in types]
+    else:
+        slides = [False] * layers
+    if any(slides) and int(window) < 1:
+        raise ValueError(f"sliding_window must be at least 1, got {window}")
+    return tuple(int(window) if slide else None for slide in slides)
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:

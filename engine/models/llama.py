@@ -85,7 +85,7 @@ class Layer:
             keys.copy_(rms_norm(keys, self.k_norm, config.rms_norm_eps))
         rotate_(qkv[:, : self.heads + self.kv_heads], *rotation)
         query, key, value = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], 1)
-        x += self._group.all_reduce(self.out(attend(index, query, key, value)))
+        x += self._group.all_reduce(self.out(attend(index, query, key, value, window=config.windows[index])))
         gate_up = self.gate_up(rms_norm(x, self.post_norm, config.rms_norm_eps))
         activated = F.silu(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
         x += self._group.all_reduce(self.down(activated))

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from engine.engine import Engine
 from messages.sampling import SamplingParams
@@ -47,7 +56,22 @@ SHAPES = {
     "llama 3 RoPE": LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, rope_parameters=LLAMA3)),
     "biases": LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
     "qwen 2": Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "qwen 2, sliding from layer 1 on": Qwen2ForCausalLM(
+        Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=20, max_window_layers=1)
+    ),
     "qwen 3": Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16)),
+    "qwen 3, sliding by layer types": Qwen3ForCausalLM(
+        Qwen3Config(
+            **SMALL,
+            num_key_value_heads=2,
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=33,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "mistral": MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)),
+    "mistral, sliding": MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=24)),
 }
 
 
