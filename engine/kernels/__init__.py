@@ -1,0 +1,1 @@
+"""Triton kernels of the GPU path. What each promises is written as plain torch in ``reference.py``."""
