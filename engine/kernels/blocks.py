@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.common import QUANTIZED_MAX, divide, to_stored
+from engine.kernels.common import divide, to_stored
+from engine.kernels.reference import QUANTIZED_MAX
 from engine.kv_cache import KVCache
 
 WORDS = 2048

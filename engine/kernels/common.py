@@ -4,11 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.reference import QUANTIZED_MAX
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before this module is imported."""
-
-QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""Stored dtypes whose values carry a scale, and the largest number that is stored."""
 
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding and subtracting it leaves an fp32 number without its fraction, rounded half to even."""

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from engine.kernels.common import QUANTIZED_MAX, divide, to_stored
+from engine.kernels.common import divide, to_stored
+from engine.kernels.reference import QUANTIZED_MAX
 
 TOKENS = 16
 """Tokens of a record that a program holds at a time."""

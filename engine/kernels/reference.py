@@ -1,4 +1,4 @@
-"""What the kernels promise, as plain torch: slow, obvious, on any device.
+"""What the kernels promise, as plain torch: slow, obvious, on any device, and without Triton.
 
 A layer of the KV cache is ``data [block, k|v, kv_head, token, head_dim]`` with, for the quantised dtypes,
 ``scales [block, k|v, kv_head]`` (fp32); see ``engine.kv_cache``. A slot is ``block * block_size + token``.
@@ -6,7 +6,13 @@ A layer of the KV cache is ``data [block, k|v, kv_head, token, head_dim]`` with,
 
 import torch
 
-from engine.kernels.common import QUANTIZED_MAX
+from engine.core import kv_layout
+
+QUANTIZED_MAX = {
+    torch.int8: kv_layout.QUANTIZED_MAX["int8"],
+    torch.float8_e4m3fn: kv_layout.QUANTIZED_MAX["fp8"],
+}
+"""Stored dtypes whose values carry a scale, and the largest number that is stored."""
 
 
 def quantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
