@@ -7,7 +7,8 @@ import select
 
 from kv_transfer.transports.base import Blocks, OnEvent, Pool, TransferKey, TransportError
 from kv_transfer.transports.copying import CopyingSender, check_blocks, copy_blocks
-from kv_transfer.transports.memory import PeerMemory, SharedMemory, owner_gone
+from engine.shared_memory import owner_gone
+from kv_transfer.transports.memory import PeerMemory, SharedMemory
 from messages.common import KVEndpoint
 
 

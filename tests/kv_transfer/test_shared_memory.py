@@ -13,10 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from engine.shared_memory import owner_gone
 from kv_transfer.core.events import Pushed, PushFailed
 from kv_transfer.transports.base import TransportError
 from kv_transfer.transports.build import make_sender
-from kv_transfer.transports.memory import PeerMemory, SharedMemory, owner_gone
+from kv_transfer.transports.memory import PeerMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
 from messages.common import KVEndpoint
 from tests.kv_transfer.kv_pair import Events, Pair, key, scattered
@@ -145,7 +146,7 @@ def test_a_recycled_descriptor_is_noticed() -> None:
     gone.release()
     try:
         os.dup2(int(other.address.split("#")[0].rsplit("/", 1)[1]), fd)
-        with pytest.raises(TransportError, match="is not the KV pool that it was"):
+        with pytest.raises(TransportError, match="is not the shared memory that it was"):
             PeerMemory(address, 8, BLOCK)
     finally:
         os.close(fd)
@@ -171,7 +172,7 @@ def test_only_a_pool_of_the_right_size_that_cannot_shrink_is_mapped() -> None:
         os.ftruncate(int(path.rsplit("/", 1)[1]), BLOCK)
     memory.release()
 
-    unsealed = os.memfd_create(f"baton-kv-{nonce}", os.MFD_CLOEXEC)
+    unsealed = os.memfd_create(f"baton-{nonce}", os.MFD_CLOEXEC)
     os.ftruncate(unsealed, 8 * BLOCK)
     with pytest.raises(TransportError, match="could shrink"):
         PeerMemory(f"/proc/{os.getpid()}/fd/{unsealed}#{nonce}:{8 * BLOCK}", 8, BLOCK)
