@@ -1,6 +1,6 @@
 """The engine by itself, in process: for scripts, tests and benchmarks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -11,7 +11,9 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import TokenLogprobs
 from engine.core.scheduler import Progress, Scheduler, SchedulerLimits
 from engine.core.sequence import Sequence
+from engine.core.step_input import StepInput
 from engine.models.config import ModelConfig
+from engine.parallel import ParallelGroup
 from engine.runner import ModelRunner, kv_layout
 from engine.weights import resolve_model
 from messages.sampling import FinishReason, SamplingParams
@@ -41,10 +43,13 @@ class Engine:
         max_num_batched_tokens: int = 512,
         prefill_chunk: int = 512,
         max_model_len: int | None = None,
+        group: ParallelGroup | None = None,
+        broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
+        """``kv_bytes``: of this rank's KV pool. ``group`` and ``broadcast``: see ``ModelRunner``; for rank 0."""
         folder = resolve_model(str(model))
         config = ModelConfig.from_folder(folder)
-        num_blocks = max(1, kv_bytes // kv_layout(config, dtype, block_size).block_bytes)
+        num_blocks = max(1, kv_bytes // kv_layout(config, dtype, block_size, group=group).block_bytes)
         context = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self.max_model_len = context
         limits = SchedulerLimits(
@@ -54,7 +59,13 @@ class Engine:
             prefill_chunk=prefill_chunk,
         )
         self.runner = ModelRunner(
-            folder, dtype=dtype, num_blocks=num_blocks, block_size=block_size, max_model_len=context
+            folder,
+            dtype=dtype,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=context,
+            group=group,
+            broadcast=broadcast,
         )
         self.pool = BlockPool(num_blocks, block_size)
         self.scheduler = Scheduler(self.pool, limits, frozenset(config.eos_token_ids))

@@ -1,29 +1,47 @@
-"""The tensor-parallel group that a model runs on. For now a group has one rank; the seam is where more will come in."""
+"""The tensor-parallel group that a model runs on: who holds what, and the few ways in which ranks meet.
 
-from dataclasses import dataclass
+Every rank makes the same calls in the same order. ``ParallelGroup`` itself is a group of one;
+``engine.shared_memory_group`` is for ranks of one host on CPUs, ``engine.process_group`` for all others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from engine.core.errors import ModelError
+from engine.core.shards import HeadShard, head_shard, part
 
 
-@dataclass(frozen=True, slots=True)
 class ParallelGroup:
-    """``rank`` of ``size``: a rank holds ``1 / size`` of the heads and of the MLP's columns."""
+    """``rank`` of ``size``; the methods of a group of one."""
 
-    rank: int = 0
-    size: int = 1
+    rank = 0
+    size = 1
 
-    def __post_init__(self) -> None:
-        if (self.rank, self.size) != (0, 1):
-            raise ModelError("tensor_parallel must be 1 in this version")
+    def part(self, count: int) -> range:
+        """This rank's share of ``count`` columns, rows or experts; may be one more than another rank's."""
+        return part(count, self.rank, self.size)
 
-    def share(self, count: int, what: str) -> int:
-        """This rank's part of ``count`` things."""
-        if count % self.size:
-            raise ModelError(f"{count} {what} do not divide among {self.size} ranks")
-        return count // self.size
+    def heads(self, num_heads: int, num_kv_heads: int) -> HeadShard:
+        """This rank's attention heads; ``ValueError`` where heads are fewer than ranks."""
+        return head_shard(num_heads, num_kv_heads, self.rank, self.size)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
+        """The sum over all ranks, in place; ``tensor`` is contiguous. Bit by bit the same on every rank."""
         return tensor
+
+    def gather(self, tensor: torch.Tensor, columns: int) -> torch.Tensor:
+        """``[rows, part(columns)]`` of each rank -> ``[rows, columns]`` on rank 0; elsewhere what was given."""
+        return tensor
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around all that one step of the model does on this rank.
+
+        What is raised within ends the step on every rank: there as ``StepLost``, or, where the group has no way to
+        tell, as ``GroupLost``.
+        """
+        yield
+
+    def close(self) -> None:
+        """Leave the group."""

@@ -17,6 +17,9 @@ from engine.parallel import ParallelGroup
 # torch asks for huge pages for large tensors where this is set before its first one: steadier, and up to 20 % faster.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+STEP_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)
+"""What torch and numpy raise when a step goes wrong; the next one may go well."""
+
 
 class RankModel:
     """``kv_memory``: uint8, whole blocks of ``layout``, of the caller's; for example shared memory."""
@@ -35,9 +38,11 @@ class RankModel:
         self.layout = layout
         self.kv_cache = KVCache(layout, kv_memory)
         compute: torch.dtype = getattr(torch, dtype)
+        heads = group.heads(config.num_heads, config.num_kv_heads)
+        self.group = group
         with torch.inference_mode():
             self._model = load_model(folder, config, group, compute, max_positions)
-            self._attention = PagedAttention(self.kv_cache, group.share(config.num_heads, "heads"))
+            self._attention = PagedAttention(self.kv_cache, len(heads.query))
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
@@ -58,9 +63,10 @@ class RankModel:
 
     def follow(self, step: StepInput) -> None:
         """What a rank other than 0 does of a step."""
-        hidden = self.forward(step)
-        for rows in step.logit_chunks():
-            self.logits(hidden[rows])
+        with self.group.step():
+            hidden = self.forward(step)
+            for rows in step.logit_chunks():
+                self.logits(hidden[rows])
 
     def _clear_begun(self, step: StepInput) -> None:
         """Zero each block that this step begins and does not fill: attention masks what is behind a sequence's end,

@@ -22,10 +22,12 @@ def kv_layout(
     config: ModelConfig, dtype: str, block_size: int, *, kv_dtype: str = "auto", group: ParallelGroup | None = None
 ) -> KVLayout:
     """The layout of one rank's KV blocks for a model; ``kv_dtype`` auto is the dtype that the model computes in."""
-    group = group or ParallelGroup()
-    kv_heads = group.share(config.num_kv_heads, "KV heads")
+    try:
+        heads = (group or ParallelGroup()).heads(config.num_heads, config.num_kv_heads)
+    except ValueError as error:
+        raise ModelError(f"tensor_parallel: {error}") from error
     stored = config.resolve_dtype(dtype) if kv_dtype == "auto" else kv_dtype
-    return KVLayout(config.num_layers, kv_heads, config.head_dim, block_size, stored)
+    return KVLayout(config.num_layers, len(heads.kv), config.head_dim, block_size, stored)
 
 
 class ModelRunner:
@@ -74,9 +76,10 @@ class ModelRunner:
         """Compute every row of ``plan`` in one call of the model, write its KV, and sample where a row catches up."""
         step = step_input(plan, self.layout.block_size)
         self._broadcast(step)
-        hidden = self._model.forward(step)
-        chunks = [self._model.logits(hidden[rows]) for rows in step.logit_chunks()[: 1 if step.num_sampled else 0]]
-        scored = self._score_prompts(plan, step, hidden)
+        with self._model.group.step():
+            hidden = self._model.forward(step)
+            chunks = [self._model.logits(hidden[rows]) for rows in step.logit_chunks()[: 1 if step.num_sampled else 0]]
+            scored = self._score_prompts(plan, step, hidden)
         rows = np.flatnonzero(plan.samples)
         if not chunks:
             return StepOutput(np.empty(0, np.int32), {}, scored)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
+from engine.rank import STEP_ERRORS
 from kv_transfer.core.digest import digests
 from kv_transfer.core.session import (
     CancelPushes,
@@ -140,12 +141,7 @@ class WorkerLoop:
     def _step(self, plan: StepPlan) -> list[Any]:
         try:
             output = self._runner.run(plan)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-            MemoryError,
-        ) as error:  # torch raises these; none may end the loop
+        except STEP_ERRORS as error:  # none may end the loop
             log.exception("a step of %d sequences failed", len(plan.sequences))
             return self._machine.fail_step(plan, f"{type(error).__name__} in the engine", time.monotonic())
         return self._machine.update(plan, output, time.monotonic())

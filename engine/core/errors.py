@@ -11,3 +11,11 @@ class ModelError(EngineError):
 
 class CapacityError(EngineError):
     """A sequence that can never fit the KV pool or the model's context."""
+
+
+class GroupLost(EngineError):
+    """A rank of the tensor-parallel group is dead or silent: the group cannot go on, and this process is to end."""
+
+
+class StepLost(EngineError, RuntimeError):
+    """Another rank failed in this step; the group stands, and its next step may succeed."""

@@ -49,15 +49,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Layer:
-    """One decoder layer's weights."""
+    """One rank's part of a decoder layer: its heads and its MLP columns (Shoeybi et al. 2019)."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, group: ParallelGroup, layer: int, dtype: torch.dtype) -> None:
         self._config = config
         self._group = group
-        self.heads = group.share(config.num_heads, "heads")
-        self.kv_heads = group.share(config.num_kv_heads, "KV heads")
-        hidden, inner = config.hidden_size, group.share(config.intermediate_size, "MLP columns")
-        q, kv = self.heads * config.head_dim, self.kv_heads * config.head_dim
+        heads = group.heads(config.num_heads, config.num_kv_heads)
+        self.heads, self.kv_heads = len(heads.query), len(heads.kv)
+        hidden, inner = config.hidden_size, group.part(config.intermediate_size)
+        query, kv = _times(heads.query, config.head_dim), _times(heads.kv, config.head_dim)
+        all_query, all_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         prefix = f"model.layers.{layer}"
         attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         self.input_norm = checkpoint.take(f"{prefix}.input_layernorm.weight", (hidden,), torch.float32)
@@ -66,11 +67,19 @@ class Layer:
         if config.qk_norm:
             self.q_norm = checkpoint.take(f"{attn}.q_norm.weight", (config.head_dim,), torch.float32)
             self.k_norm = checkpoint.take(f"{attn}.k_norm.weight", (config.head_dim,), torch.float32)
-        self.qkv = _merged(checkpoint, [f"{attn}.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, config.attention_bias, dtype)
-        self.out = _merged(checkpoint, [f"{attn}.o_proj"], [hidden], q, config.output_bias, dtype)
-        self.gate_up = _merged(checkpoint, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [inner, inner], hidden, config.mlp_bias, dtype)
-        self.down = _merged(checkpoint, [f"{mlp}.down_proj"], [hidden], inner, config.mlp_bias, dtype)
-        self._inner = inner
+        self.qkv = _column_parallel(
+            checkpoint, [f"{attn}.{x}_proj" for x in "qkv"], [all_query, all_kv, all_kv], [query, kv, kv],
+            hidden, config.attention_bias, dtype,
+        )  # fmt: skip
+        self.out = _row_parallel(checkpoint, group, f"{attn}.o_proj", (hidden, all_query), query, config.output_bias, dtype)
+        self.gate_up = _column_parallel(
+            checkpoint, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [config.intermediate_size] * 2, [inner, inner],
+            hidden, config.mlp_bias, dtype,
+        )  # fmt: skip
+        self.down = _row_parallel(
+            checkpoint, group, f"{mlp}.down_proj", (hidden, config.intermediate_size), inner, config.mlp_bias, dtype
+        )
+        self._inner = len(inner)
 
     def forward(
         self, index: int, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attend: Attend
@@ -93,21 +102,26 @@ class Layer:
 
 
 class Llama:
-    """The whole model of one rank. ``folder`` holds config.json and safetensors; ``ModelError`` where they disagree."""
+    """One rank's part of the model. ``folder`` holds config.json and safetensors; ``ModelError`` where they disagree.
+
+    The vocabulary is shared out: a rank looks up the tokens whose rows it has, and makes their logits.
+    """
 
     def __init__(
         self, folder: Path, config: ModelConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
     ) -> None:
         self._config = config
+        self._group = group
+        self._vocabulary = group.part(config.vocab_size)
         with Checkpoint(folder) as checkpoint:
             table = (config.vocab_size, config.hidden_size)
-            self._embedding = checkpoint.take("model.embed_tokens.weight", table, dtype)
+            self._embedding = checkpoint.take("model.embed_tokens.weight", table, dtype, rows=self._vocabulary)
             self._layers = [Layer(checkpoint, config, group, layer, dtype) for layer in range(config.num_layers)]
             self._norm = checkpoint.take("model.norm.weight", (config.hidden_size,), torch.float32)
             tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
             if tied and not config.tie_word_embeddings:
                 raise ModelError(f"{folder}: no lm_head.weight, and config.json does not tie the embeddings")
-            head = self._embedding if tied else checkpoint.take("lm_head.weight", table, dtype)
+            head = self._embedding if tied else checkpoint.take("lm_head.weight", table, dtype, rows=self._vocabulary)
             unread = [name for name in checkpoint.unread() if not (tied and name == "lm_head.weight")]
             if unread:
                 raise ModelError(f"{folder}: {len(unread)} tensors have no place in {config.architecture}: {unread[:3]}")
@@ -116,19 +130,48 @@ class Llama:
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """``tokens``, ``positions [tokens]`` -> hidden states ``[tokens, hidden]``, not yet normed."""
-        x = F.embedding(tokens, self._embedding)
+        x = self._embed(tokens)
         rotation = self._rope.at(positions)
         for index, layer in enumerate(self._layers):
             x = layer.forward(index, x, rotation, attend)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[rows, hidden] -> [rows, vocab]``."""
-        return self._head(rms_norm(hidden, self._norm, self._config.rms_norm_eps))
+        """``[rows, hidden] -> [rows, vocab]`` on rank 0."""
+        part = self._head(rms_norm(hidden, self._norm, self._config.rms_norm_eps))
+        return self._group.gather(part, self._config.vocab_size)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self._group.size == 1:
+            return F.embedding(tokens, self._embedding)
+        mine = (tokens >= self._vocabulary.start) & (tokens < self._vocabulary.stop)
+        x = F.embedding(torch.where(mine, tokens - self._vocabulary.start, 0), self._embedding)
+        x.masked_fill_(~mine.unsqueeze(1), 0)
+        return self._group.all_reduce(x)
 
 
-def _merged(
-    checkpoint: Checkpoint, names: list[str], rows: list[int], columns: int, bias: bool, dtype: torch.dtype
-) -> Linear:
-    weight = checkpoint.take_rows([f"{name}.weight" for name in names], rows, (columns,), dtype)
-    return Linear(weight, checkpoint.take_rows([f"{name}.bias" for name in names], rows, (), dtype) if bias else None)
+def _column_parallel(
+    checkpoint: Checkpoint, names: list[str], rows: list[int], shares: list[range], columns: int, bias: bool,
+    dtype: torch.dtype,
+) -> Linear:  # fmt: skip
+    """Merged projections, of whose outputs (rows) this rank has its shares."""
+    weight = checkpoint.take_rows([f"{name}.weight" for name in names], rows, shares, (columns,), dtype)
+    if not bias:
+        return Linear(weight)
+    return Linear(weight, checkpoint.take_rows([f"{name}.bias" for name in names], rows, shares, (), dtype))
+
+
+def _row_parallel(
+    checkpoint: Checkpoint, group: ParallelGroup, name: str, shape: tuple[int, int], share: range, bias: bool,
+    dtype: torch.dtype,
+) -> Linear:  # fmt: skip
+    """A projection of whose inputs (columns) this rank has its share: outputs are to be summed over the ranks."""
+    weight = checkpoint.take(f"{name}.weight", shape, dtype, columns=share)
+    # Added once: by rank 0.
+    added = checkpoint.take(f"{name}.bias", shape[:1], dtype) if bias else None
+    return Linear(weight, added if group.rank == 0 else None)
+
+
+def _times(heads: range, head_dim: int) -> range:
+    """The rows of a projection that belong to ``heads``."""
+    return range(heads.start * head_dim, heads.stop * head_dim)

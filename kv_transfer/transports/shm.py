@@ -5,9 +5,9 @@ One copy, and the receiver's process does nothing. It cannot refuse a write eith
 
 import select
 
+from engine.shared_memory import owner_gone
 from kv_transfer.transports.base import Blocks, OnEvent, Pool, TransferKey, TransportError
 from kv_transfer.transports.copying import CopyingSender, check_blocks, copy_blocks
-from engine.shared_memory import owner_gone
 from kv_transfer.transports.memory import PeerMemory, SharedMemory
 from messages.common import KVEndpoint
 
