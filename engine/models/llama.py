@@ -12,40 +12,9 @@ from engine.core.errors import ModelError
 from engine.linear import Linear
 from engine.models.config import ModelConfig
 from engine.models.interface import Attend
+from engine.ops import Rope, Rotation, rms_norm, silu_mul
 from engine.parallel import ParallelGroup
 from engine.weights import Checkpoint
-
-
-class Rope:
-    """Rotary position embedding, tables for every position up to the model's context."""
-
-    def __init__(self, config: ModelConfig, max_positions: int, dtype: torch.dtype) -> None:
-        frequencies = torch.tensor(config.inverse_frequencies(), dtype=torch.float32)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        self._cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
-        self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines, and sines with the sign of their half, ``[tokens, 1, head_dim]``."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-
-
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate ``x [tokens, heads, head_dim]`` in place, halves paired as in transformers."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    x.mul_(cos).addcmul_(swapped, sin)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), computed in fp32; ``weight`` is fp32.
-
-    On a CPU ``F.rms_norm`` runs half precision through a path that is ten times slower for a prompt's chunk.
-    """
-    wide = x.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    normed: torch.Tensor = wide * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return normed.mul_(weight).to(x.dtype)
 
 
 class Layer:
@@ -63,10 +32,12 @@ class Layer:
         attn, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         self.input_norm = checkpoint.take(f"{prefix}.input_layernorm.weight", (hidden,), torch.float32)
         self.post_norm = checkpoint.take(f"{prefix}.post_attention_layernorm.weight", (hidden,), torch.float32)
-        self.q_norm = self.k_norm = None
+        self.qk_norms = None
         if config.qk_norm:
-            self.q_norm = checkpoint.take(f"{attn}.q_norm.weight", (config.head_dim,), torch.float32)
-            self.k_norm = checkpoint.take(f"{attn}.k_norm.weight", (config.head_dim,), torch.float32)
+            q_norm, k_norm = (
+                checkpoint.take(f"{attn}.{x}_norm.weight", (config.head_dim,), torch.float32) for x in "qk"
+            )
+            self.qk_norms = q_norm, k_norm
         self.qkv = _column_parallel(
             checkpoint, [f"{attn}.{x}_proj" for x in "qkv"], [all_query, all_kv, all_kv], [query, kv, kv],
             hidden, config.attention_bias, dtype,
@@ -79,25 +50,17 @@ class Layer:
         self.down = _row_parallel(
             checkpoint, group, f"{mlp}.down_proj", (hidden, config.intermediate_size), inner, config.mlp_bias, dtype
         )
-        self._inner = len(inner)
 
-    def forward(
-        self, index: int, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, index: int, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
         """``x [tokens, hidden]``, which is overwritten, -> the same."""
         config = self._config
         qkv = self.qkv(rms_norm(x, self.input_norm, config.rms_norm_eps))
         qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = qkv[:, : self.heads], qkv[:, self.heads : self.heads + self.kv_heads]
-            queries.copy_(rms_norm(queries, self.q_norm, config.rms_norm_eps))
-            keys.copy_(rms_norm(keys, self.k_norm, config.rms_norm_eps))
-        rotate_(qkv[:, : self.heads + self.kv_heads], *rotation)
+        rotation.apply_(qkv, self.heads, self.kv_heads, self.qk_norms, config.rms_norm_eps)
         query, key, value = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], 1)
         x += self._group.all_reduce(self.out(attend(index, query, key, value, window=config.windows[index])))
         gate_up = self.gate_up(rms_norm(x, self.post_norm, config.rms_norm_eps))
-        activated = F.silu(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
-        x += self._group.all_reduce(self.down(activated))
+        x += self._group.all_reduce(self.down(silu_mul(gate_up)))
         return x
 
 
@@ -126,7 +89,7 @@ class Llama:
             if unread:
                 raise ModelError(f"{folder}: {len(unread)} tensors have no place in {config.architecture}: {unread[:3]}")
         self._head = Linear(head)
-        self._rope = Rope(config, max_positions, dtype)
+        self._rope = Rope(torch.tensor(config.inverse_frequencies(), dtype=torch.float32), max_positions, dtype)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """``tokens``, ``positions [tokens]`` -> hidden states ``[tokens, hidden]``, not yet normed."""

@@ -1,0 +1,95 @@
+"""What lies between a model's products: as torch computes it on a CPU, and as one kernel each on a GPU."""
+
+import torch
+import torch.nn.functional as F
+
+INTERPRET = False
+"""Set by tests that run the GPU's kernels on CPU tensors, in Triton's interpreter."""
+
+
+def _fused(x: torch.Tensor) -> bool:
+    return x.is_cuda or INTERPRET
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), computed in fp32; ``weight`` is fp32.
+
+    On a CPU ``F.rms_norm`` runs half precision through a path that is ten times slower for a prompt's chunk.
+    """
+    if _fused(x) and x.dim() == 2:
+        from engine.kernels.norm import rms_norm as kernel
+
+        return kernel(x, weight, eps)
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed: torch.Tensor = wide * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return normed.mul_(weight).to(x.dtype)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``residual += x``, in place, and the norm of the sum; both ``[tokens, hidden]``."""
+    if _fused(x):
+        from engine.kernels.norm import add_rms_norm as kernel
+
+        return kernel(x, residual, weight, eps)
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``gate_up [tokens, gate | up]`` -> ``silu(gate) * up``; may overwrite the gate."""
+    if _fused(gate_up):
+        from engine.kernels.activation import silu_mul as kernel
+
+        return kernel(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+class Rope:
+    """Rotary position embedding (Su et al. 2021): tables for every position up to the model's context."""
+
+    def __init__(self, inverse_frequencies: torch.Tensor, max_positions: int, dtype: torch.dtype) -> None:
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies)
+        self.cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
+        self.sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
+
+    def at(self, positions: torch.Tensor) -> "Rotation":
+        """``positions [tokens]``, int32 or int64."""
+        return Rotation(self, positions)
+
+
+class Rotation:
+    """A step's rotation, the same in all layers."""
+
+    def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
+        self._rope = rope
+        self._positions = positions
+        if not _fused(positions):
+            # Cosines, and sines with the sign of their half, [tokens, 1, head_dim].
+            self._cos, self._sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+
+    def apply_(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Rotate queries and keys of ``qkv [tokens, heads + 2 * kv_heads, head_dim]`` in place, halves paired as in
+        transformers; before that norm each head of them, if ``norms`` holds the weights ``[head_dim]`` for it."""
+        if _fused(qkv):
+            from engine.kernels.rope import rope_
+
+            half = qkv.shape[-1] // 2
+            cos, sin = self._rope.cos[:, :half], self._rope.sin[:, half:]
+            rope_(qkv, self._positions, cos, sin, heads, kv_heads, norms, eps)
+            return
+        if norms is not None:
+            for part, weight in zip((qkv[:, :heads], qkv[:, heads : heads + kv_heads]), norms, strict=True):
+                part.copy_(rms_norm(part, weight, eps))
+        x = qkv[:, : heads + kv_heads]
+        half = x.shape[-1] // 2
+        swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+        x.mul_(self._cos).addcmul_(swapped, self._sin)
