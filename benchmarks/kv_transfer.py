@@ -27,12 +27,14 @@ import numpy as np  # noqa: E402
 from engine.core.kv_layout import KVLayout  # noqa: E402
 from kv_transfer.core.digest import digests  # noqa: E402
 from kv_transfer.core.events import Pushed, TransferKey  # noqa: E402
+from kv_transfer.core.lanes import heads_of, shard_of  # noqa: E402
 from kv_transfer.transports.build import allocate_pool, make_receiver, make_sender  # noqa: E402
 from kv_transfer.transports.memory import Mapped  # noqa: E402
 from messages.common import KVEndpoint  # noqa: E402
 from messages.ids import Attempt, RequestId  # noqa: E402
 
 LAYOUT = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+SHARD = shard_of(LAYOUT, LAYOUT.num_kv_heads)
 NUM_BLOCKS = 192
 KEY = TransferKey(RequestId("b" * 32), Attempt(1))
 
@@ -61,12 +63,12 @@ def send(transport: str, address: str, sizes: list[int], repeat: int) -> None:
     words[:] = np.arange(words.size, dtype=np.uint64).reshape(words.shape) * np.uint64(0x9E3779B97F4A7C15)
     copy = np.zeros((max(sizes) << 20) // LAYOUT.block_bytes * LAYOUT.block_bytes, np.uint8)
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    sender = make_sender(transport, memory.pool, events.put)
-    to = KVEndpoint(transport, address, LAYOUT.fingerprint(), NUM_BLOCKS)
+    sender = make_sender(transport, memory.pool, SHARD, events.put)
+    to = KVEndpoint(transport, address, SHARD, NUM_BLOCKS)
     source, target = scattered(1), scattered(2)
 
     def push(count: int) -> None:
-        sender.push(KEY, to, 0, source[:count], target[:count])
+        sender.push(KEY, to, heads_of(SHARD), 0, source[:count], target[:count])
         event = events.get(timeout=60)
         if event != Pushed(KEY, 0, count):
             raise RuntimeError(str(event))
@@ -104,8 +106,8 @@ def send(transport: str, address: str, sizes: list[int], repeat: int) -> None:
 def measure(transport: str, sizes: list[int], repeat: int) -> None:
     """The receiver's process."""
     memory = allocate(transport)
-    receiver = make_receiver(transport, "127.0.0.1", memory, LAYOUT.fingerprint(), lambda _: None)
-    receiver.open(KEY, 0, scattered(2))
+    receiver = make_receiver(transport, "127.0.0.1", memory, SHARD, lambda _: None)
+    receiver.open(KEY, 0, scattered(2), (heads_of(SHARD),))
     task = json.dumps([transport, receiver.endpoint.address, sizes, repeat])
     with subprocess.Popen([sys.executable, __file__, "--send", task], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

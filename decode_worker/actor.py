@@ -12,8 +12,9 @@ from messages.codec import Decode, decoder_for
 from messages.common import Role, WorkerAddress
 from messages.ids import Address
 from runtime.actor import WorkerActor
+from runtime.kv_port import FromRank, KVPort, RankPort
 from runtime.mailbox import Mailbox
-from runtime.worker import KVPort, Machine
+from runtime.worker import Machine
 
 
 class DecodeWorker(WorkerActor):
@@ -25,13 +26,14 @@ class DecodeWorker(WorkerActor):
         return decoder_for(*Messages)
 
     def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
+        shard = self._shard(runner)
         if self._config.role is Role.COLOCATED:
-            return KVPort(memory.pool, None, None)
+            return KVPort(RankPort(0, memory.pool, shard, mailbox.post))
         receiver = make_receiver(
-            self._config.transport, self._config.host, memory, runner.layout.fingerprint(), mailbox.post
+            self._config.transport, self._config.host, memory, shard, lambda event: mailbox.post(FromRank(0, event))
         )
         self._one_sided = receiver.one_sided
-        return KVPort(memory.pool, None, receiver)
+        return KVPort(RankPort(0, memory.pool, shard, mailbox.post, receiver=receiver))
 
     def _make_machine(
         self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
@@ -41,11 +43,12 @@ class DecodeWorker(WorkerActor):
             role=self._config.role,
             router=Address(self._config.router),
             cluster_key=self._config.cluster_key,
-            layout=runner.layout.fingerprint(),
             block_bytes=runner.layout.block_bytes,
             max_num_seqs=self._config.max_num_seqs,
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,
         )
-        reservations = Reservations(address.mailbox, pool, one_sided=self._one_sided, timeouts=TransferTimeouts())
+        reservations = Reservations(
+            address.mailbox, address.kv, pool, one_sided=self._one_sided, timeouts=TransferTimeouts()
+        )
         return DecodeMachine(settings, scheduler, pool, reservations)

@@ -1,7 +1,7 @@
 """Parts that several messages share."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -13,6 +13,12 @@ from messages.sampling import MAX_LOGPROBS, MAX_TOKEN_ID, SamplingParams
 MAX_SEQUENCE = 2**22
 """Tokens in one sequence that the protocol can name; the model's context is far below."""
 
+MAX_SIDE = 4096
+"""Of the layers, heads, ... of a KV block."""
+MAX_RANKS = 256
+"""Of one worker."""
+
+Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Detail = Annotated[str, Meta(max_length=2_000)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
@@ -38,14 +44,35 @@ class Role(StrEnum):
     """Prefill and decode in one worker, no hand-over."""
 
 
+class KVShard(Part, frozen=True):
+    """One tensor-parallel rank's part of a worker's KV: what peers must know of it to exchange blocks.
+
+    A block is ``[layer, k|v, head]`` records of ``block_size`` tokens each; see ``engine.core.kv_layout``.
+    """
+
+    num_layers: Side
+    head_dim: Side
+    block_size: Side
+    """Tokens in a block."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"]
+    total_heads: Side
+    """KV heads of the model."""
+    first_head: Annotated[int, Meta(ge=0, lt=MAX_SIDE)]
+    num_heads: Side
+    """This rank holds the model's KV heads ``first_head``, ... so many; the same ones as another rank may."""
+
+    def __post_init__(self) -> None:
+        if self.first_head + self.num_heads > self.total_heads:
+            raise ValueError(f"KV heads from {self.first_head} on, {self.num_heads} of them, of {self.total_heads}")
+
+
 class KVEndpoint(Part, frozen=True):
-    """Where one tensor-parallel rank of a worker receives KV."""
+    """Where one tensor-parallel rank of a worker keeps its KV."""
 
     transport: Name
     address: Name
     """What the transport's sender needs: a shared-memory name, a ZeroMQ endpoint."""
-    layout: Name
-    """Fingerprint of the KV layout; pools of different layouts do not pair."""
+    shard: KVShard
     num_blocks: Count
 
 
@@ -55,7 +82,7 @@ class WorkerAddress(Part, frozen=True):
     worker: WorkerId
     epoch: Epoch
     mailbox: Address
-    kv: tuple[KVEndpoint, ...] = ()
+    kv: Annotated[tuple[KVEndpoint, ...], Meta(max_length=MAX_RANKS)] = ()
     """One for each tensor-parallel rank; empty where a worker receives no KV."""
 
 

@@ -1,11 +1,17 @@
 """The sending side of a KV transfer. Each message is idempotent and sent again until it is answered."""
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from messages.common import (
+    MAX_RANKS,
     AttemptMessage,
     Count,
     Detail,
     Generation,
     KVEndpoint,
+    KVShard,
     Logprobs,
     Name,
     Part,
@@ -32,10 +38,10 @@ class OpenTransfer(AttemptMessage, frozen=True):
     gateway: Address
     generation: Generation
     transport: Name
-    layout: Name
-    """Fingerprint of the sender's KV layout."""
-    sources: tuple[KVEndpoint, ...]
-    """Where the KV comes from, one for each rank: a one-sided receiver sees by it whether the writer lives."""
+    shards: Annotated[tuple[KVShard, ...], Meta(max_length=MAX_RANKS)]
+    """The sender's KV, rank by rank: by it and by its own the receiver knows what will come from whom."""
+    sources: Annotated[tuple[KVEndpoint, ...], Meta(max_length=MAX_RANKS)]
+    """Where the KV comes from, one for each rank: a one-sided receiver sees by it whether the writers live."""
     ticket: Ticket
 
 

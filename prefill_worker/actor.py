@@ -13,8 +13,9 @@ from messages.ids import Address
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import Messages, PrefillMachine, PrefillSettings
 from runtime.actor import WorkerActor
+from runtime.kv_port import FromRank, KVPort, RankPort
 from runtime.mailbox import Mailbox
-from runtime.worker import KVPort, Machine
+from runtime.worker import Machine
 
 
 class PrefillWorker(WorkerActor):
@@ -26,11 +27,11 @@ class PrefillWorker(WorkerActor):
         return decoder_for(*Messages)
 
     def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
+        shard = self._shard(runner)
         if isinstance(memory, SharedMemory):
-            layout = runner.layout.fingerprint()
-            self._sources = (KVEndpoint("shm", memory.address, layout, len(memory.pool)),)
-        sender = make_sender(self._config.transport, memory.pool, mailbox.post)
-        return KVPort(memory.pool, sender, None)
+            self._sources = (KVEndpoint("shm", memory.address, shard, len(memory.pool)),)
+        sender = make_sender(self._config.transport, memory.pool, shard, lambda event: mailbox.post(FromRank(0, event)))
+        return KVPort(RankPort(0, memory.pool, shard, mailbox.post, sender=sender))
 
     def _make_machine(
         self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
@@ -43,6 +44,6 @@ class PrefillWorker(WorkerActor):
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,
         )
-        layout = runner.layout.fingerprint()
-        handoffs = Handoffs(address, layout, self._config.transport, pool, TransferTimeouts(), self._sources)
+        shards = (self._shard(runner),)
+        handoffs = Handoffs(address, shards, self._config.transport, pool, TransferTimeouts(), self._sources)
         return PrefillMachine(settings, scheduler, pool, handoffs)

@@ -16,13 +16,15 @@ from engine.core.blocks import BlockPool
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from engine.models.config import ModelConfig
 from engine.runner import ModelRunner, kv_layout
+from kv_transfer.core.lanes import shard_of
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import allocate_pool
 from messages.codec import Decode
-from messages.common import WorkerAddress
+from messages.common import KVShard, WorkerAddress
 from messages.ids import Epoch, WorkerId
+from runtime.kv_port import KVPort
 from runtime.mailbox import Mailbox
-from runtime.worker import KVPort, Machine, WorkerLoop
+from runtime.worker import Machine, WorkerLoop
 from runtime.worker_config import WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -71,12 +73,11 @@ class WorkerActor(ABC):
         scheduler = Scheduler(pool, limits, frozenset(runner.config.eos_token_ids))
         self._mailbox = Mailbox(config.host, self._decoder())
         self._port = self._make_port(self._memory, self._mailbox, runner)
-        receiver = self._port.receiver
         address = WorkerAddress(
             worker=WorkerId(config.worker),
             epoch=self._epoch,
             mailbox=self._mailbox.address,
-            kv=() if receiver is None else (receiver.endpoint,),
+            kv=self._port.endpoints,
         )
         machine = self._make_machine(address, scheduler, pool, runner)
         self._loop = WorkerLoop(machine, runner, self._mailbox, self._port)
@@ -120,6 +121,11 @@ class WorkerActor(ABC):
         if self._memory is not None:
             self._memory.release()
             self._memory = None
+
+    @staticmethod
+    def _shard(runner: ModelRunner) -> KVShard:
+        """What the own pool's blocks are."""
+        return shard_of(runner.layout, runner.config.num_kv_heads)
 
     def _run(self, loop: WorkerLoop) -> None:
         try:

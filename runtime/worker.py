@@ -8,27 +8,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
 from engine.rank import STEP_ERRORS
-from kv_transfer.core.digest import digests
+from kv_transfer.core.events import Pushed
+from kv_transfer.core.fanout import WorkerEvent
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
-    Digested,
-    LookForWriter,
+    LookForWriters,
     OpenLanding,
     Push,
     TakeDigests,
-    WriterGone,
+    WritersGone,
 )
-from kv_transfer.transports.base import Pool, Receiver, Sender
-from messages.common import WorkerAddress
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
+from runtime.kv_port import FromRank, KVPort, PortFailed
 from runtime.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
@@ -59,33 +57,6 @@ class Runner(Protocol):
     def run(self, plan: StepPlan) -> StepOutput: ...
 
 
-class KVPort:
-    """A worker's KV pool and its ways in and out of the process."""
-
-    def __init__(self, pool: Pool, sender: Sender | None, receiver: Receiver | None) -> None:
-        self.pool = pool
-        self.sender = sender
-        self.receiver = receiver
-
-    def forget(self, peer: WorkerAddress) -> None:
-        """Let go of what leads into a peer that is gone."""
-        if self.sender is not None:
-            for endpoint in peer.kv:
-                self.sender.forget(endpoint)
-
-    def close(self) -> None:
-        if self.sender is not None:
-            self.sender.shutdown()
-        if self.receiver is not None:
-            self.receiver.shutdown()
-
-
-class _Failure(NamedTuple):
-    """Event: a thread that works for the loop could not do its work."""
-
-    error: BaseException
-
-
 class WorkerLoop:
     """Runs one machine until it is stopped; made and run in one thread, stopped from another."""
 
@@ -94,17 +65,10 @@ class WorkerLoop:
         self._runner = runner
         self._mailbox = mailbox
         self._port = port
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
         self._stopping = threading.Event()
 
     def run(self) -> None:
         """Until ``stop``: take what has come, schedule, run, update. Raises what a digest or the machine raised."""
-        try:
-            self._turns()
-        finally:
-            self._hasher.shutdown(cancel_futures=True)
-
-    def _turns(self) -> None:
         machine, now = self._machine, time.monotonic
         self._perform([machine.membership.register()])
         busy = False
@@ -131,11 +95,18 @@ class WorkerLoop:
     def _handle(self, event: Any) -> list[Any]:
         if event is None:
             return []
-        if isinstance(event, _Failure):
+        if isinstance(event, FromRank):
+            return [action for answer in self._port.gather(event) for action in self._answered(answer)]
+        if isinstance(event, PortFailed):
             raise RuntimeError("taking a digest failed") from event.error
         if callable(event):
             event(self._machine)
             return []
+        return self._machine.handle(event, time.monotonic())
+
+    def _answered(self, event: WorkerEvent) -> list[Any]:
+        if isinstance(event, Pushed):
+            self._machine.membership.kv_bytes_sent += event.num_bytes
         return self._machine.handle(event, time.monotonic())
 
     def _step(self, plan: StepPlan) -> list[Any]:
@@ -155,34 +126,11 @@ class WorkerLoop:
                 case ForgetPeer(peer):
                     self._mailbox.outbox.forget(peer.mailbox)
                     port.forget(peer)
-                case Push(key, to, first, source, target):
-                    assert port.sender is not None
-                    self._machine.membership.kv_bytes_sent += len(source) * port.pool.shape[1]
-                    port.sender.push(key, to, first, source, target)
-                case CancelPushes(key):
-                    assert port.sender is not None
-                    port.sender.cancel(key)
-                case OpenLanding(key, first, blocks):
-                    assert port.receiver is not None
-                    port.receiver.open(key, first, blocks)
-                case CloseLanding(key):
-                    assert port.receiver is not None
-                    port.receiver.close(key)
-                case LookForWriter(key, writer):
-                    assert port.receiver is not None
-                    if port.receiver.writer_gone(writer):
-                        self._mailbox.post(WriterGone(key))
-                case TakeDigests():
-                    self._hasher.submit(self._digest, action).add_done_callback(self._digest_done)
+                case Push() | CancelPushes() | OpenLanding() | CloseLanding() | TakeDigests():
+                    for answer in port.perform(action):
+                        self._perform(self._answered(answer))
+                case LookForWriters(key, writers):
+                    if port.all_gone(writers):
+                        self._perform(self._machine.handle(WritersGone(key), time.monotonic()))
                 case _:
                     raise AssertionError(f"nobody performs {action}")
-
-    def _digest(self, wanted: TakeDigests) -> None:
-        taken = digests(self._port.pool, wanted.blocks, wanted.key, wanted.first)
-        self._mailbox.post(Digested(wanted.key, wanted.first, taken))
-
-    def _digest_done(self, future: Future[None]) -> None:
-        """A digest that was not taken would leave its transfer waiting for ever: the loop must hear of it."""
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            self._mailbox.post(_Failure(error))

@@ -18,7 +18,8 @@ from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Landed
-from kv_transfer.core.session import Digested, WriterGone
+from kv_transfer.core.lanes import CannotPair
+from kv_transfer.core.session import Digested, LandingOpened, WritersGone
 from messages.codec import count_tokens
 from messages.common import FailReason, Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
@@ -43,7 +44,7 @@ Messages = (
 
 Event = (
     Generate | Abort | EndAck | TokensWanted | OpenTransfer | EndTransfer | TransferClosed
-    | RegisterWanted | PeerLost | Landed | Digested | WriterGone
+    | RegisterWanted | PeerLost | LandingOpened | Landed | Digested | WritersGone
 )  # fmt: skip
 
 
@@ -55,8 +56,6 @@ class DecodeSettings:
     role: Role
     router: Address
     cluster_key: bytes = field(repr=False)
-    layout: str
-    """Fingerprint of the KV layout; a sender must have the same."""
     block_bytes: int
     max_num_seqs: int
     max_model_len: int
@@ -112,7 +111,7 @@ class DecodeMachine:
             case EndTransfer() if event.mailbox not in self._peers:
                 self.forged += 1
                 return []
-            case EndTransfer() | TransferClosed() | Landed() | Digested() | WriterGone():
+            case EndTransfer() | TransferClosed() | LandingOpened() | Landed() | Digested() | WritersGone():
                 return self._settle(self._reservations.handle(event, now))
             case Abort():
                 return self._stop(event.request, event.attempt, "the gateway wants no more of it", now)
@@ -218,8 +217,10 @@ class DecodeMachine:
 
     def _refusal(self, order: OpenTransfer) -> tuple[str, bool]:
         """Why there will be no room for ``order``, and whether another pair may have some."""
-        if order.layout != self._settings.layout:
-            return f"KV layout {order.layout} cannot land in a pool of layout {self._settings.layout}", True
+        try:
+            self._reservations.route(order)
+        except CannotPair as error:
+            return str(error), True
         return self._misfit(order.generation), False
 
     def _generate(self, order: Generate, now: float) -> list[Action]:

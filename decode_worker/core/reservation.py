@@ -11,19 +11,22 @@ from typing import NamedTuple
 
 from engine.core.blocks import BlockPool
 from kv_transfer.core.events import Blocks, Landed, TransferKey
+from kv_transfer.core.lanes import Route, plan_lanes
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CloseLanding,
     Digested,
     Ended,
-    LookForWriter,
+    LandingOpened,
+    LookForWriters,
     OpenLanding,
     Outcome,
     ReceiveSession,
     TakeDigests,
     TransferTimeouts,
-    WriterGone,
+    WritersGone,
 )
+from messages.common import KVEndpoint
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
@@ -43,7 +46,7 @@ class KVLanded(NamedTuple):
     first: FirstToken
 
 
-Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriter | ForgetPeer
+Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriters | ForgetPeer
 Step = Action | KVLanded
 
 
@@ -56,8 +59,18 @@ class _Reservation:
 class Reservations:
     """All incoming transfers of one decode worker."""
 
-    def __init__(self, mailbox: Address, pool: BlockPool, *, one_sided: bool, timeouts: TransferTimeouts) -> None:
+    def __init__(
+        self,
+        mailbox: Address,
+        kv: tuple[KVEndpoint, ...],
+        pool: BlockPool,
+        *,
+        one_sided: bool,
+        timeouts: TransferTimeouts,
+    ) -> None:
+        """``kv``: where this worker's KV stands, rank by rank."""
         self._mailbox = mailbox
+        self._kv = kv
         self._pool = pool
         self._one_sided = one_sided
         self._timeouts = timeouts
@@ -116,17 +129,23 @@ class Reservations:
                 break
             self._waiting.popitem(last=False)
             key = TransferKey(order.request, order.attempt)
-            # One rank for now, as at the sender.
-            writer = order.sources[0] if order.sources else None
-            session = ReceiveSession(key, self._mailbox, blocks, 0, self._one_sided, self._timeouts, writer)
+            session = ReceiveSession(
+                key, self._mailbox, blocks, 0, self.route(order), self._one_sided, self._timeouts, order.sources
+            )
             self._open[key] = _Reservation(order, session)
             steps += self._steps(key, session.accept(now))
             room -= 1
         return steps
 
-    def handle(self, event: EndTransfer | TransferClosed | Landed | Digested | WriterGone, now: float) -> list[Step]:
+    def route(self, order: OpenTransfer) -> Route:
+        """The way of the KV of ``order`` into this worker's pools; raises ``CannotPair``."""
+        return Route(self._kv, plan_lanes(order.shards, [endpoint.shard for endpoint in self._kv]))
+
+    def handle(
+        self, event: EndTransfer | TransferClosed | LandingOpened | Landed | Digested | WritersGone, now: float
+    ) -> list[Step]:
         """A message of the sender, or an answer of the transport."""
-        if isinstance(event, Landed | Digested | WriterGone):
+        if isinstance(event, LandingOpened | Landed | Digested | WritersGone):
             key = event.key
         else:
             key = TransferKey(event.request, event.attempt)
@@ -206,7 +225,7 @@ class Reservations:
                 case Ended():
                     del self._open[key]
                     self._pool.free(reservation.session.blocks)
-                case OpenLanding() | CloseLanding() | TakeDigests() | LookForWriter():
+                case OpenLanding() | CloseLanding() | TakeDigests() | LookForWriters():
                     steps.append(action)
                 case message:
                     steps.append(Send(reservation.order.prefill.mailbox, message))  # type: ignore[arg-type]

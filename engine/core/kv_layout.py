@@ -5,8 +5,7 @@ layer of it, and a range of heads of one layer's K or V, are each one piece too.
 its scale behind its values, so the scale goes wherever the record goes.
 """
 
-import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Dtypes that a model computes in, and that a KV cache can have as they are."""
@@ -69,7 +68,3 @@ class KVLayout:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-    def fingerprint(self) -> str:
-        """Equal for pools whose blocks can be exchanged byte by byte."""
-        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:16]

@@ -5,6 +5,8 @@ kept out by tickets and keys. The seed is made of request, attempt and index, so
 or one that was left there by another request, has another digest.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 
@@ -22,6 +24,17 @@ def digests(pool: Pool, blocks: Blocks, key: TransferKey, first: int) -> bytes:
         xxhash.xxh3_64_digest(pool[block], (base + (first + place) * _INDEX_STEP) & _MASK)
         for place, block in enumerate(blocks.tolist())
     )
+
+
+def combined(lanes: Sequence[bytes]) -> bytes:
+    """The digests of blocks from those of their lanes, in the order of the plan. One lane's are the blocks' own.
+
+    A polynomial over the lanes, modulo 2**64, with an odd base: no lane can differ alone and go unseen.
+    """
+    total = np.frombuffer(lanes[0], "<u8")
+    for lane in lanes[1:]:
+        total = total * np.uint64(_INDEX_STEP) + np.frombuffer(lane, "<u8")
+    return total.tobytes()
 
 
 def mismatches(expected: bytes, actual: bytes) -> Blocks:

@@ -1,6 +1,6 @@
 """What names a transfer, and what its transport reports: the words that the session and the transports share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ class Pushed:
     key: TransferKey
     first: int
     count: int
+    num_bytes: int = field(default=0, compare=False)
+    """That went to the peer for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ import numpy as np
 
 from kv_transfer.core.digest import DIGEST_BYTES, mismatches
 from kv_transfer.core.events import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
+from kv_transfer.core.lanes import Lanes, Route
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
@@ -51,33 +52,35 @@ class TransferTimeouts:
 
 
 class Push(NamedTuple):
-    """Give these to the transport's sender."""
+    """Have every rank push its lanes of these."""
 
     key: TransferKey
-    to: KVEndpoint
+    route: Route
     first: int
     source: Blocks
     target: Blocks
 
 
 class CancelPushes(NamedTuple):
-    """Stop the transport's sender; it answers ``Cancelled``."""
+    """Stop every rank's sender; answered by ``Cancelled``."""
 
     key: TransferKey
 
 
 class TakeDigests(NamedTuple):
-    """Hash blocks of the own pool; answered by ``Digested``."""
+    """Hash blocks of the own pools as the receiver stores them; answered by ``Digested``."""
 
     key: TransferKey
+    route: Route
     first: int
     blocks: Blocks
 
 
 class OpenLanding(NamedTuple):
-    """Let the transport's receiver write the sequence's blocks ``first``, ... into ``blocks``."""
+    """Let the sequence's blocks ``first``, ... land in ``blocks``; answered by ``LandingOpened``."""
 
     key: TransferKey
+    lanes: Lanes
     first: int
     blocks: Blocks
 
@@ -88,11 +91,11 @@ class CloseLanding(NamedTuple):
     key: TransferKey
 
 
-class LookForWriter(NamedTuple):
-    """See whether the process behind ``writer`` is gone; answered by ``WriterGone``, or not at all."""
+class LookForWriters(NamedTuple):
+    """See whether the processes behind all of ``writers`` are gone; answered by ``WritersGone``, or not at all."""
 
     key: TransferKey
-    writer: KVEndpoint
+    writers: tuple[KVEndpoint, ...]
 
 
 class Outcome(Enum):
@@ -123,13 +126,19 @@ class Digested(NamedTuple):
     digests: bytes
 
 
-class WriterGone(NamedTuple):
-    """Event: the process that wrote for ``key`` does not exist any more, nor any of its threads."""
+class LandingOpened(NamedTuple):
+    """Event: what is pushed for ``key`` from now on lands."""
 
     key: TransferKey
 
 
-Action = Reply | Push | CancelPushes | TakeDigests | OpenLanding | CloseLanding | LookForWriter | Ended
+class WritersGone(NamedTuple):
+    """Event: no process that wrote for ``key`` exists any more, nor any of its threads."""
+
+    key: TransferKey
+
+
+Action = Reply | Push | CancelPushes | TakeDigests | OpenLanding | CloseLanding | LookForWriters | Ended
 
 
 class SendState(Enum):
@@ -155,13 +164,11 @@ _SEND_MOVES = {
 class SendSession:
     """The prefill worker's end. The blocks given to ``computed`` stay unchanged until ``Ended``."""
 
-    def __init__(
-        self, key: TransferKey, open_message: OpenTransfer, to: KVEndpoint, timeouts: TransferTimeouts
-    ) -> None:
+    def __init__(self, key: TransferKey, open_message: OpenTransfer, route: Route, timeouts: TransferTimeouts) -> None:
         self.key = key
         self.state = SendState.IDLE
         self._open_message = open_message
-        self._to = to
+        self._route = route
         self._timeouts = timeouts
         self._target: Blocks = np.empty(0, np.int32)
         self._cached = 0
@@ -280,7 +287,7 @@ class SendSession:
             return self.give_up(f"decode reserved {len(self._target)} blocks, too few", Outcome.FAILED)
         self._unpushed += len(source)
         self._deadline = now + self._timeouts.progress
-        return [Push(self.key, self._to, first, source, target), TakeDigests(self.key, first, source)]
+        return [Push(self.key, self._route, first, source, target), TakeDigests(self.key, self._route, first, source)]
 
     def _push_again(self, indices: Blocks, now: float) -> list[Action]:
         wanted = np.unique(indices)
@@ -292,7 +299,8 @@ class SendSession:
         # One push a run of consecutive indices; a digest fails rarely, so this list is short.
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
         return [
-            Push(self.key, self._to, int(run[0]), self._source[run], self._target[run - self._cached]) for run in runs
+            Push(self.key, self._route, int(run[0]), self._source[run], self._target[run - self._cached])
+            for run in runs
         ]
 
     def _end_if_pushed(self, now: float) -> list[Action]:
@@ -358,13 +366,16 @@ class ReceiveSession:
     """The receiver's own."""
     blocks: Blocks
     cached: int
+    route: Route
+    """From the sender to here."""
     one_sided: bool
     timeouts: TransferTimeouts
-    writer: KVEndpoint | None = None
+    writers: tuple[KVEndpoint, ...] = ()
     """Where the blocks come from, as far as the sender has said it."""
     state: ReceiveState = ReceiveState.LANDING
     first: FirstToken | None = None
     repairs: int = 0
+    _opened: bool = False
     _end: EndTransfer | None = None
     _wanted: BlocksWanted | None = None
     """The repair last asked for; ends of that round and before are answered by it and not believed."""
@@ -383,18 +394,24 @@ class ReceiveSession:
         self.state = state
 
     def accept(self, now: float) -> list[Action]:
-        """Open the landing and say so; repeated for a repeated ``OpenTransfer``."""
+        """Open the landing. ``TransferAccepted`` goes out when that is done, and again for a repeated
+        ``OpenTransfer``."""
         self._deadline = now + self.timeouts.lease
-        return [OpenLanding(self.key, self.cached, self.blocks), self._accepted()]
+        return [OpenLanding(self.key, self.route.lanes, self.cached, self.blocks)]
 
     def handle(
-        self, event: OpenTransfer | EndTransfer | TransferClosed | Landed | Digested | WriterGone, now: float
+        self,
+        event: LandingOpened | OpenTransfer | EndTransfer | TransferClosed | Landed | Digested | WritersGone,
+        now: float,
     ) -> list[Action]:
         """One event of this transfer; whatever comes too late or twice changes nothing."""
         if self.state in (ReceiveState.LANDING, ReceiveState.VERIFYING):
             self._deadline = now + self.timeouts.lease
         match event:
-            case OpenTransfer() if self.state is ReceiveState.LANDING:
+            case LandingOpened() if self.state is ReceiveState.LANDING:
+                self._opened = True
+                return [self._accepted()]
+            case OpenTransfer() if self.state is ReceiveState.LANDING and self._opened:
                 return [self._accepted()]
             case Landed() if self.state is ReceiveState.LANDING:
                 self._landed[event.indices - self.cached] = True
@@ -407,7 +424,7 @@ class ReceiveSession:
                 if self.state is not ReceiveState.QUARANTINED:
                     self._outcome, self._detail = Outcome.CLOSED, event.reason
                 return self._close()
-            case WriterGone():
+            case WritersGone():
                 return self.peer_lost(dead=True, now=now)
         return []
 
@@ -440,7 +457,7 @@ class ReceiveSession:
             return []
         if self.state is ReceiveState.QUARANTINED:
             self._resend_at = now + self.timeouts.resend
-            look = [] if self.writer is None else [LookForWriter(self.key, self.writer)]
+            look = [LookForWriters(self.key, self.writers)] if self.writers else []
             return [self._cancel(), *look]
         self._resend_at = float("inf")
         missing = np.flatnonzero(~self._landed).astype(np.int32)
@@ -469,7 +486,7 @@ class ReceiveSession:
             return []
         self._move(ReceiveState.VERIFYING)
         self._resend_at = float("inf")
-        return [TakeDigests(self.key, self.cached, self.blocks)]
+        return [TakeDigests(self.key, self.route, self.cached, self.blocks)]
 
     def _verified(self, digests: bytes, now: float) -> list[Action]:
         assert self._end is not None

@@ -1,8 +1,9 @@
 """The seam of every KV transport.
 
-A worker has one KV pool: ``num_blocks`` rows of ``block_bytes`` bytes. A ``Receiver`` lets peers write into reserved
-rows of it; a ``Sender`` pushes rows of it into a peer's. Both work in the background and report through ``on_event``,
-which may be called from any thread. The decisions (when to push what, whom to believe) stand in
+A rank of a worker has one KV pool: ``num_blocks`` rows of ``block_bytes`` bytes. A ``Receiver`` lets peers write into
+reserved rows of it; a ``Sender`` pushes rows of it, or a range of heads of them, into a peer's. Where the peer stores
+another dtype the sender converts, so what travels is what the peer stores. Both work in the background and report
+through ``on_event``, which may be called from any thread. The decisions (when to push what, whom to believe) stand in
 ``kv_transfer.core.session``.
 
 Contract:
@@ -12,10 +13,12 @@ Contract:
 - ``Sender.cancel(key)`` is answered by exactly one ``Cancelled``: from then on nothing is written for that key,
   which is not pushed again (a new attempt has another key).
 - The caller keeps the pushed source blocks unchanged until then.
-- What goes wrong with a push (no such peer, blocks out of range, a peer that takes nothing) is ``PushFailed``.
+- What goes wrong with a push (no such peer, blocks out of range, heads or dtypes that do not go together, a peer that
+  takes nothing) is ``PushFailed``.
   ``forget`` fails what was still to be pushed to that peer. After ``shutdown`` nothing is reported.
 - A two-sided receiver (``one_sided = False``) writes itself: it drops whatever comes for a key that is not open, and
-  after ``close(key)`` has returned nothing lands for that key. It reports each arrival with ``Landed``.
+  after ``close(key)`` has returned nothing lands for that key. It reports with ``Landed`` each block of which all the
+  heads that were announced to ``open`` have arrived.
 - A one-sided receiver (``one_sided = True``) does not see the writes: no ``Landed``; what was pushed before the peer's
   end message has landed when that message arrives. After ``close`` a late writer could still write, so the caller must
   keep the blocks in quarantine until the sender has confirmed, or is gone (``writer_gone``).
@@ -34,11 +37,13 @@ from kv_transfer.core.events import (
     TransferKey,
     TransportEvent,
 )
+from kv_transfer.core.lanes import Heads
 from messages.common import KVEndpoint
 
 __all__ = [
     "Blocks",
     "Cancelled",
+    "Heads",
     "Landed",
     "OnEvent",
     "Pool",
@@ -66,8 +71,9 @@ class Receiver(Protocol):
     endpoint: KVEndpoint
     """What a sender needs to know."""
 
-    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
-        """From now on the sequence's block ``first + i`` may land in pool block ``blocks[i]``."""
+    def open(self, key: TransferKey, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
+        """From now on the sequence's block ``first + i`` may land in pool block ``blocks[i]``: each of ``lanes`` of it
+        in a push of its own."""
 
     def close(self, key: TransferKey) -> None:
         """Nothing more shall land for ``key``; unknown keys are ignored."""
@@ -80,10 +86,11 @@ class Receiver(Protocol):
 
 
 class Sender(Protocol):
-    """Pushes blocks of this worker's pool into a peer's."""
+    """Pushes blocks of this rank's pool into a peer's."""
 
-    def push(self, key: TransferKey, to: KVEndpoint, first: int, source: Blocks, target: Blocks) -> None:
-        """Copy pool block ``source[i]`` into the peer's block ``target[i]``: the sequence's block ``first + i``."""
+    def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:
+        """Copy ``heads`` of pool block ``source[i]`` into the peer's block ``target[i]``: the sequence's block
+        ``first + i``."""
 
     def cancel(self, key: TransferKey) -> None:
         """Stop pushing for ``key``; pushes not yet begun are dropped."""

@@ -5,6 +5,7 @@ from kv_transfer.transports.inproc import InprocReceiver, InprocSender
 from kv_transfer.transports.memory import PrivateMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
 from kv_transfer.transports.zmq import ZmqReceiver, ZmqSender
+from messages.common import KVShard
 
 TRANSPORTS = ("inproc", "shm", "zmq")
 
@@ -17,33 +18,31 @@ def allocate_pool(transport: str, num_blocks: int, block_bytes: int) -> PoolMemo
     return PrivateMemory(num_blocks, block_bytes)
 
 
-def make_sender(transport: str, pool: Pool, on_event: OnEvent) -> Sender:
-    """A sender that pushes blocks of ``pool``; ``shutdown`` it before the pool is released."""
+def make_sender(transport: str, pool: Pool, shard: KVShard, on_event: OnEvent) -> Sender:
+    """A sender out of ``pool``, whose blocks are those of ``shard``; ``shutdown`` it before the pool is released."""
     _check(transport)
     match transport:
         case "inproc":
-            return InprocSender(pool, on_event)
+            return InprocSender(pool, shard, on_event)
         case "shm":
-            return ShmSender(pool, on_event)
+            return ShmSender(pool, shard, on_event)
         case _:
-            return ZmqSender(pool, on_event)
+            return ZmqSender(pool, shard, on_event)
 
 
-def make_receiver(transport: str, host: str, memory: PoolMemory, layout: str, on_event: OnEvent) -> Receiver:
-    """A receiver into ``memory``, reachable at ``host``; ``shutdown`` it before the pool is released.
-
-    ``layout`` is the fingerprint of the pool's layout.
-    """
+def make_receiver(transport: str, host: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent) -> Receiver:
+    """A receiver into ``memory``, whose blocks are those of ``shard``, reachable at ``host``; ``shutdown`` it before
+    the pool is released."""
     _check(transport)
     match transport:
         case "inproc":
-            return InprocReceiver(memory.pool, layout, on_event)
+            return InprocReceiver(memory.pool, shard, on_event)
         case "shm":
             if not isinstance(memory, SharedMemory):
                 raise ValueError("transport shm needs a pool that allocate_pool made for shm")
-            return ShmReceiver(memory, layout)
+            return ShmReceiver(memory, shard)
         case _:
-            return ZmqReceiver(memory.pool, host, layout, on_event)
+            return ZmqReceiver(memory.pool, host, shard, on_event)
 
 
 def _check(transport: str) -> None:

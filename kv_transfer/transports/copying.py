@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from kv_transfer.core.plan import plan
+import numpy as np
+
+from kv_transfer.core.lanes import Heads
 from kv_transfer.transports.base import (
     Blocks,
     Cancelled,
@@ -19,7 +21,8 @@ from kv_transfer.transports.base import (
     TransferKey,
     TransportError,
 )
-from messages.common import KVEndpoint
+from kv_transfer.transports.records import LaneCopy
+from messages.common import KVEndpoint, KVShard
 
 STEP_BYTES = 8 << 20
 """Copied at once: a cancel, or a close, waits for no more than this."""
@@ -30,13 +33,6 @@ STOP_WITHIN = 10.0
 def blocks_in(num_bytes: int, block_bytes: int) -> int:
     """Whole blocks in ``num_bytes``, and one at least."""
     return max(1, num_bytes // block_bytes)
-
-
-def copy_blocks(into: Pool, target: Blocks, source_pool: Pool, source: Blocks) -> None:
-    """``into[target] = source_pool[source]`` piece by piece, with no array in between; lets go of the GIL in each."""
-    pieces = plan(source, target, max_blocks=len(source) or 1)
-    for here, there, count in zip(*(column.tolist() for column in pieces), strict=True):
-        into[there : there + count] = source_pool[here : here + count]
 
 
 def check_blocks(blocks: Blocks, num_blocks: int, whose: str) -> None:
@@ -51,11 +47,14 @@ class Job:
 
     key: TransferKey
     to: KVEndpoint
+    heads: Heads
     first: int
     source: Blocks
     target: Blocks
     begun: int = 0
     """Leading blocks that need no more looking at."""
+    num_bytes: int = 0
+    """That have gone to the peer."""
 
     def check(self, num_blocks: int) -> None:
         """Raise ``TransportError`` unless the blocks can be what the caller and the peer say."""
@@ -66,7 +65,7 @@ class Job:
 
     @property
     def pushed(self) -> Pushed:
-        return Pushed(self.key, self.first, len(self.source))
+        return Pushed(self.key, self.first, len(self.source), self.num_bytes)
 
 
 class Cancel(NamedTuple):
@@ -87,14 +86,16 @@ Command = Job | Cancel | Forget | Stop
 class BackgroundSender(ABC):
     """Hands what it is asked over to a thread of its own, which alone touches peers and reports events."""
 
-    def __init__(self, pool: Pool, on_event: OnEvent, name: str) -> None:
+    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent, name: str) -> None:
         self._pool = pool
+        self._shard = shard
+        self._lanes: dict[tuple[KVShard, Heads], LaneCopy] = {}
         self._on_event = on_event
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def push(self, key: TransferKey, to: KVEndpoint, first: int, source: Blocks, target: Blocks) -> None:
-        self._post(Job(key, to, first, source, target))
+    def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:
+        self._post(Job(key, to, heads, first, source, target))
 
     def cancel(self, key: TransferKey) -> None:
         self._post(Cancel(key))
@@ -112,6 +113,16 @@ class BackgroundSender(ABC):
     def _post(self, command: Command) -> None:
         self._commands.put(command)
 
+    def _lane(self, job: Job) -> LaneCopy:
+        """How the blocks of ``job`` are copied; raises ``TransportError`` if they cannot be."""
+        way = (job.to.shard, job.heads)
+        if way not in self._lanes:
+            try:
+                self._lanes[way] = LaneCopy(self._pool, self._shard, *way)
+            except ValueError as error:
+                raise TransportError(str(error)) from error
+        return self._lanes[way]
+
     @abstractmethod
     def _run(self) -> None:
         """The thread: carry out commands until ``Stop``."""
@@ -120,8 +131,8 @@ class BackgroundSender(ABC):
 class Target(Protocol):
     """A peer's pool as ``CopyingSender`` sees it."""
 
-    def write(self, key: TransferKey, first: int, target: Blocks, pool: Pool, source: Blocks) -> None:
-        """Copy rows ``source`` of ``pool`` into the peer's; raises ``TransportError`` when the peer is gone."""
+    def write(self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks) -> None:
+        """Copy the lane of blocks ``source`` into the peer's; raises ``TransportError`` when the peer is gone."""
 
     def release(self) -> None: ...
 
@@ -129,8 +140,10 @@ class Target(Protocol):
 class CopyingSender(BackgroundSender):
     """Pushes by copying in its own thread, in the order of the pushes."""
 
-    def __init__(self, pool: Pool, on_event: OnEvent, name: str, attach: Callable[[KVEndpoint], Target]) -> None:
-        super().__init__(pool, on_event, name)
+    def __init__(
+        self, pool: Pool, shard: KVShard, on_event: OnEvent, name: str, attach: Callable[[KVEndpoint], Target]
+    ) -> None:
+        super().__init__(pool, shard, on_event, name)
         self._attach = attach
         self._targets: dict[KVEndpoint, Target] = {}
         self._jobs: deque[Job] = deque()
@@ -178,26 +191,45 @@ class CopyingSender(BackgroundSender):
     def _step(self, job: Job) -> None:
         """Copy the next blocks of ``job``."""
         try:
-            target = self._target(job)
-            end = job.begun + blocks_in(STEP_BYTES, self._pool.shape[1])
+            if not job.begun:
+                job.check(len(self._pool))
+            lane, target = self._lane(job), self._target(job.to)
+            end = min(job.begun + blocks_in(STEP_BYTES, lane.row_bytes), len(job.source))
             part = slice(job.begun, end)
-            target.write(job.key, job.first + job.begun, job.target[part], self._pool, job.source[part])
+            target.write(job.key, job.first + job.begun, job.target[part], lane, job.source[part])
         except TransportError as error:
             self._jobs.popleft()
             self._let_go(job.to)
             self._on_event(PushFailed(job.key, str(error)))
             return
+        job.num_bytes += (end - job.begun) * lane.row_bytes
         job.begun = end
-        if end >= len(job.source):
+        if end == len(job.source):
             self._jobs.popleft()
             self._on_event(job.pushed)
 
-    def _target(self, job: Job) -> Target:
-        if not job.begun:
-            job.check(len(self._pool))
-        if job.to not in self._targets:
-            self._targets[job.to] = self._attach(job.to)
-        return self._targets[job.to]
+    def _target(self, to: KVEndpoint) -> Target:
+        if to not in self._targets:
+            self._targets[to] = self._attach(to)
+        return self._targets[to]
+
+
+class _Landing:
+    def __init__(self, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
+        self.first = first
+        self.blocks = blocks
+        self.lanes = {heads: place for place, heads in enumerate(lanes)}
+        self._arrived = np.zeros((len(lanes), len(blocks)), np.bool_)
+
+    def arrived(self, heads: Heads, first: int, count: int) -> Blocks:
+        """Note that these have come; those of them of which every lane has, since they were last told."""
+        if len(self.lanes) == 1:
+            return np.arange(first, first + count, dtype=np.int32)
+        here = self._arrived[:, first - self.first : first - self.first + count]
+        here[self.lanes[heads]] = True
+        complete = np.flatnonzero(here.all(axis=0)).astype(np.int32)
+        here[:, complete] = False
+        return complete + np.int32(first)
 
 
 class Landings:
@@ -206,26 +238,30 @@ class Landings:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._lock = threading.Lock()
-        self._open: dict[TransferKey, tuple[int, Blocks]] = {}
+        self._open: dict[TransferKey, _Landing] = {}
 
-    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
-        """The sequence's block ``first + i`` may land in row ``blocks[i]``."""
+    def open(self, key: TransferKey, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
+        """The sequence's block ``first + i`` may land in row ``blocks[i]``, each of ``lanes`` of it by itself."""
         if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < len(self._pool):
             raise ValueError(f"blocks of {key} are not all in the pool")
         with self._lock:
-            self._open[key] = (first, blocks)
+            self._open[key] = _Landing(first, blocks, lanes)
 
     def close(self, key: TransferKey) -> None:
         with self._lock:
             self._open.pop(key, None)
 
-    def land(self, key: TransferKey, first: int, count: int, copy: Callable[[Blocks], None]) -> bool:
-        """Call ``copy`` with the rows of the sequence's blocks ``first .. first + count`` if all of them are open."""
+    def land(
+        self, key: TransferKey, heads: Heads, first: int, count: int, copy: Callable[[Blocks], None]
+    ) -> Blocks | None:
+        """Call ``copy`` with the rows of the sequence's blocks ``first .. first + count`` if all of them are open to
+        ``heads``, else return None. Returns the blocks that are complete with it."""
         with self._lock:
-            if key not in self._open:
-                return False
-            begin, blocks = self._open[key]
+            landing = self._open.get(key)
+            if landing is None or heads not in landing.lanes:
+                return None
+            begin, blocks = landing.first, landing.blocks
             if not begin <= first <= first + count <= begin + len(blocks):
-                return False
+                return None
             copy(blocks[first - begin : first - begin + count])
-            return True
+            return landing.arrived(heads, first, count)

@@ -17,6 +17,7 @@ import numpy as np
 from kv_transfer.transports.base import (
     Blocks,
     Cancelled,
+    Heads,
     Landed,
     OnEvent,
     Pool,
@@ -61,6 +62,7 @@ def random_faults(rng: Random, rates: Mapping[Fault, float]) -> Iterator[Fault]:
 class _Push(NamedTuple):
     key: TransferKey
     to: KVEndpoint
+    heads: Heads
     first: int
     source: Blocks
     target: Blocks
@@ -93,11 +95,11 @@ class FaultySender:
         self._dead = False
         self._inner = make(self._wire, self._report)
 
-    def push(self, key: TransferKey, to: KVEndpoint, first: int, source: Blocks, target: Blocks) -> None:
+    def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:
         if self._dead:
             return
         held, self._held = self._held, []
-        push = _Push(key, to, first, source, target)
+        push = _Push(key, to, heads, first, source, target)
         match next(self._faults, Fault.NONE):
             case Fault.DROP:
                 self._on_event(Pushed(key, first, len(source)))
@@ -141,7 +143,7 @@ class FaultySender:
         self._next += len(rows)
         self._wire[rows] = self._pool[push.source]
         _spoil(fault, self._wire, rows, self._rng)
-        self._inner.push(push.key, push.to, push.first, rows, push.target)
+        self._inner.push(push.key, push.to, push.heads, push.first, rows, push.target)
 
     def _report(self, event: TransportEvent) -> None:
         if self._dead:
@@ -179,10 +181,10 @@ class FaultyReceiver:
         self.one_sided = self._inner.one_sided
         self.endpoint = self._inner.endpoint
 
-    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
+    def open(self, key: TransferKey, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
         with self._lock:
             self._open[key] = (first, blocks)
-        self._inner.open(key, first, blocks)
+        self._inner.open(key, first, blocks, lanes)
 
     def close(self, key: TransferKey) -> None:
         with self._lock:

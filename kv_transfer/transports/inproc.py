@@ -4,11 +4,10 @@ import itertools
 import os
 import threading
 
-import numpy as np
-
-from kv_transfer.transports.base import Blocks, Landed, OnEvent, Pool, TransferKey, TransportError
-from kv_transfer.transports.copying import CopyingSender, Landings, copy_blocks
-from messages.common import KVEndpoint
+from kv_transfer.transports.base import Blocks, Heads, Landed, OnEvent, Pool, TransferKey, TransportError
+from kv_transfer.transports.copying import CopyingSender, Landings
+from kv_transfer.transports.records import LaneCopy
+from messages.common import KVEndpoint, KVShard
 
 _numbers = itertools.count(1)
 _receivers: dict[str, "InprocReceiver"] = {}
@@ -20,18 +19,18 @@ class InprocReceiver:
 
     one_sided = False
 
-    def __init__(self, pool: Pool, layout: str, on_event: OnEvent) -> None:
+    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent) -> None:
         self._pool = pool
         self._on_event = on_event
         self._landings = Landings(pool)
         self.dropped = 0
         """Pieces of pushes that were not taken."""
-        self.endpoint = KVEndpoint("inproc", f"inproc://{os.getpid()}/{next(_numbers)}", layout, len(pool))
+        self.endpoint = KVEndpoint("inproc", f"inproc://{os.getpid()}/{next(_numbers)}", shard, len(pool))
         with _lock:
             _receivers[self.endpoint.address] = self
 
-    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
-        self._landings.open(key, first, blocks)
+    def open(self, key: TransferKey, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
+        self._landings.open(key, first, blocks, lanes)
 
     def close(self, key: TransferKey) -> None:
         self._landings.close(key)
@@ -44,28 +43,30 @@ class InprocReceiver:
         with _lock:
             _receivers.pop(self.endpoint.address, None)
 
-    def take(self, key: TransferKey, first: int, pool: Pool, source: Blocks) -> None:
-        """Copy rows ``source`` of ``pool`` into the rows open for the sequence's blocks ``first``, ...; any thread."""
-        if pool.shape[1] != self._pool.shape[1]:
-            raise TransportError(f"blocks of {pool.shape[1]} bytes do not fit a pool of {self._pool.shape[1]}")
-        count = len(source)
-        if self._landings.land(key, first, count, lambda rows: copy_blocks(self._pool, rows, pool, source)):
-            self._on_event(Landed(key, np.arange(first, first + count, dtype=np.int32)))
-        else:
+    def take(self, key: TransferKey, first: int, lane: LaneCopy, source: Blocks) -> None:
+        """Copy the lane of blocks ``source`` into what is open for the sequence's blocks ``first``, ...; any thread."""
+        if lane.target != self.endpoint.shard:
+            raise TransportError(f"blocks of {lane.target} do not fit a pool of {self.endpoint.shard}")
+        landed = self._landings.land(
+            key, lane.heads, first, len(source), lambda rows: lane.write(self._pool, rows, source)
+        )
+        if landed is None:
             self.dropped += 1
+        elif len(landed):
+            self._on_event(Landed(key, landed))
 
 
 class _Peer:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def write(self, key: TransferKey, first: int, target: Blocks, pool: Pool, source: Blocks) -> None:
+    def write(self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks) -> None:
         del target  # the receiver knows them itself
         with _lock:
             receiver = _receivers.get(self._address)
         if receiver is None:
             raise TransportError(f"there is no KV pool at {self._address} in this process")
-        receiver.take(key, first, pool, source)
+        receiver.take(key, first, lane, source)
 
     def release(self) -> None:
         pass
@@ -74,5 +75,5 @@ class _Peer:
 class InprocSender(CopyingSender):
     """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
 
-    def __init__(self, pool: Pool, on_event: OnEvent) -> None:
-        super().__init__(pool, on_event, "kv-inproc", lambda to: _Peer(to.address))
+    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent) -> None:
+        super().__init__(pool, shard, on_event, "kv-inproc", lambda to: _Peer(to.address))

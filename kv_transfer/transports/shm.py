@@ -6,10 +6,12 @@ One copy, and the receiver's process does nothing. It cannot refuse a write eith
 import select
 
 from engine.shared_memory import owner_gone
-from kv_transfer.transports.base import Blocks, OnEvent, Pool, TransferKey, TransportError
-from kv_transfer.transports.copying import CopyingSender, check_blocks, copy_blocks
+from kv_transfer.core.lanes import layout_of
+from kv_transfer.transports.base import Blocks, Heads, OnEvent, Pool, TransferKey, TransportError
+from kv_transfer.transports.copying import CopyingSender, check_blocks
 from kv_transfer.transports.memory import PeerMemory, SharedMemory
-from messages.common import KVEndpoint
+from kv_transfer.transports.records import LaneCopy
+from messages.common import KVEndpoint, KVShard
 
 
 class ShmReceiver:
@@ -17,10 +19,10 @@ class ShmReceiver:
 
     one_sided = True
 
-    def __init__(self, memory: SharedMemory, layout: str) -> None:
-        self.endpoint = KVEndpoint("shm", memory.address, layout, len(memory.pool))
+    def __init__(self, memory: SharedMemory, shard: KVShard) -> None:
+        self.endpoint = KVEndpoint("shm", memory.address, shard, len(memory.pool))
 
-    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
+    def open(self, key: TransferKey, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
         """Nothing to do: the sender was told the blocks."""
 
     def close(self, key: TransferKey) -> None:
@@ -34,16 +36,16 @@ class ShmReceiver:
 
 
 class _Peer:
-    def __init__(self, to: KVEndpoint, block_bytes: int) -> None:
-        self._memory = PeerMemory(to.address, to.num_blocks, block_bytes)
+    def __init__(self, to: KVEndpoint) -> None:
+        self._memory = PeerMemory(to.address, to.num_blocks, layout_of(to.shard).block_bytes)
         self._process = select.poll()
         self._process.register(self._memory.process, select.POLLIN)
 
-    def write(self, key: TransferKey, first: int, target: Blocks, pool: Pool, source: Blocks) -> None:
+    def write(self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks) -> None:
         if self._process.poll(0):
             raise TransportError("the process of the KV pool has died")
         check_blocks(target, len(self._memory.pool), "the receiver's")
-        copy_blocks(self._memory.pool, target, pool, source)
+        lane.write(self._memory.pool, target, source)
 
     def release(self) -> None:
         self._memory.release()
@@ -52,5 +54,5 @@ class _Peer:
 class ShmSender(CopyingSender):
     """Reports ``Pushed`` when the blocks stand in the peer's pool."""
 
-    def __init__(self, pool: Pool, on_event: OnEvent) -> None:
-        super().__init__(pool, on_event, "kv-shm", lambda to: _Peer(to, pool.shape[1]))
+    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent) -> None:
+        super().__init__(pool, shard, on_event, "kv-shm", _Peer)

@@ -2,7 +2,8 @@
 
 A push, end to end:
 
-1. The sender's thread cuts it into messages of a few MiB: a header, and views of the pool, which libzmq reads in place.
+1. The sender's thread cuts it into messages of a few MiB: a header, and views of the pool, which libzmq reads in place;
+   or, where the receiver keeps other heads or another dtype, of a buffer that is used again once it has been taken.
 2. No more than ``WINDOW_BYTES`` are under way to one peer, so that memory is bounded at both ends.
 3. The receiver's thread checks sizes against the header, and the header against the rows that are open for its key. It
    copies into those rows under the lock that ``close`` takes, and answers ``Taken``; what it cannot use it drops.
@@ -35,10 +36,12 @@ from kv_transfer.core.frames import (
     decode_taken,
     whole_blocks,
 )
+from kv_transfer.core.lanes import layout_of
 from kv_transfer.core.plan import plan
 from kv_transfer.transports.base import (
     Blocks,
     Cancelled,
+    Heads,
     Landed,
     OnEvent,
     Pool,
@@ -56,10 +59,10 @@ from kv_transfer.transports.copying import (
     Landings,
     Stop,
     blocks_in,
-    copy_blocks,
 )
+from kv_transfer.transports.records import LaneCopy, unpack
 from messages.codec import BadMessage, encode
-from messages.common import KVEndpoint
+from messages.common import KVEndpoint, KVShard
 
 MESSAGE_BYTES = 4 << 20
 """Payload of one message; a larger block is a message of its own."""
@@ -72,13 +75,15 @@ STALLED_AFTER = 5.0
 TURN_MS = 500
 """Milliseconds between looks at the clock while something is under way."""
 MESSAGES_A_TURN = 64
+BUFFER_BYTES = 64 << 10
+"""The smallest buffer that a message is packed into."""
 
 
 class ZmqSender(BackgroundSender):
     """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
 
-    def __init__(self, pool: Pool, on_event: OnEvent, stalled_after: float = STALLED_AFTER) -> None:
-        super().__init__(pool, on_event, "kv-zmq-send")
+    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent, stalled_after: float = STALLED_AFTER) -> None:
+        super().__init__(pool, shard, on_event, "kv-zmq-send")
         self._stalled_after = stalled_after
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake = _Wake()
@@ -134,13 +139,14 @@ class ZmqSender(BackgroundSender):
     def _accept(self, job: Job) -> None:
         try:
             job.check(len(self._pool))
+            lane = self._lane(job)
             if not len(job.source):
                 self._on_event(job.pushed)
                 return
             address = job.to.address
             if address not in self._links:
                 self._links[address] = _Link(self._context, address, self._pool)
-            self._links[address].add(job, time.monotonic())
+            self._links[address].add(job, lane, time.monotonic())
         except TransportError as error:
             self._on_event(PushFailed(job.key, str(error)))
 
@@ -181,6 +187,8 @@ class _Sent(NamedTuple):
     last: bool
     """Of its job."""
     tracker: zmq.MessageTracker
+    buffer: Pool | None
+    """What the message was packed into."""
 
 
 class _Link:
@@ -190,11 +198,13 @@ class _Link:
         if not address.startswith("tcp://"):
             raise TransportError(f"{address!r} is no address of a zmq receiver")
         self.address = address
-        self.jobs: deque[Job] = deque()
+        self.jobs: deque[tuple[Job, LaneCopy]] = deque()
         self.under_way: deque[_Sent] = deque()
         self.moved_at = 0.0
         """When the peer last took something, or first had something to take."""
         self._pool = pool
+        self._buffers: dict[int, list[Pool]] = {}
+        """Free ones, by size."""
         self._number = 0
         self._bytes = 0
         self._full = False  # or not connected
@@ -221,14 +231,14 @@ class _Link:
     def interest(self) -> int:
         return zmq.POLLIN | (zmq.POLLOUT if self._full else 0)
 
-    def add(self, job: Job, now: float) -> None:
+    def add(self, job: Job, lane: LaneCopy, now: float) -> None:
         if not self.busy:
             self.moved_at = now
-        self.jobs.append(job)
+        self.jobs.append((job, lane))
 
     def drop(self, key: TransferKey) -> None:
         """Send no more for ``key``; what is under way stays so."""
-        self.jobs = deque(job for job in self.jobs if job.key != key)
+        self.jobs = deque((job, lane) for job, lane in self.jobs if job.key != key)
 
     def hear(self, now: float) -> Iterator[Job]:
         """Take the peer's answers; the pushes that are complete."""
@@ -241,6 +251,8 @@ class _Link:
         while self.under_way and self.under_way[0].number <= min(taken, self._number - 1):
             sent = self.under_way.popleft()
             self._bytes -= sent.size
+            if sent.buffer is not None:
+                self._buffers[len(sent.buffer)].append(sent.buffer)
             self.moved_at = now
             if sent.last:
                 yield sent.job
@@ -249,27 +261,38 @@ class _Link:
         """Send what the window lets through."""
         self._full = False
         while self.jobs and len(self.under_way) < WINDOW_MESSAGES:
-            job, block_bytes = self.jobs[0], self._pool.shape[1]
+            job, lane = self.jobs[0]
+            block_bytes = lane.row_bytes
             end = min(job.begun + blocks_in(MESSAGE_BYTES, block_bytes), len(job.source))
             size = (end - job.begun) * block_bytes
             if self.under_way and self._bytes + size > WINDOW_BYTES:
                 return
             header = DataHeader(
                 *job.key, number=self._number, first=job.first + job.begun, count=end - job.begun,
-                block_bytes=block_bytes,
+                block_bytes=block_bytes, first_head=lane.heads.first, num_heads=lane.heads.num,
             )  # fmt: skip
-            message = [encode(header), *self._parts(job.source[job.begun : end])]
+            source = job.source[job.begun : end]
+            buffer = None if lane.whole else self._buffer(size)
+            parts = self._parts(source) if buffer is None else [_packed(lane, source, buffer[:size])]
             try:
-                tracker = self.socket.send_multipart(message, zmq.NOBLOCK, copy=False, track=True)
+                tracker = self.socket.send_multipart([encode(header), *parts], zmq.NOBLOCK, copy=False, track=True)
             except zmq.Again:
                 self._full = True
+                if buffer is not None:
+                    self._buffers[len(buffer)].append(buffer)
                 return
             job.begun = end
-            self.under_way.append(_Sent(self._number, job, size, end == len(job.source), tracker))
+            job.num_bytes += sum(part.nbytes for part in parts)
+            self.under_way.append(_Sent(self._number, job, size, end == len(job.source), tracker, buffer))
             self._number += 1
             self._bytes += size
             if end == len(job.source):
                 self.jobs.popleft()
+
+    def _buffer(self, size: int) -> Pool:
+        """One of at least ``size`` bytes, of a size that comes again; no more of them than the window lets through."""
+        free = self._buffers.setdefault(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), [])
+        return free.pop() if free else np.empty(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), np.uint8)
 
     def _parts(self, source: Blocks) -> list[Pool]:
         if self._pool.shape[1] < GATHER_BELOW:
@@ -286,7 +309,14 @@ class _Link:
         for sent in self.under_way:
             with contextlib.suppress(zmq.NotDone):
                 sent.tracker.wait(STOP_WITHIN)
-        return list({id(job): job for job in (*(sent.job for sent in self.under_way), *self.jobs)}.values())
+        return list(
+            {id(job): job for job in (*(sent.job for sent in self.under_way), *(job for job, _ in self.jobs))}.values()
+        )
+
+
+def _packed(lane: LaneCopy, source: Blocks, into: Pool) -> Pool:
+    lane.pack(into.reshape(len(source), -1), source)
+    return into
 
 
 class ZmqReceiver:
@@ -294,7 +324,7 @@ class ZmqReceiver:
 
     one_sided = False
 
-    def __init__(self, pool: Pool, host: str, layout: str, on_event: OnEvent) -> None:
+    def __init__(self, pool: Pool, host: str, shard: KVShard, on_event: OnEvent) -> None:
         """Listen on a free port of ``host``, an IP address of this machine."""
         block_bytes = pool.shape[1]
         if block_bytes > MAX_PART_BYTES:
@@ -320,12 +350,12 @@ class ZmqReceiver:
             self._wake.close()
             self._context.destroy(0)
             raise
-        self.endpoint = KVEndpoint("zmq", self._socket.get_string(zmq.LAST_ENDPOINT), layout, len(pool))
+        self.endpoint = KVEndpoint("zmq", self._socket.get_string(zmq.LAST_ENDPOINT), shard, len(pool))
         self._thread = threading.Thread(target=self._run, name="kv-zmq-receive", daemon=True)
         self._thread.start()
 
-    def open(self, key: TransferKey, first: int, blocks: Blocks) -> None:
-        self._landings.open(key, first, blocks)
+    def open(self, key: TransferKey, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
+        self._landings.open(key, first, blocks, lanes)
 
     def close(self, key: TransferKey) -> None:
         self._landings.close(key)
@@ -379,7 +409,8 @@ class ZmqReceiver:
             self._socket.send_multipart([identity, encode(Taken(header.number))], zmq.NOBLOCK)
 
     def _take(self, header: DataHeader, parts: list[zmq.Frame]) -> None:
-        block_bytes = self._pool.shape[1]
+        shard = self.endpoint.shard
+        block_bytes = layout_of(shard, header.heads).block_bytes
         data = [np.frombuffer(part.buffer, np.uint8) for part in parts]
         if header.block_bytes != block_bytes or not whole_blocks(header, [part.size for part in data]):
             self.malformed += 1
@@ -388,14 +419,14 @@ class ZmqReceiver:
         def copy(rows: Blocks) -> None:
             for part in data:
                 here = part.reshape(-1, block_bytes)
-                copy_blocks(self._pool, rows[: len(here)], here, np.arange(len(here), dtype=np.int32))
+                unpack(here, self._pool, shard, header.heads, rows[: len(here)])
                 rows = rows[len(here) :]
 
-        if self._landings.land(header.key, header.first, header.count, copy):
-            indices = np.arange(header.first, header.first + header.count, dtype=np.int32)
-            self._on_event(Landed(header.key, indices))
-        else:
+        landed = self._landings.land(header.key, header.heads, header.first, header.count, copy)
+        if landed is None:
             self.dropped += 1
+        elif len(landed):
+            self._on_event(Landed(header.key, landed))
 
 
 class _Wake:

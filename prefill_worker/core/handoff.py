@@ -7,6 +7,7 @@ from typing import NamedTuple
 from engine.core.blocks import BlockPool
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
+from kv_transfer.core.lanes import CannotPair, Route, plan_lanes
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CancelPushes,
@@ -18,7 +19,7 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
-from messages.common import KVEndpoint, WorkerAddress
+from messages.common import KVEndpoint, KVShard, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
@@ -57,16 +58,16 @@ class Handoffs:
     def __init__(
         self,
         address: WorkerAddress,
-        layout: str,
+        shards: tuple[KVShard, ...],
         transport: str,
         pool: BlockPool,
         timeouts: TransferTimeouts,
         sources: tuple[KVEndpoint, ...] = (),
     ) -> None:
-        """``sources``: where this worker's own KV stands, as far as others can see it."""
+        """``shards``: this worker's KV, rank by rank; ``sources``: where it stands, as far as others can see it."""
         self._address = address
         self._sources = sources
-        self._layout = layout
+        self._shards = shards
         self._transport = transport
         self._pool = pool
         self._timeouts = timeouts
@@ -87,6 +88,17 @@ class Handoffs:
     def wake_at(self) -> float:
         return min((handoff.session.wake_at for handoff in self._open.values()), default=float("inf"))
 
+    def misfit(self, decode: WorkerAddress) -> str:
+        """Why KV cannot be handed over to ``decode``; empty where it can."""
+        try:
+            self._route(decode)
+        except CannotPair as error:
+            return f"{decode.worker}: {error}"
+        return ""
+
+    def _route(self, decode: WorkerAddress) -> Route:
+        return Route(decode.kv, plan_lanes(self._shards, [endpoint.shard for endpoint in decode.kv]))
+
     def open(self, order: Prefill, seq: Sequence, now: float) -> list[Step]:
         """Ask decode for room; from here on the sequence's blocks are freed by the hand-over's end."""
         key = TransferKey(order.request, order.attempt)
@@ -97,12 +109,11 @@ class Handoffs:
             gateway=order.gateway,
             generation=order.generation,
             transport=self._transport,
-            layout=self._layout,
+            shards=self._shards,
             sources=self._sources,
             ticket=order.ticket,
         )
-        # One rank for now: tensor parallelism pairs each rank's endpoint with its own session.
-        session = SendSession(key, message, order.decode.kv[0], self._timeouts)
+        session = SendSession(key, message, self._route(order.decode), self._timeouts)
         self._open[key] = _Handoff(order, seq, session)
         return self._steps(key, session.open(now))
 

@@ -238,10 +238,11 @@ class PrefillMachine:
             return []  # asked again, or late
         actions = self._stop(order.request, order.attempt, "a newer attempt has come")
         reason = misfit(order.generation, self._pool, self._settings.vocab_size, self._settings.max_model_len)
-        if not order.decode.kv:
-            reason = f"{order.decode.worker} has no KV endpoint"
         if reason:
             return [*actions, self._failed(order, FailReason.CAPACITY, reason)]
+        reason = self._handoffs.misfit(order.decode)
+        if reason:
+            return [*actions, self._failed(order, FailReason.REFUSED, reason)]
         self._fences.raise_to(order.request, order.attempt)
         self._legs[order.request] = _Leg(order)
         self._waiting.append(order.request)

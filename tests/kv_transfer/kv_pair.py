@@ -7,13 +7,25 @@ from typing import Any
 import numpy as np
 
 from kv_transfer.core.events import Landed, TransferKey
+from kv_transfer.core.lanes import Heads
 from kv_transfer.transports.base import OnEvent, Pool, Receiver, Sender
 from kv_transfer.transports.build import allocate_pool, make_receiver, make_sender
 from kv_transfer.transports.faulty import FaultyReceiver, FaultySender
+from messages.common import KVEndpoint, KVShard
 from messages.ids import Attempt, RequestId
 
 WAIT = 10.0
-LAYOUT = "layout"
+
+
+def shard_of_bytes(block_bytes: int) -> KVShard:
+    """Of a block of so many bytes, of one layer and one head."""
+    values = block_bytes // 4
+    head_dim = next(side for side in range(min(values, 4096), 0, -1) if values % side == 0)
+    return KVShard(1, head_dim, values // head_dim, "float16", 1, 0, 1)
+
+
+ALL = Heads(0, 1)
+"""The heads of a shard of bytes."""
 
 
 class Events:
@@ -53,12 +65,13 @@ class Pair:
         self.here, self.there = (memory.pool for memory in self._memories)
         self.here[:] = np.random.default_rng(0).integers(0, 256, self.here.shape, np.uint8)
         self.sent, self.received = Events(), Events()
+        shard = shard_of_bytes(block_bytes)
 
         def sender(pool: Pool, on_event: OnEvent) -> Sender:
-            return make_sender(transport, pool, on_event)
+            return make_sender(transport, pool, shard, on_event)
 
         def receiver(on_event: OnEvent) -> Receiver:
-            return make_receiver(transport, "127.0.0.1", self._memories[1], LAYOUT, on_event)
+            return make_receiver(transport, "127.0.0.1", self._memories[1], shard, on_event)
 
         rng = Random(0)
         self.receiver: Receiver
@@ -69,6 +82,12 @@ class Pair:
         else:
             self.receiver, self.sender = receiver(self.received.put), sender(self.here, self.sent.put)
         self.to = self.receiver.endpoint
+
+    def open(self, key: TransferKey, first: int, blocks: Any) -> None:
+        self.receiver.open(key, first, blocks, (ALL,))
+
+    def push(self, key: TransferKey, first: int, source: Any, target: Any, to: KVEndpoint | None = None) -> None:
+        self.sender.push(key, to or self.to, ALL, first, source, target)
 
     def close(self) -> None:
         self.sender.shutdown()

@@ -12,9 +12,10 @@ from kv_transfer.core.events import Blocks, Landed, Pushed, PushFailed
 from kv_transfer.transports.build import make_receiver, make_sender
 from kv_transfer.transports.faulty import Fault, FaultyReceiver, FaultySender, random_faults
 from kv_transfer.transports.memory import PrivateMemory
-from tests.kv_transfer.kv_pair import Events, key, scattered
+from tests.kv_transfer.kv_pair import ALL, Events, key, scattered, shard_of_bytes
 
 BLOCK = 512
+SHARD = shard_of_bytes(BLOCK)
 COUNT = 10
 PUSHED = Pushed(key(), 0, COUNT)
 
@@ -29,13 +30,17 @@ class World:
         self.sent, self.received = Events(), Events()
         self.source, self.rows = scattered(1, COUNT), scattered(2, COUNT)
         self.receiver = FaultyReceiver(
-            self.there, lambda on_event: make_receiver("inproc", "", self.memory, "layout", on_event),
+            self.there, lambda on_event: make_receiver("inproc", "", self.memory, SHARD, on_event),
             self.received.put, receiving, Random(1),
         )  # fmt: skip
         self.sender = FaultySender(
-            self.here, lambda pool, on_event: make_sender("inproc", pool, on_event), self.sent.put, sending, Random(2)
+            self.here,
+            lambda pool, on_event: make_sender("inproc", pool, SHARD, on_event),
+            self.sent.put,
+            sending,
+            Random(2),
         )
-        self.receiver.open(key(), 0, self.rows)
+        self.receiver.open(key(), 0, self.rows, (ALL,))
 
     def __enter__(self) -> "World":
         return self
@@ -47,7 +52,7 @@ class World:
 
     def push(self, first: int = 0, count: int = COUNT) -> None:
         part = slice(first, first + count)
-        self.sender.push(key(), self.receiver.endpoint, first, self.source[part], self.rows[part])
+        self.sender.push(key(), self.receiver.endpoint, ALL, first, self.source[part], self.rows[part])
 
     def bad(self) -> Blocks:
         expected = digests(self.here, self.source, key(), 0)
@@ -145,7 +150,9 @@ def test_the_same_seed_makes_the_same_faults() -> None:
                 for place in range(COUNT):
                     world.push(place, 1)
             world.sender.release()
-            world.sender.push(key(2), world.receiver.endpoint, 0, world.source, world.rows)  # behind all the others
+            world.sender.push(
+                key(2), world.receiver.endpoint, ALL, 0, world.source, world.rows
+            )  # behind all the others
             world.sent.until(Pushed(key(2), 0, COUNT))
             return drawn, world.there.tobytes()
 

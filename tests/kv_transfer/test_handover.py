@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from kv_transfer.core.digest import digests
+from kv_transfer.core.lanes import Route, plan_lanes
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
     Digested,
     Ended,
+    LandingOpened,
     OpenLanding,
     Outcome,
     Push,
@@ -34,7 +36,7 @@ from messages.decode_to_prefill import CancelTransfer, TransferAcked
 from messages.ids import Address, Epoch, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer
 from messages.sampling import SamplingParams
-from tests.kv_transfer.kv_pair import LAYOUT, key, scattered
+from tests.kv_transfer.kv_pair import ALL, key, scattered, shard_of_bytes
 
 COUNT = 24
 TIMEOUTS = TransferTimeouts()
@@ -50,19 +52,20 @@ class Relay:
         self.there.pool[:] = 7
         self.source, self.target = scattered(seed, COUNT), scattered(seed + 1, COUNT)
         self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.receiver = make_receiver(transport, "127.0.0.1", self.there, LAYOUT, lambda e: self.post("decode", e))
+        shard = shard_of_bytes(block_bytes)
+        self.receiver = make_receiver(transport, "127.0.0.1", self.there, shard, lambda e: self.post("decode", e))
         self.sender = FaultySender(
-            self.here.pool, lambda pool, report: make_sender(transport, pool, report),
+            self.here.pool, lambda pool, report: make_sender(transport, pool, shard, report),
             lambda event: self.post("prefill", event), faults, Random(seed),
         )  # fmt: skip
         generation = Generation(pack_tokens([1]), SamplingParams(max_tokens=4))
         order = OpenTransfer(
             *key(), WorkerAddress(WorkerId("p"), Epoch(1), PREFILL), Address("tcp://gateway"), generation, transport,
-            LAYOUT, (), Ticket(WorkerId("p"), Epoch(1), WorkerId("d"), Epoch(1), b"m" * 32),
+            (shard,), (), Ticket(WorkerId("p"), Epoch(1), WorkerId("d"), Epoch(1), b"m" * 32),
         )  # fmt: skip
-        to = self.receiver.endpoint
-        self.prefill = SendSession(key(), order, to, TIMEOUTS)
-        self.decode = ReceiveSession(key(), DECODE, self.target, 0, self.receiver.one_sided, TIMEOUTS)
+        route = Route((self.receiver.endpoint,), plan_lanes([shard], [shard]))
+        self.prefill = SendSession(key(), order, route, TIMEOUTS)
+        self.decode = ReceiveSession(key(), DECODE, self.target, 0, route, self.receiver.one_sided, TIMEOUTS)
         self.ended: dict[str, Ended] = {}
         self.now = 0.0
 
@@ -75,15 +78,16 @@ class Relay:
                 case Ended():
                     assert who not in self.ended
                     self.ended[who] = action
-                case Push():
-                    self.sender.push(*action)
+                case Push(of, route, first, source, target):
+                    self.sender.push(of, route.to[0], ALL, first, source, target)
                 case CancelPushes():
                     self.sender.cancel(action.key)
                 case OpenLanding():
-                    self.receiver.open(*action)
+                    self.receiver.open(action.key, action.first, action.blocks, (ALL,))
+                    self.perform(who, self.decode.handle(LandingOpened(action.key), self.now))
                 case CloseLanding():
                     self.receiver.close(action.key)
-                case TakeDigests(of, first, blocks):
+                case TakeDigests(of, _, first, blocks):
                     pool = (self.here if who == "prefill" else self.there).pool
                     self.post(who, Digested(of, first, digests(pool, blocks, of, first)))
                 case OpenTransfer():

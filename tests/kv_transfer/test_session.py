@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from kv_transfer.core.digest import digests
 from kv_transfer.core.events import Cancelled, Landed, Pushed, TransferKey
+from kv_transfer.core.lanes import Route, plan_lanes
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
     Digested,
     Ended,
-    LookForWriter,
+    LandingOpened,
+    LookForWriters,
     OpenLanding,
     Outcome,
     Push,
@@ -30,7 +32,7 @@ from kv_transfer.core.session import (
     SendState,
     TakeDigests,
     TransferTimeouts,
-    WriterGone,
+    WritersGone,
 )
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
@@ -38,10 +40,13 @@ from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferRef
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
 from messages.sampling import SamplingParams
+from tests.kv_transfer.kv_pair import shard_of_bytes
 
 KEY = TransferKey(RequestId("f" * 32), Attempt(1))
 PREFILL, DECODE = Address("tcp://prefill"), Address("tcp://decode")
-ENDPOINT = KVEndpoint("test", "nowhere", "layout", 64)
+SHARD = shard_of_bytes(32)
+ENDPOINT = KVEndpoint("test", "nowhere", SHARD, 64)
+ROUTE = Route((ENDPOINT,), plan_lanes([SHARD], [SHARD]))
 TIMEOUTS = TransferTimeouts()
 BLOCK_BYTES = 32
 
@@ -54,7 +59,7 @@ def open_message() -> OpenTransfer:
         gateway=Address("tcp://gateway"),
         generation=Generation(pack_tokens([1]), SamplingParams(max_tokens=4)),
         transport="test",
-        layout="layout",
+        shards=(SHARD,),
         sources=(),
         ticket=Ticket(WorkerId("p"), Epoch(1), WorkerId("d"), Epoch(1), b"m" * 32),
     )
@@ -72,7 +77,7 @@ class World:
         self.there = np.zeros((64, BLOCK_BYTES), np.uint8)
         self.source = np.array(rng.sample(range(64), blocks), np.int32)
         self.target = np.array(rng.sample(range(64), blocks), np.int32)
-        self.sender = SendSession(KEY, open_message(), ENDPOINT, TIMEOUTS)
+        self.sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
         self.receiver: ReceiveSession | None = None
         self.transit: list[tuple[str, Any]] = []
         self.open_rows: dict[int, int] = {}
@@ -98,11 +103,12 @@ class World:
                     pushes = [entry for entry in self.transit if entry[0] == "transport"]
                     self.transit = [entry for entry in self.transit if entry not in pushes]
                     self.post("sender", Cancelled(KEY), lossy=False)
-                case TakeDigests(key, first, blocks):
+                case TakeDigests(key, _, first, blocks):
                     pool = self.here if who == "sender" else self.there
                     self.post(who, Digested(key, first, digests(pool, blocks, key, first)), lossy=False)
-                case OpenLanding(_, first, blocks):
+                case OpenLanding(_, _, first, blocks):
                     self.open_rows = {first + place: int(block) for place, block in enumerate(blocks)}
+                    self.post("receiver", LandingOpened(KEY), lossy=False)
                 case CloseLanding():
                     if not self.one_sided:
                         self.open_rows = {}
@@ -117,7 +123,7 @@ class World:
         elif to == "sender":
             self.perform("sender", self.sender.handle(event, self.now))
         elif isinstance(event, OpenTransfer) and self.receiver is None:
-            self.receiver = ReceiveSession(KEY, DECODE, self.target, 0, self.one_sided, TIMEOUTS)
+            self.receiver = ReceiveSession(KEY, DECODE, self.target, 0, ROUTE, self.one_sided, TIMEOUTS)
             self.perform("receiver", self.receiver.accept(self.now))
         elif self.receiver is not None:
             self.perform("receiver", self.receiver.handle(event, self.now))
@@ -217,25 +223,25 @@ def test_a_receiver_that_gives_up_frees_no_block_that_could_still_be_written(
 
 @pytest.mark.parametrize("release", ["confirmed", "dead", "process gone"])
 def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone(release: str) -> None:
-    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, True, TIMEOUTS, ENDPOINT)
+    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, ROUTE, True, TIMEOUTS, (ENDPOINT,))
     receiver.accept(0.0)
     actions = receiver.give_up("the client is gone", now=1.0)
     assert [type(action) for action in actions] == [CloseLanding, CancelTransfer]
-    assert [type(action) for action in receiver.tick(10.0)] == [CancelTransfer, LookForWriter]
+    assert [type(action) for action in receiver.tick(10.0)] == [CancelTransfer, LookForWriters]
     match release:
         case "confirmed":
             end = receiver.handle(TransferClosed(KEY.request, KEY.attempt, "stopped"), 11.0)
         case "dead":
             end = receiver.peer_lost(dead=True, now=11.0)
         case _:
-            end = receiver.handle(WriterGone(KEY), 11.0)
+            end = receiver.handle(WritersGone(KEY), 11.0)
     assert Ended in [type(action) for action in end]
 
 
 @pytest.mark.parametrize("state", ["landing", "quarantined"])
 def test_a_sender_that_is_only_silent_ends_no_quarantine(state: str) -> None:
     """It may be in the middle of a step, and push when it is over."""
-    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, True, TIMEOUTS)
+    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, ROUTE, True, TIMEOUTS)
     receiver.accept(0.0)
     if state == "quarantined":
         receiver.give_up("the client is gone", now=1.0)
@@ -246,13 +252,13 @@ def test_a_sender_that_is_only_silent_ends_no_quarantine(state: str) -> None:
 
 
 def test_what_a_silent_sender_still_writes_harms_nobody_where_the_receiver_writes_itself() -> None:
-    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, False, TIMEOUTS)
+    receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, ROUTE, False, TIMEOUTS)
     receiver.accept(0.0)
     assert Ended in [type(action) for action in receiver.peer_lost(dead=False, now=5.0)]
 
 
 def test_an_open_that_nobody_answers_fails_in_time() -> None:
-    sender = SendSession(KEY, open_message(), ENDPOINT, TIMEOUTS)
+    sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
     assert sender.open(0.0) == [open_message()]
     assert sender.tick(0.4) == []
     assert sender.tick(0.6) == [open_message()]
@@ -262,7 +268,7 @@ def test_an_open_that_nobody_answers_fails_in_time() -> None:
 
 def test_a_refusal_says_whether_another_pair_may_help() -> None:
     for retryable in (True, False):
-        sender = SendSession(KEY, open_message(), ENDPOINT, TIMEOUTS)
+        sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
         sender.open(0.0)
         refused = TransferRefused(KEY.request, KEY.attempt, retryable, "full")
         assert sender.handle(refused, 0.1) == [Ended(KEY, Outcome.REFUSED, "full", retryable)]
@@ -294,7 +300,7 @@ def test_a_repair_that_is_asked_for_twice_is_made_once() -> None:
 
 
 def test_an_end_from_before_a_repair_is_answered_with_the_repair() -> None:
-    receiver = ReceiveSession(KEY, DECODE, np.arange(2, dtype=np.int32), 0, True, TIMEOUTS)
+    receiver = ReceiveSession(KEY, DECODE, np.arange(2, dtype=np.int32), 0, ROUTE, True, TIMEOUTS)
     receiver.accept(0.0)
     end = EndTransfer(KEY.request, KEY.attempt, PREFILL, 1, FirstToken(1), 2, b"a" * 8 + b"b" * 8)
     receiver.handle(end, 0.0)

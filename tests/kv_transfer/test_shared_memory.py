@@ -20,10 +20,11 @@ from kv_transfer.transports.build import make_sender
 from kv_transfer.transports.memory import PeerMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
 from messages.common import KVEndpoint
-from tests.kv_transfer.kv_pair import Events, Pair, key, scattered
+from tests.kv_transfer.kv_pair import ALL, Events, Pair, key, scattered, shard_of_bytes
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 4096
+SHARD = shard_of_bytes(BLOCK)
 
 OWNER = """
 from kv_transfer.transports.memory import SharedMemory
@@ -36,16 +37,17 @@ import json, sys, queue
 import numpy as np
 from kv_transfer.core.events import TransferKey
 from kv_transfer.transports.build import allocate_pool, make_sender
-from messages.common import KVEndpoint
+from tests.kv_transfer.kv_pair import ALL, KVEndpoint, shard_of_bytes
 transport, address, target, block_bytes = json.loads(sys.argv[1])
 memory = allocate_pool(transport, 64, block_bytes)
 memory.pool[:] = 9
 events = queue.SimpleQueue()
-sender = make_sender(transport, memory.pool, events.put)
-to = KVEndpoint(transport, address, "layout", 64)
+shard = shard_of_bytes(block_bytes)
+sender = make_sender(transport, memory.pool, shard, events.put)
+to = KVEndpoint(transport, address, shard, 64)
 blocks = np.array(target, np.int32)
 while True:
-    sender.push(TransferKey(f"{1:032x}", 1), to, 0, blocks, blocks)
+    sender.push(TransferKey(f"{1:032x}", 1), to, ALL, 0, blocks, blocks)
     events.get()
     print("pushed", flush=True)
 """
@@ -76,28 +78,28 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def test_a_killed_sender_leaves_nothing_and_does_not_hurt_the_receiver(transport: str, make_pair: Any) -> None:
     pair: Pair = make_pair(transport, False, 64, 1 << 20)
     rows = scattered(1, 20)
-    pair.receiver.open(key(), 0, rows[:10])
-    pair.receiver.open(key(2), 0, rows[10:])
+    pair.open(key(), 0, rows[:10])
+    pair.open(key(2), 0, rows[10:])
     killed = start(SENDER, [transport, pair.to.address, rows[:10].tolist(), 1 << 20])
     assert line_of(killed) == "pushed"
     kill(killed)  # in the middle of the next one
     assert (pair.there[rows[:10]] == 9).all()
     assert not np.delete(pair.there, rows[:10], axis=0).any()
-    pair.sender.push(key(2), pair.to, 0, rows[10:], rows[10:])
+    pair.push(key(2), 0, rows[10:], rows[10:])
     assert pair.sent.next() == Pushed(key(2), 0, 10)
     np.testing.assert_array_equal(pair.there[rows[10:]], pair.here[rows[10:]])
 
 
 def test_a_push_into_the_pool_of_a_dead_process_fails() -> None:
     owner = start(OWNER)
-    to = KVEndpoint("shm", line_of(owner), "layout", 8)
+    to = KVEndpoint("shm", line_of(owner), SHARD, 8)
     pool, events, blocks = np.ones((8, BLOCK), np.uint8), Events(), np.arange(8, dtype=np.int32)
-    sender, late = ShmSender(pool, events.put), ShmSender(pool, events.put)
-    sender.push(key(), to, 0, blocks, blocks)
+    sender, late = ShmSender(pool, SHARD, events.put), ShmSender(pool, SHARD, events.put)
+    sender.push(key(), to, ALL, 0, blocks, blocks)
     assert events.next() == Pushed(key(), 0, 8)
     kill(owner)
     for each in (sender, late):  # one has the memory mapped, one has not
-        each.push(key(), to, 0, blocks, blocks)
+        each.push(key(), to, ALL, 0, blocks, blocks)
         failed = events.next()
         assert isinstance(failed, PushFailed) and failed.key == key()
         assert not num_pidfds()  # the mapping has gone with it
@@ -130,11 +132,11 @@ def test_a_writer_that_stands_still_is_not_taken_for_gone_and_a_dead_one_is() ->
 def test_a_pool_that_was_released_has_no_writer_any_more_and_nonsense_proves_nothing() -> None:
     memory = SharedMemory(8, BLOCK)
     assert not owner_gone(memory.address)
-    receiver = ShmReceiver(memory, "layout")
-    assert not receiver.writer_gone(KVEndpoint("zmq", "tcp://127.0.0.1:1", "layout", 8))
+    receiver = ShmReceiver(memory, SHARD)
+    assert not receiver.writer_gone(KVEndpoint("zmq", "tcp://127.0.0.1:1", SHARD, 8))
     memory.release()
     assert owner_gone(memory.address)
-    assert receiver.writer_gone(KVEndpoint("shm", memory.address, "layout", 8))
+    assert receiver.writer_gone(KVEndpoint("shm", memory.address, SHARD, 8))
     assert not owner_gone("nonsense")
 
 
@@ -183,15 +185,11 @@ def test_only_a_pool_of_the_right_size_that_cannot_shrink_is_mapped() -> None:
 def test_a_pool_of_another_block_size_is_not_written_to(transport: str, make_pair: Any) -> None:
     pair: Pair = make_pair(transport, False, 64, BLOCK)
     events, blocks = Events(), np.arange(4, dtype=np.int32)
-    pair.receiver.open(key(), 0, blocks)
+    pair.open(key(), 0, blocks)
     for block_bytes in (BLOCK // 2, 2 * BLOCK):
-        sender = make_sender(transport, np.ones((64, block_bytes), np.uint8), events.put)
+        sender = make_sender(transport, np.ones((64, block_bytes), np.uint8), shard_of_bytes(block_bytes), events.put)
         for num_blocks in (32, 64, 128):
-            sender.push(key(), msgspec.structs.replace(pair.to, num_blocks=num_blocks), 0, blocks, blocks)
-            if (num_blocks, transport) == (64 * BLOCK // block_bytes, "shm"):  # the same size, which layouts tell apart
-                assert events.next() == Pushed(key(), 0, 4)
-                pair.there[:] = 0
-            else:
-                assert isinstance(events.next(), PushFailed)
+            sender.push(key(), msgspec.structs.replace(pair.to, num_blocks=num_blocks), ALL, 0, blocks, blocks)
+            assert isinstance(events.next(), PushFailed)
         sender.shutdown()
     assert not pair.there.any()

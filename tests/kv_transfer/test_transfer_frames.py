@@ -9,7 +9,9 @@ from kv_transfer.core.frames import MAX_BLOCKS, MAX_PART_BYTES, DataHeader, Take
 from messages.codec import BadMessage, encode
 from messages.ids import Attempt, RequestId
 
-HEADER = DataHeader(RequestId("a" * 32), Attempt(1), number=0, first=3, count=2, block_bytes=512)
+HEADER = DataHeader(
+    RequestId("a" * 32), Attempt(1), number=0, first=3, count=2, block_bytes=512, first_head=0, num_heads=4
+)
 
 
 def test_a_header_survives_the_wire() -> None:
@@ -38,7 +40,8 @@ def test_a_damaged_header_decodes_within_bounds_or_not_at_all(place: int, byte: 
     [
         {"count": 0}, {"count": -1}, {"count": 2**16 + 1}, {"count": 2.0}, {"count": None},
         {"count": msgspec.msgpack.Ext(4, b"cos\nsystem\n.")}, {"first": -1}, {"first": 2**40},
-        {"block_bytes": 0}, {"block_bytes": 2**63}, {"number": -1}, {"attempt": 0}, {"attempt": True},
+        {"num_heads": 0}, {"num_heads": 2**20}, {"first_head": -1}, {"block_bytes": 0},
+        {"block_bytes": 2**63}, {"number": -1}, {"attempt": 0}, {"attempt": True},
         {"request": 7}, {"request": b"x"}, {"surplus": 1}, {"type": "Taken"},
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from kv_transfer.core.events import Cancelled, Landed, Pushed, PushFailed
 from kv_transfer.transports.build import TRANSPORTS, allocate_pool, make_receiver, make_sender
 from messages.common import KVEndpoint
-from tests.kv_transfer.kv_pair import Pair, key, scattered
+from tests.kv_transfer.kv_pair import Pair, key, scattered, shard_of_bytes
 
 MakePair = Callable[..., Pair]
 every_transport = pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_scattered_blocks_arrive_and_nothing_else_is_written(
     source, target = scattered(1, count, num_blocks), scattered(2, count, num_blocks)
     source[:4] = [4, 5, 6, 7]  # a run, too
     pair.there[:] = 7
-    pair.receiver.open(key(), 3, target)
-    pair.sender.push(key(), pair.to, 3, source, target)
+    pair.open(key(), 3, target)
+    pair.push(key(), 3, source, target)
     assert pair.sent.next() == Pushed(key(), 3, count)
     assert arrived(pair, count) in ([], [*range(3, 3 + count)])
     np.testing.assert_array_equal(pair.there[target], pair.here[source])
@@ -52,9 +52,9 @@ def test_scattered_blocks_arrive_and_nothing_else_is_written(
 def test_pushes_of_one_key_keep_their_order(transport: str, wrapped: bool, make_pair: MakePair) -> None:
     pair = make_pair(transport, wrapped)
     rows = scattered(1, 10)
-    pair.receiver.open(key(), 0, rows)
+    pair.open(key(), 0, rows)
     for source in range(40):  # each overwrites the one before it
-        pair.sender.push(key(), pair.to, source % 10, np.array([source], np.int32), rows[source % 10 :][:1])
+        pair.push(key(), source % 10, np.array([source], np.int32), rows[source % 10 :][:1])
     assert pair.sent.until(Pushed(key(), 9, 1))
     pushed = [event.first for _ in range(3) for event in pair.sent.until(Pushed(key(), 9, 1))]
     assert pushed == [*range(10)] * 3
@@ -67,11 +67,11 @@ def test_many_transfers_at_once_do_not_mix(transport: str, wrapped: bool, make_p
     pair = make_pair(transport, wrapped, 256)
     rows, source = scattered(1, 256, 256).reshape(32, 8), scattered(2, 256, 256).reshape(32, 8)
     for number in range(32):
-        pair.receiver.open(key(number), 0, rows[number])
+        pair.open(key(number), 0, rows[number])
     for begin in range(8):
         for number in range(32):
             part = slice(begin, begin + 1)
-            pair.sender.push(key(number), pair.to, begin, source[number, part], rows[number, part])
+            pair.push(key(number), begin, source[number, part], rows[number, part])
     assert len(pair.sent.until(Pushed(key(31), 7, 1))) == 256
     arrived(pair, 256)
     np.testing.assert_array_equal(pair.there[rows], pair.here[source])
@@ -83,11 +83,11 @@ def test_a_cancel_is_answered_once_and_nothing_is_written_after_it(
 ) -> None:
     pair = make_pair(transport, wrapped, 64, 1 << 20)
     rows = scattered(1, 60)
-    pair.receiver.open(key(1), 0, rows[:50])
-    pair.receiver.open(key(2), 0, rows[50:])
+    pair.open(key(1), 0, rows[:50])
+    pair.open(key(2), 0, rows[50:])
     for _ in range(4):
-        pair.sender.push(key(1), pair.to, 0, np.arange(50, dtype=np.int32), rows[:50])
-    pair.sender.push(key(2), pair.to, 0, np.arange(50, 60, dtype=np.int32), rows[50:])
+        pair.push(key(1), 0, np.arange(50, dtype=np.int32), rows[:50])
+    pair.push(key(2), 0, np.arange(50, 60, dtype=np.int32), rows[50:])
     pair.sender.cancel(key(1))
     until = pair.sent.until(Cancelled(key(1)))
     if not wrapped:  # whose own copies give the rest time to be pushed
@@ -107,13 +107,13 @@ def test_a_cancel_is_answered_once_and_nothing_is_written_after_it(
 def test_close_fences_a_late_writer(transport: str, make_pair: MakePair) -> None:
     pair = make_pair(transport, False, 64, 1 << 20)
     rows = scattered(1, 50)
-    pair.receiver.open(key(), 0, rows)
-    pair.sender.push(key(), pair.to, 0, np.arange(50, dtype=np.int32), rows)
+    pair.open(key(), 0, rows)
+    pair.push(key(), 0, np.arange(50, dtype=np.int32), rows)
     pair.received.until(Landed)
     pair.receiver.close(key())  # in the middle of it
     there = pair.there.copy()
     assert pair.sent.next() == Pushed(key(), 0, 50)
-    pair.sender.push(key(), pair.to, 0, np.arange(50, dtype=np.int32), rows)
+    pair.push(key(), 0, np.arange(50, dtype=np.int32), rows)
     assert pair.sent.next() == Pushed(key(), 0, 50)
     np.testing.assert_array_equal(pair.there, there)
     pair.receiver.close(key())
@@ -124,11 +124,11 @@ def test_close_fences_a_late_writer(transport: str, make_pair: MakePair) -> None
 def test_only_the_indices_that_are_open_can_be_written(transport: str, make_pair: MakePair) -> None:
     pair = make_pair(transport, False)
     rows = scattered(1, 4)
-    pair.receiver.open(key(), 2, rows)
+    pair.open(key(), 2, rows)
     for first in (0, 1, 3, 2**20):
-        pair.sender.push(key(), pair.to, first, np.arange(4, dtype=np.int32), rows)
+        pair.push(key(), first, np.arange(4, dtype=np.int32), rows)
         assert pair.sent.next() == Pushed(key(), first, 4)
-    pair.sender.push(key(1, attempt=2), pair.to, 2, np.arange(4, dtype=np.int32), rows)
+    pair.push(key(1, attempt=2), 2, np.arange(4, dtype=np.int32), rows)
     assert pair.sent.next() == Pushed(key(1, attempt=2), 2, 4)
     assert not pair.there.any()
     assert pair.received.empty
@@ -140,7 +140,7 @@ def test_what_cannot_be_pushed_fails_and_the_next_push_goes_through(
 ) -> None:
     pair = make_pair(transport, wrapped)
     good = np.array([1, 2], np.int32)
-    pair.receiver.open(key(), 0, good)
+    pair.open(key(), 0, good)
     bad: list[tuple[KVEndpoint, Any, Any]] = [
         (pair.to, good, np.array([0, 64], np.int32)),
         (pair.to, good, np.array([-1, 2], np.int32)),
@@ -151,12 +151,12 @@ def test_what_cannot_be_pushed_fails_and_the_next_push_goes_through(
         bad.append((pair.to, np.array([1, -2], np.int32), good))
         bad.append((pair.to, np.array([1, 64], np.int32), good))
     for to, source, target in bad:
-        pair.sender.push(key(), to, 0, source, target)
+        pair.push(key(), 0, source, target, to)
         assert isinstance(pair.sent.next(), PushFailed)
     assert not pair.there.any()
-    pair.sender.push(key(), pair.to, 0, good, good)
+    pair.push(key(), 0, good, good)
     assert pair.sent.next() == Pushed(key(), 0, 2)
-    pair.sender.push(key(), pair.to, 0, good[:0], good[:0])
+    pair.push(key(), 0, good[:0], good[:0])
     assert pair.sent.next() == Pushed(key(), 0, 0)
 
 
@@ -164,24 +164,24 @@ def test_what_cannot_be_pushed_fails_and_the_next_push_goes_through(
 def test_a_forgotten_peer_can_be_pushed_to_again(transport: str, wrapped: bool, make_pair: MakePair) -> None:
     pair = make_pair(transport, wrapped)
     blocks = np.array([5, 6], np.int32)
-    pair.receiver.open(key(), 0, blocks)
+    pair.open(key(), 0, blocks)
     for _ in range(3):
-        pair.sender.push(key(), pair.to, 0, blocks, blocks)
+        pair.push(key(), 0, blocks, blocks)
         assert pair.sent.next() == Pushed(key(), 0, 2)
         pair.sender.forget(pair.to)
 
 
 def test_an_unknown_transport_is_refused_by_name() -> None:
-    memory = allocate_pool("inproc", 1, 64)
+    memory, shard = allocate_pool("inproc", 1, 64), shard_of_bytes(64)
     for make in (
         lambda: allocate_pool("pigeon", 1, 64),
-        lambda: make_sender("pigeon", memory.pool, print),
-        lambda: make_receiver("pigeon", "127.0.0.1", memory, "", print),
+        lambda: make_sender("pigeon", memory.pool, shard, print),
+        lambda: make_receiver("pigeon", "127.0.0.1", memory, shard, print),
     ):
         with pytest.raises(ValueError, match="unknown KV transport 'pigeon'; there are inproc, shm, zmq"):
             make()
     with pytest.raises(ValueError, match="needs a pool that allocate_pool made for shm"):
-        make_receiver("shm", "127.0.0.1", memory, "", print)
+        make_receiver("shm", "127.0.0.1", memory, shard, print)
     memory.release()
 
 

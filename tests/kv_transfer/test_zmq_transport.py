@@ -17,9 +17,10 @@ from kv_transfer.transports.zmq import WINDOW_BYTES, ZmqReceiver, ZmqSender
 from messages.codec import encode
 from messages.common import KVEndpoint
 from messages.ids import Attempt, RequestId
-from tests.kv_transfer.kv_pair import Events, Pair, key, scattered
+from tests.kv_transfer.kv_pair import ALL, Events, Pair, key, scattered, shard_of_bytes
 
 BLOCK = 4096
+SHARD = shard_of_bytes(BLOCK)
 BLOCKS = np.arange(4, dtype=np.int32)
 
 
@@ -60,7 +61,7 @@ class Canary:
 
 
 def header(of: tuple[RequestId, Attempt], number: int = 0, **changes: int) -> DataHeader:
-    fields = {"first": 0, "count": 1, "block_bytes": BLOCK} | changes
+    fields = {"first": 0, "count": 1, "block_bytes": BLOCK, "first_head": 0, "num_heads": 1} | changes
     return DataHeader(*of, number=number, **fields)
 
 
@@ -71,8 +72,8 @@ def receiver_of(pair: Pair) -> ZmqReceiver:
 
 def assert_works(pair: Pair, number: int) -> None:
     rows = scattered(number, 5)
-    pair.receiver.open(key(number), 0, rows)
-    pair.sender.push(key(number), pair.to, 0, rows, rows)
+    pair.open(key(number), 0, rows)
+    pair.push(key(number), 0, rows, rows)
     assert pair.sent.next() == Pushed(key(number), 0, 5)
     np.testing.assert_array_equal(pair.there[rows], pair.here[rows])
 
@@ -80,7 +81,7 @@ def assert_works(pair: Pair, number: int) -> None:
 def test_malformed_messages_are_dropped_and_counted(make_pair: Any, tmp_path: Path) -> None:
     pair: Pair = make_pair("zmq", False, 64, BLOCK)
     receiver, rng = receiver_of(pair), random.Random(0)
-    pair.receiver.open(key(), 0, BLOCKS)
+    pair.open(key(), 0, BLOCKS)
     good, canary = encode(header(key())), pickle.dumps(Canary(tmp_path / "canary"))
     bad: list[list[bytes]] = [
         [b""],
@@ -114,7 +115,7 @@ def test_malformed_messages_are_dropped_and_counted(make_pair: Any, tmp_path: Pa
 
 def test_blocks_that_are_not_open_are_dropped_and_counted(make_pair: Any) -> None:
     pair: Pair = make_pair("zmq", False, 64, BLOCK)
-    pair.receiver.open(key(), 2, BLOCKS)
+    pair.open(key(), 2, BLOCKS)
     stranger = Stranger(pair.to.address)
     data = bytes([1]) * BLOCK
     for wrong in (
@@ -147,7 +148,7 @@ def test_a_receiver_listens_on_the_host_that_it_was_given_or_says_why_not(make_p
     pair: Pair = make_pair("zmq", False)
     assert pair.to.address.startswith("tcp://127.0.0.1:")
     with pytest.raises(zmq.ZMQError):
-        ZmqReceiver(pair.there, "203.0.113.7", "layout", print)
+        ZmqReceiver(pair.there, "203.0.113.7", pair.to.shard, print)
 
 
 class Silent:
@@ -155,7 +156,7 @@ class Silent:
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = KVEndpoint("zmq", f"tcp://127.0.0.1:{self._socket.getsockname()[1]}", "layout", 64)
+        self.endpoint = KVEndpoint("zmq", f"tcp://127.0.0.1:{self._socket.getsockname()[1]}", SHARD, 64)
 
     def close(self) -> None:
         self._socket.close()
@@ -164,17 +165,17 @@ class Silent:
 def test_a_peer_that_takes_nothing_fails_what_is_pushed_to_it_and_nothing_else(make_pair: Any) -> None:
     pair: Pair = make_pair("zmq", False, 64, BLOCK)
     silent, events = Silent(), Events()
-    sender = ZmqSender(pair.here, events.put, stalled_after=0.2)
+    sender = ZmqSender(pair.here, SHARD, events.put, stalled_after=0.2)
     for number in (1, 2, 2):
-        sender.push(key(number), silent.endpoint, 0, BLOCKS, BLOCKS)
-    pair.receiver.open(key(4), 0, BLOCKS)
-    sender.push(key(4), pair.to, 0, BLOCKS, BLOCKS)
+        sender.push(key(number), silent.endpoint, ALL, 0, BLOCKS, BLOCKS)
+    pair.open(key(4), 0, BLOCKS)
+    sender.push(key(4), pair.to, ALL, 0, BLOCKS, BLOCKS)
     assert events.next() == Pushed(key(4), 0, 4)
     assert [event.key for event in (events.next(), events.next(), events.next())] == [key(1), key(2), key(2)]
-    sender.push(key(1), silent.endpoint, 0, BLOCKS, BLOCKS)
+    sender.push(key(1), silent.endpoint, ALL, 0, BLOCKS, BLOCKS)
     sender.cancel(key(1))
     assert events.next() == Cancelled(key(1))
-    sender.push(key(1), silent.endpoint, 0, BLOCKS, BLOCKS)
+    sender.push(key(1), silent.endpoint, ALL, 0, BLOCKS, BLOCKS)
     sender.forget(silent.endpoint)
     assert isinstance(events.next(), PushFailed)
     sender.shutdown()
@@ -188,11 +189,12 @@ def test_a_cancel_over_a_stalled_link_is_answered_when_its_socket_is_given_up() 
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     pool, events = np.ones((64, 1 << 20), np.uint8), Events()
-    sender = ZmqSender(pool, events.put, stalled_after=0.3)
-    to = KVEndpoint("zmq", f"tcp://127.0.0.1:{port}", "layout", 64)
+    shard = shard_of_bytes(1 << 20)
+    sender = ZmqSender(pool, shard, events.put, stalled_after=0.3)
+    to = KVEndpoint("zmq", f"tcp://127.0.0.1:{port}", shard, 64)
     blocks = np.arange(64, dtype=np.int32)
     for number in (1, 2):
-        sender.push(key(number), to, 0, blocks, blocks)
+        sender.push(key(number), to, ALL, 0, blocks, blocks)
     received = 0
     while received + (4 << 20) <= WINDOW_BYTES:  # the window, and no more than that
         received += sum(len(frame) for frame in router.recv_multipart()[2:])
@@ -210,8 +212,8 @@ def test_a_cancel_over_a_stalled_link_is_answered_when_its_socket_is_given_up() 
 
 def test_a_sender_that_is_shut_down_with_work_to_do_stops() -> None:
     silent, events = Silent(), Events()
-    sender = ZmqSender(np.ones((64, BLOCK), np.uint8), events.put)
-    sender.push(key(), silent.endpoint, 0, BLOCKS, BLOCKS)
+    sender = ZmqSender(np.ones((64, BLOCK), np.uint8), SHARD, events.put)
+    sender.push(key(), silent.endpoint, ALL, 0, BLOCKS, BLOCKS)
     sender.shutdown()
     silent.close()
     assert events.empty

@@ -29,11 +29,13 @@ from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from router.core import machine as router
 from runtime.core.actions import Send, WakeAt
+from tests.kv_transfer.kv_pair import shard_of_bytes
 
 KEY = bytes(32)
 ROUTER, GATEWAY = Address("R"), Address("G")
+SHARD = shard_of_bytes(64)
 PREFILL = WorkerAddress(WorkerId("p0"), Epoch(1), Address("P"))
-DECODE = WorkerAddress(WorkerId("d0"), Epoch(2), Address("D"), (KVEndpoint("zmq", "tcp://d", "layout", 4096),))
+DECODE = WorkerAddress(WorkerId("d0"), Epoch(2), Address("D"), (KVEndpoint("zmq", "tcp://d", SHARD, 4096),))
 BLOCK = 16
 LINK = 0.0005
 """Seconds that a message, or a transport's answer, takes."""
@@ -64,14 +66,14 @@ class Simulation:
         timeouts = transfer.TransferTimeouts()
         self.prefill = PrefillMachine(
             PrefillSettings(address=PREFILL, **common),
-            Scheduler(pool, limits, frozenset()), pool, Handoffs(PREFILL, "layout", "zmq", pool, timeouts),
+            Scheduler(pool, limits, frozenset()), pool, Handoffs(PREFILL, (SHARD,), "zmq", pool, timeouts),
         )  # fmt: skip
         self.decode = DecodeMachine(
             DecodeSettings(
-                address=DECODE, role=Role.DECODE, layout="layout", block_bytes=1, **common
+                address=DECODE, role=Role.DECODE, block_bytes=1, **common
             ),
             Scheduler(self.decode_pool, limits, frozenset()), self.decode_pool,
-            Reservations(DECODE.mailbox, self.decode_pool, one_sided=False, timeouts=timeouts),
+            Reservations(DECODE.mailbox, DECODE.kv, self.decode_pool, one_sided=False, timeouts=timeouts),
         )  # fmt: skip
         self._machines: dict[str, PrefillMachine | DecodeMachine] = {"P": self.prefill, "D": self.decode}
         for name, machine in self._machines.items():
@@ -134,6 +136,8 @@ class Simulation:
                 case transfer.TakeDigests():
                     digests = bytes(DIGEST_BYTES * len(action.blocks))
                     self._answer(source, transfer.Digested(action.key, action.first, digests))
+                case transfer.OpenLanding():
+                    self._perform(source, self._machines[source].handle(transfer.LandingOpened(action.key), self.now))
                 case transfer.CancelPushes():
                     self._answer(source, Cancelled(action.key))
                 case gateway.Ended() | gateway.Failed():

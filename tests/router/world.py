@@ -14,6 +14,7 @@ from messages.seals import Sealed, seal
 from messages.worker_to_router import Register, Report
 from router.core.machine import Router, RouterSettings, Tick
 from runtime.core.actions import Send, WakeAt
+from tests.kv_transfer.kv_pair import shard_of_bytes
 
 KEY = b"k" * 32
 GATEWAY = Address("tcp://gateway:1")
@@ -24,7 +25,7 @@ BLOCKS = 1000
 
 def register(worker: str, role: Role, epoch: int = 1, max_model_len: int = 4096, *, max_num_seqs: int = 8,
              blocks: int = BLOCKS) -> Register:  # fmt: skip
-    kv = () if role is not Role.DECODE else (KVEndpoint("shm", f"pool-{worker}", "layout", blocks),)
+    kv = () if role is not Role.DECODE else (KVEndpoint("shm", f"pool-{worker}", shard_of_bytes(64), blocks),)
     address = WorkerAddress(WorkerId(worker), Epoch(epoch), Address(f"tcp://{worker}.{epoch}:1"), kv)
     return Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 

@@ -27,17 +27,19 @@ from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import ForgetPeer, Send
+from tests.kv_transfer.kv_pair import shard_of_bytes
 
 KEY = b"k" * 32
 ROUTER, GATEWAY = Address("tcp://127.0.0.1:1"), Address("tcp://127.0.0.1:2")
 VOCABULARY = 100
 REQUEST, ATTEMPT = RequestId("f" * 32), Attempt(1)
-ENDPOINT = KVEndpoint("zmq", "tcp://127.0.0.1:9", "layout", 8)
+SHARD = shard_of_bytes(64)
+ENDPOINT = KVEndpoint("zmq", "tcp://127.0.0.1:9", SHARD, 8)
 PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:3"))
 DECODE = WorkerAddress(WorkerId("decode-0"), Epoch(2), Address("tcp://127.0.0.1:4"), (ENDPOINT,))
 GENERATION = Generation(pack_tokens([1] * 20), SamplingParams(max_tokens=5))
 TICKET = mint(KEY, REQUEST, ATTEMPT, PREFILL, DECODE)
-OPEN = OpenTransfer(REQUEST, ATTEMPT, PREFILL, GATEWAY, GENERATION, "zmq", "layout", (), TICKET)
+OPEN = OpenTransfer(REQUEST, ATTEMPT, PREFILL, GATEWAY, GENERATION, "zmq", (SHARD,), (), TICKET)
 ORDER = Prefill(REQUEST, ATTEMPT, GATEWAY, GENERATION, DECODE, TICKET)
 ORDER_OF_60 = replace(ORDER, generation=Generation(pack_tokens([1] * 60), SamplingParams(max_tokens=1)))
 END = EndTransfer(REQUEST, ATTEMPT, PREFILL.mailbox, 1, FirstToken(7), 2, bytes(2 * DIGEST_BYTES))
@@ -53,10 +55,10 @@ def engine() -> tuple[Scheduler, BlockPool]:
 def decode() -> DecodeMachine:
     scheduler, pool = engine()
     settings = DecodeSettings(
-        address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, layout="layout", block_bytes=64,
+        address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=64,
         max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY,
     )  # fmt: skip
-    reservations = Reservations(DECODE.mailbox, pool, one_sided=True, timeouts=TransferTimeouts())
+    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, one_sided=True, timeouts=TransferTimeouts())
     return DecodeMachine(settings, scheduler, pool, reservations)
 
 
@@ -66,7 +68,7 @@ def prefill() -> PrefillMachine:
     settings = PrefillSettings(
         address=PREFILL, router=ROUTER, cluster_key=KEY, max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY
     )
-    return PrefillMachine(settings, scheduler, pool, Handoffs(PREFILL, "layout", "zmq", pool, TransferTimeouts()))
+    return PrefillMachine(settings, scheduler, pool, Handoffs(PREFILL, (SHARD,), "zmq", pool, TransferTimeouts()))
 
 
 def sent(actions: list[Any]) -> list[Any]:

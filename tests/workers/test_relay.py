@@ -202,7 +202,7 @@ def test_a_loop_that_fails_says_so_to_its_host(
         worker = relay.workers["prefill-0"]
         worker.on_failure = failures.put
         if failing == "the digests":
-            monkeypatch.setattr("runtime.worker.digests", broken)
+            monkeypatch.setattr("runtime.kv_port.digests", broken)
         else:
             monkeypatch.setattr(PrefillMachine, "handle", broken)
         relay.send(prompt(40), GREEDY, **PAIR)

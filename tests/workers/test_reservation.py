@@ -7,7 +7,7 @@ import pytest
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from kv_transfer.core.events import TransferKey
-from kv_transfer.core.session import OpenLanding, TransferTimeouts, WriterGone
+from kv_transfer.core.session import OpenLanding, TransferTimeouts, WritersGone
 from messages.codec import pack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
 from messages.decode_to_prefill import TransferRefused
@@ -15,9 +15,11 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import OpenTransfer, TransferClosed
 from messages.sampling import SamplingParams
 from runtime.core.actions import Send
+from tests.kv_transfer.kv_pair import shard_of_bytes
 
 PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:1"))
-SOURCE = KVEndpoint("shm", "/proc/1/fd/3#" + "0" * 32 + ":4096", "layout", 8)
+SHARD = shard_of_bytes(512)
+SOURCE = KVEndpoint("shm", "/proc/1/fd/3#" + "0" * 32 + ":4096", SHARD, 8)
 
 
 def order(number: int, attempt: int = 1) -> OpenTransfer:
@@ -28,7 +30,7 @@ def order(number: int, attempt: int = 1) -> OpenTransfer:
         gateway=Address("tcp://127.0.0.1:2"),
         generation=Generation(pack_tokens([1] * 40), SamplingParams(max_tokens=5)),
         transport="shm",
-        layout="layout",
+        shards=(SHARD,),
         sources=(SOURCE,),
         ticket=Ticket(PREFILL.worker, PREFILL.epoch, WorkerId("decode-0"), Epoch(2), bytes(32)),
     )
@@ -36,7 +38,10 @@ def order(number: int, attempt: int = 1) -> OpenTransfer:
 
 def made(*, one_sided: bool = True, num_blocks: int = 8) -> tuple[Reservations, BlockPool]:
     pool = BlockPool(num_blocks, 16)
-    return Reservations(Address("tcp://127.0.0.1:3"), pool, one_sided=one_sided, timeouts=TransferTimeouts()), pool
+    return (
+        Reservations(Address("tcp://127.0.0.1:3"), (SOURCE,), pool, one_sided=one_sided, timeouts=TransferTimeouts()),
+        pool,
+    )
 
 
 @pytest.mark.parametrize("how", ["the writer says so", "its supervisor says so", "its process is not there"])
@@ -52,7 +57,7 @@ def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: st
         case "its supervisor says so":
             reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=6.0)
         case _:
-            reservations.handle(WriterGone(TransferKey(order(1).request, Attempt(1))), 6.0)
+            reservations.handle(WritersGone(TransferKey(order(1).request, Attempt(1))), 6.0)
     assert pool.counts().held == reservations.blocks_held == 0
 
 
