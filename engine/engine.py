@@ -1,22 +1,23 @@
 """The engine by itself, in process: for scripts, tests and benchmarks."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from engine.core.blocks import BlockPool
+from engine.core.host_tier import HostTier
 from engine.core.outputs import TokenLogprobs
-from engine.core.scheduler import Progress, Scheduler, SchedulerLimits
+from engine.core.scheduler import Preemption, Progress, Scheduler, SchedulerLimits
 from engine.core.sequence import Sequence
 from engine.core.step_input import StepInput
 from engine.models.config import ModelConfig
 from engine.parallel import ParallelGroup
 from engine.runner import ModelRunner, kv_layout
 from engine.weights import resolve_model
-from messages.sampling import FinishReason, SamplingParams
+from messages.sampling import FinishReason, SamplingParams, seed_of_sample
 
 
 @dataclass(slots=True)
@@ -43,13 +44,18 @@ class Engine:
         max_num_batched_tokens: int = 512,
         prefill_chunk: int = 512,
         max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        preemption: Preemption = Preemption.RECOMPUTE,
+        swap_space: int = 0,
+        expected_output: int = 1024,
         group: ParallelGroup | None = None,
         broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
-        """``kv_bytes``: of this rank's KV pool. ``group`` and ``broadcast``: see ``ModelRunner``; for rank 0."""
+        """``kv_bytes`` of blocks, and ``swap_space`` bytes of them in host memory; both of each rank."""
         folder = resolve_model(str(model))
         config = ModelConfig.from_folder(folder)
-        num_blocks = max(1, kv_bytes // kv_layout(config, dtype, block_size, group=group).block_bytes)
+        block_bytes = kv_layout(config, dtype, block_size, group=group).block_bytes
+        num_blocks, swap_blocks = max(1, kv_bytes // block_bytes), swap_space // block_bytes
         context = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self.max_model_len = context
         limits = SchedulerLimits(
@@ -57,6 +63,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=context,
             prefill_chunk=prefill_chunk,
+            expected_output=expected_output,
         )
         self.runner = ModelRunner(
             folder,
@@ -64,19 +71,38 @@ class Engine:
             num_blocks=num_blocks,
             block_size=block_size,
             max_model_len=context,
+            swap_blocks=swap_blocks,
             group=group,
             broadcast=broadcast,
         )
-        self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.pool, limits, frozenset(config.eos_token_ids))
+        self.pool = BlockPool(num_blocks, block_size, caching=enable_prefix_caching)
+        self.host = HostTier(swap_blocks, block_size, caching=enable_prefix_caching) if swap_blocks else None
+        self.scheduler = Scheduler(self.pool, limits, frozenset(config.eos_token_ids), self.host, preemption=preemption)
         self._ids = count()
 
-    def add(self, prompt: Iterable[int], params: SamplingParams, *, generated: Iterable[int] = ()) -> str:
-        """Queue a prompt; returns its id. ``CapacityError`` where it can never fit."""
+    def add(
+        self, prompt: Iterable[int], params: SamplingParams, *, generated: Iterable[int] = (), salt: str = "",
+        fork_of: str | None = None,
+    ) -> str:  # fmt: skip
+        """Queue a prompt; returns its id. ``CapacityError`` where it can never fit.
+
+        Prompts share KV only with others of their ``salt``. ``fork_of``: the id of a sequence with the same prompt and
+        no output yet, from whose KV this one begins.
+        """
         seq_id = str(next(self._ids))
         tokens = np.fromiter(prompt, np.int32)
-        self.scheduler.add(Sequence(seq_id, tokens, params, generated=np.fromiter(generated, np.int32)))
+        seq = Sequence(seq_id, tokens, params, generated=np.fromiter(generated, np.int32), salt=salt)
+        self.scheduler.add(seq, fork_of=fork_of)
         return seq_id
+
+    def add_samples(self, prompt: Iterable[int], params: SamplingParams, n: int, *, salt: str = "") -> list[str]:
+        """Queue ``n`` samples of a prompt, each with a seed of its own; they share the prompt's blocks."""
+        prompt = list(prompt)
+        first = self.add(prompt, params, salt=salt)
+        each = (
+            replace(params, seed=seed_of_sample(params.seed, sample), prompt_logprobs=None) for sample in range(1, n)
+        )
+        return [first, *(self.add(prompt, one, salt=salt, fork_of=first) for one in each)]
 
     def step(self) -> list[Progress]:
         """Schedule, run, update; an empty list where there is nothing to do."""
@@ -91,10 +117,16 @@ class Engine:
         if seq is not None:
             self.pool.free(seq.take_blocks())
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
-        """All prompts together, to their ends, in the order given."""
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], n: int = 1
+    ) -> list[Completion]:
+        """``n`` samples of each prompt, all together, to their ends: those of the first prompt, then of the next."""
         each = params if isinstance(params, list) else [params] * len(prompts)
-        completions = {self.add(prompt, param): Completion() for prompt, param in zip(prompts, each, strict=True)}
+        completions = {
+            seq_id: Completion()
+            for prompt, param in zip(prompts, each, strict=True)
+            for seq_id in self.add_samples(prompt, param, n)
+        }
         while any(completion.finish_reason is None for completion in completions.values()):
             for progress in self.step():
                 record(completions[progress.seq.seq_id], progress)

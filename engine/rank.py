@@ -9,6 +9,7 @@ import torch
 from engine.attention import PagedAttention
 from engine.core.kv_layout import KVLayout
 from engine.core.step_input import StepInput
+from engine.host_blocks import HostBlocks
 from engine.kv_cache import KVCache
 from engine.models.config import ModelConfig
 from engine.models.registry import load_model
@@ -22,7 +23,8 @@ STEP_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)
 
 
 class RankModel:
-    """``kv_memory``: uint8, whole blocks of ``layout``, of the caller's; for example shared memory."""
+    """``kv_memory``: uint8, whole blocks of ``layout``, of the caller's; for example shared memory.
+    ``swap_blocks``: as many more in host memory, for KV that the pool has no room for."""
 
     def __init__(
         self,
@@ -34,9 +36,11 @@ class RankModel:
         dtype: str,
         kv_memory: torch.Tensor,
         max_positions: int,
+        swap_blocks: int = 0,
     ) -> None:
         self.layout = layout
         self.kv_cache = KVCache(layout, kv_memory)
+        self._host = HostBlocks(swap_blocks, layout.block_bytes)
         compute: torch.dtype = getattr(torch, dtype)
         heads = group.heads(config.num_heads, config.num_kv_heads)
         self.group = group
@@ -45,16 +49,19 @@ class RankModel:
             self._attention = PagedAttention(self.kv_cache, len(heads.query))
 
     @torch.inference_mode()
-    def forward(self, step: StepInput) -> torch.Tensor:
-        """Compute the step and write its KV -> the hidden states of ``logit_rows``, ``[rows, hidden]``."""
-        if len(step.copies):
-            copies = torch.from_numpy(step.copies.astype(np.int64))
+    def forward(self, step: StepInput) -> tuple[torch.Tensor, frozenset[int]]:
+        """Compute the step and write its KV -> the hidden states of ``logit_rows``, ``[rows, hidden]``, and the rows of
+        the step whose KV is not all numbers."""
+        self._host.swap_out(self.kv_cache, step.moves.swap_out)
+        self._host.swap_in(self.kv_cache, step.moves.swap_in)
+        if len(step.moves.copies):
+            copies = torch.from_numpy(step.moves.copies.astype(np.int64))
             self.kv_cache.copy(copies[:, 0], copies[:, 1])
         self._clear_begun(step)
         attend = self._attention.prepare(step)
         tokens = torch.from_numpy(step.tokens.astype(np.int64))
         hidden = self._model.forward(tokens, torch.from_numpy(step.positions), attend)
-        return hidden[torch.from_numpy(step.logit_rows.astype(np.int64))]
+        return hidden[torch.from_numpy(step.logit_rows.astype(np.int64))], _not_numbers(step, hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -64,7 +71,7 @@ class RankModel:
     def follow(self, step: StepInput) -> None:
         """What a rank other than 0 does of a step."""
         with self.group.step():
-            hidden = self.forward(step)
+            hidden, _ = self.forward(step)
             for rows in step.logit_chunks():
                 self.logits(hidden[rows])
 
@@ -83,3 +90,15 @@ class RankModel:
             blocks = step.block_tables[rows, last[rows]]
         if len(blocks):
             self.kv_cache.clear(torch.from_numpy(blocks.astype(np.int64)))
+
+
+def _not_numbers(step: StepInput, hidden: torch.Tensor) -> frozenset[int]:
+    """Rows with a hidden state that is not finite: then so is the KV of its token, or of one that it attends to. A row
+    that computes one token and samples shows it in its logits, so a decode step costs nothing here."""
+    if len(step.tokens) == step.num_sampled:
+        return frozenset()
+    finite = hidden.sum(-1, dtype=torch.float32).isfinite()
+    if bool(finite.all()):
+        return frozenset()
+    rows = np.repeat(np.arange(len(step.num_tokens)), step.num_tokens)
+    return frozenset(rows[~finite.cpu().numpy()].tolist())

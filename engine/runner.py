@@ -34,8 +34,8 @@ class ModelRunner:
     """Loads ``folder`` and runs steps.
 
     ``kv_memory``: ``num_blocks * layout.block_bytes`` bytes (uint8) of the caller's, for example shared memory; without
-    it the cache is allocated here. ``broadcast`` is given each step before it is run, for the group's other ranks.
-    Raises ``ModelError``.
+    it the cache is allocated here. ``swap_blocks``: of the host tier. ``broadcast`` is given each step before
+    it is run, for the group's other ranks. Raises ``ModelError``.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class ModelRunner:
         kv_dtype: str = "auto",
         kv_memory: torch.Tensor | None = None,
         max_model_len: int | None = None,
+        swap_blocks: int = 0,
         group: ParallelGroup | None = None,
         broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
@@ -69,6 +70,7 @@ class ModelRunner:
             dtype=self.config.resolve_dtype(dtype),
             kv_memory=kv_memory,
             max_positions=max_model_len or self.config.max_position_embeddings,
+            swap_blocks=swap_blocks,
         )
         self.kv_cache = self._model.kv_cache
 
@@ -77,22 +79,22 @@ class ModelRunner:
         step = step_input(plan, self.layout.block_size)
         self._broadcast(step)
         with self._model.group.step():
-            hidden = self._model.forward(step)
+            hidden, not_numbers = self._model.forward(step)
             chunks = [self._model.logits(hidden[rows]) for rows in step.logit_chunks()[: 1 if step.num_sampled else 0]]
             scored = self._score_prompts(plan, step, hidden)
         rows = np.flatnonzero(plan.samples)
         if not chunks:
-            return StepOutput(np.empty(0, np.int32), {}, scored)
+            return StepOutput(np.empty(0, np.int32), not_numbers=not_numbers, prompt_logprobs=scored)
         with torch.inference_mode():
-            return self._sample(plan, rows, chunks[0], scored)
+            tokens, logprobs = self._sample(plan, rows, chunks[0])
+        return StepOutput(tokens, logprobs, not_numbers, scored)
 
     def _sample(
         self,
         plan: StepPlan,
         rows: NDArray[np.int64],
         logits: torch.Tensor,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-    ) -> StepOutput:
+    ) -> tuple[NDArray[np.int32], dict[int, TokenLogprobs]]:
         sequences = [plan.sequences[row] for row in rows]
         asked = [place for place, seq in enumerate(sequences) if seq.params.logprobs is not None]
         raw = logits[asked].clone() if asked else logits
@@ -105,7 +107,7 @@ class ModelRunner:
             raw_rows = raw[[asked.index(place) for place in asked_valid]]
             made = logprobs_of(raw_rows, chosen, counts)
             logprobs = {int(rows[place]): entry for place, entry in zip(asked_valid, made, strict=True)}
-        return StepOutput(tokens, logprobs, prompt_logprobs)
+        return tokens, logprobs
 
     def _score_prompts(self, plan: StepPlan, step: StepInput, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of prompt tokens, for rows that asked for them."""
@@ -154,6 +156,7 @@ def step_input(plan: StepPlan, block_size: int) -> StepInput:
         block_tables=tables,
         logit_rows=np.concatenate([sampled, *scored]).astype(np.int32),
         num_sampled=len(sampled),
+        moves=plan.moves,
     )
 
 

@@ -12,13 +12,12 @@ from gateway.core.limits import Limits, max_new_tokens
 from gateway.request_models import ChatMessage, ChatRequest, CompletionRequest, SamplingRequest, check_message
 from gateway.tokenization import Tokenizer
 from messages.codec import pack_tokens
-from messages.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from messages.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, seed_of_sample
 
 DEFAULT_COMPLETION_TOKENS = 16
 CHAT_ROLES = ("system", "developer", "user", "assistant")
 TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
 """The template variables that a request may set."""
-SEED_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +203,7 @@ class Planner:
         for prompt in prompts:
             most = max_new_tokens(len(prompt.tokens), wanted, default, self._max_model_len, param=length)
             for child in range(n):
-                seed = secrets.randbits(63) if request.seed is None else (request.seed + child) & SEED_BITS
+                seed = secrets.randbits(63) if request.seed is None else seed_of_sample(request.seed, child)
                 scores = prompt_logprobs if child == 0 else None
                 own = {"max_tokens": most, "seed": seed, "prompt_logprobs": scores}
                 sampling.append(_sampling_params(fields | own))

@@ -9,6 +9,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOKEN_ID = 2**31 - 1
+SEED_BITS = (1 << 63) - 1
 GREEDY_BELOW = 1e-5
 """A temperature below this one draws the likeliest token whatever the number, and would overflow in fp32."""
 
@@ -82,7 +83,7 @@ class SamplingParams:
         _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("seed", self.seed, 0, 2**63 - 1)
+        _within("seed", self.seed, 0, SEED_BITS)
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _within(name, count, 0, MAX_LOGPROBS)
@@ -93,6 +94,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _within("a logit_bias token id", token, 0, MAX_TOKEN_ID)
             _within("logit_bias", bias, -100.0, 100.0)
+
+
+def seed_of_sample(seed: int, sample: int) -> int:
+    """The seed of one of the ``n`` samples of a request with this seed."""
+    return (seed + sample) & SEED_BITS
 
 
 def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

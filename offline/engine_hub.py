@@ -133,6 +133,7 @@ class EngineHub:
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # torch raises these
             log.exception("a step of %d sequences failed", len(plan.sequences))
             failed = [self._by_id.pop(seq.seq_id) for seq in plan.sequences]
+            self._engine.scheduler.failed(plan)
             for seq in plan.sequences:
                 self._engine.abort(seq.seq_id)
             detail = f"{type(error).__name__} in the engine"

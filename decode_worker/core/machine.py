@@ -139,7 +139,8 @@ class DecodeMachine:
         """The next step. Sequences already here come first; what they leave is promised to those that knock."""
         plan = self._scheduler.schedule(self._pace.budget)
         self._begun = now
-        if self._scheduler.num_waiting:
+        # What the plan is to copy away stands in blocks that are free by now: a landing must not write there before.
+        if self._scheduler.num_waiting or (plan is not None and plan.moves):
             return plan, []
         room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
         return plan, self._settle(self._reservations.admit(room, now))
@@ -161,6 +162,7 @@ class DecodeMachine:
 
     def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Action]:
         """The step could not run: its sequences' attempts fail, the worker goes on."""
+        self._scheduler.failed(plan)
         return [self._fail(RequestId(seq.seq_id), FailReason.ENGINE, detail) for seq in plan.sequences]
 
     def leave(self, now: float) -> list[Action]:
@@ -174,7 +176,7 @@ class DecodeMachine:
         self._pool.check_integrity()
         self._scheduler.check_integrity()
         held = sum(len(run.seq.block_table) for run in self._runs.values()) + self._reservations.blocks_held
-        assert held == self._pool.counts().held, f"{held} blocks have an owner, {self._pool.counts().held} are held"
+        assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"
 
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""

@@ -26,5 +26,7 @@ class StepOutput:
     """``[rows that sample]``; -1 where the logits were not numbers."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """By row of the plan, for those that asked."""
+    not_numbers: frozenset[int] = frozenset()
+    """Rows of the plan whose KV cannot be relied on: a hidden state in them was not finite."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row of the plan: for the prompt tokens whose predecessors were computed in this step."""

@@ -3,13 +3,13 @@
 from enum import Enum, auto
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engine.core.blocks import Blocks
+from engine.core.blocks import NO_BLOCKS, Blocks
+from engine.core.moves import Saved
 from engine.core.outputs import TokenLogprobs
+from engine.core.prefix import BlockHashes, Tokens
 from messages.sampling import FinishReason, SamplingParams
 
-Tokens = NDArray[np.int32]
 _EMPTY: Tokens = np.empty(0, np.int32)
 
 
@@ -43,12 +43,14 @@ class Sequence:
 
     ``generated`` holds tokens that earlier attempts made: they count as output, and are computed like a prompt.
     ``blocks`` and ``num_computed_tokens`` describe KV that has landed. With ``hand_over`` the scheduler stops after the
-    first new token, and never frees the blocks: whoever made the sequence does.
+    first new token, and never frees the blocks: whoever made the sequence does. Only sequences of the same ``salt``
+    share blocks.
     """
 
     __slots__ = (
-        "_blocks", "_num_blocks", "_tokens", "finish_reason", "hand_over", "num_computed_tokens", "num_prompt_tokens",
-        "num_tokens", "params", "plain_greedy", "prompt_logprobs", "seq_id", "status",
+        "_blocks", "_num_blocks", "_tokens", "arrival", "awaits", "finish_reason", "hand_over", "hashes",
+        "num_cached_tokens", "num_computed_tokens", "num_final_blocks", "num_prompt_tokens", "num_tokens", "params",
+        "plain_greedy", "prompt_logprobs", "salt", "saved", "seq_id", "shared_tail", "status",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +63,8 @@ class Sequence:
         blocks: Blocks | None = None,
         num_computed_tokens: int = 0,
         hand_over: bool = False,
+        salt: str = "",
+        hashes: BlockHashes | None = None,
     ) -> None:
         generated = _EMPTY if generated is None else generated
         self.seq_id = seq_id
@@ -77,8 +81,22 @@ class Sequence:
         self._tokens = np.empty(max(64, self.num_tokens * 2), np.int32)
         self._tokens[: len(prompt)] = prompt
         self._tokens[len(prompt) : self.num_tokens] = generated
-        self._blocks = np.empty(0, np.int32) if blocks is None else blocks.copy()
+        self._blocks = NO_BLOCKS if blocks is None else blocks.copy()
         self._num_blocks = len(self._blocks)
+        self.salt = salt
+        self.hashes = hashes
+        self.num_final_blocks = 0
+        """Leading blocks whose KV is final, and which can be found by others."""
+        self.num_cached_tokens = 0
+        """Tokens whose KV was there when it was first started."""
+        self.shared_tail = False
+        """Whether the block that it writes to next may be somebody else's too."""
+        self.saved: Saved | None = None
+        """Its KV in the host tier, while it is preempted."""
+        self.arrival = 0
+        """Its place in the order in which sequences came."""
+        self.awaits: object = None
+        """What it waits for, which another sequence is computing."""
         self.status = SequenceStatus.NEW
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -109,6 +127,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the logits of every token of its prompt are wanted still."""
+        return self.params.prompt_logprobs is not None and self.num_output_tokens == 0
+
     def append_token(self, token: int) -> None:
         if self.num_tokens == len(self._tokens):
             self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
@@ -123,6 +146,19 @@ class Sequence:
             self._blocks = grown
         self._blocks[self._num_blocks : total] = blocks
         self._num_blocks = total
+
+    def replace_block(self, place: int, block: int) -> int:
+        """Put another block into its table; returns the one that was there."""
+        previous = int(self._blocks[place])
+        self._blocks[place] = block
+        return previous
+
+    def restart(self) -> None:
+        """It has no KV any more: all of it is to be computed again."""
+        assert not self._num_blocks, f"{self} still has blocks"
+        self.num_computed_tokens = self.num_final_blocks = 0
+        self.shared_tail = False
+        self.prompt_logprobs.clear()
 
     def take_blocks(self) -> Blocks:
         """Its blocks, which it no longer owns."""

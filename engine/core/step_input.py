@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.core.moves import BlockMoves
+
 Ints = NDArray[np.int32]
-_NO_PAIRS: Ints = np.empty((0, 2), np.int32)
 
 LOGIT_ROWS = 256
 """Scored prompt positions whose logits are made at once: bounds the memory for a long prompt."""
@@ -32,8 +33,8 @@ class StepInput:
     """Places in ``tokens`` whose logits are wanted: first the ``num_sampled`` that a token is drawn at, then those of
     prompts that are scored."""
     num_sampled: int
-    copies: Ints = field(default_factory=lambda: _NO_PAIRS)
-    """``[n, 2]``: before anything is computed, block ``[i, 0]`` is copied into block ``[i, 1]`` (copy-on-write)."""
+    moves: BlockMoves = field(default_factory=BlockMoves)
+    """Blocks to copy before anything is computed."""
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

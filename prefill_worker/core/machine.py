@@ -190,6 +190,7 @@ class PrefillMachine:
 
     def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Action]:
         """The step could not run: its sequences' attempts fail, the worker goes on."""
+        self._scheduler.failed(plan)
         legs = [self._legs[RequestId(seq.seq_id)] for seq in plan.sequences]
         return [action for leg in legs for action in self._fail(leg, FailReason.ENGINE, detail)]
 
@@ -206,7 +207,7 @@ class PrefillMachine:
         self._scheduler.check_integrity()
         owned = [len(leg.seq.block_table) for leg in self._legs.values() if leg.seq is not None and not leg.opened]
         held = sum(owned) + self._handoffs.blocks_held
-        assert held == self._pool.counts().held, f"{held} blocks have an owner, {self._pool.counts().held} are held"
+        assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"
 
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""

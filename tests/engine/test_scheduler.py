@@ -118,7 +118,7 @@ def test_a_handed_over_sequence_keeps_its_blocks() -> None:
 
 
 def test_the_youngest_is_preempted_and_all_reach_their_end() -> None:
-    scheduler, pool = scheduler_of(num_blocks=10, block_size=4, max_model_len=40)
+    scheduler, pool = scheduler_of(num_blocks=10, block_size=4, max_model_len=40, expected_output=1)
     sequences = [sequence(name, 9, max_tokens=20) for name in "abc"]
     for seq in sequences:
         scheduler.add(seq)
@@ -172,7 +172,10 @@ def test_under_any_load_the_accounting_holds_and_everyone_is_served(
     scheduler, pool = scheduler_of(
         num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, prefill_chunk=chunk, max_model_len=40
     )
-    due = [(at, sequence(str(n), length, max_tokens=output)) for n, (at, length, output) in enumerate(arrivals)]
+    due = [
+        (at, sequence(str(n), length, max_tokens=output, salt=str(n)))
+        for n, (at, length, output) in enumerate(arrivals)
+    ]
     computed = 0
     for step in range(5_000):
         for _, seq in [entry for entry in due if entry[0] == step]:
@@ -196,8 +199,8 @@ def test_under_any_load_the_accounting_holds_and_everyone_is_served(
 
 def test_a_preempted_sequence_comes_back_when_all_of_it_fits() -> None:
     """Two that fit together at first and not at last: the work is once each, and the younger's start once more."""
-    scheduler, _ = scheduler_of(num_blocks=64, block_size=4, max_model_len=256)
-    sequences = [sequence(name, 100, max_tokens=100) for name in "ab"]
+    scheduler, _ = scheduler_of(num_blocks=64, block_size=4, max_model_len=256, expected_output=1)
+    sequences = [sequence(name, 100, max_tokens=100, salt=name) for name in "ab"]
     for seq in sequences:
         scheduler.add(seq)
     computed = 0
