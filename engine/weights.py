@@ -108,6 +108,10 @@ class Checkpoint:
         _let_go(part)
         self._unread.discard(name)
 
+    def skip(self, *names: str) -> None:
+        """These belong to another rank."""
+        self._unread.difference_update(names)
+
     def unread(self) -> Iterator[str]:
         """Tensors that nobody asked for; those that can be computed are not counted."""
         return (name for name in sorted(self._unread) if not name.endswith("rotary_emb.inv_freq"))

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from engine.core.errors import ModelError
 from engine.linear import Linear
-from engine.models.config import ModelConfig
+from engine.models.experts import ExpertsLayer
 from engine.models.interface import Attend
+from engine.models.llama_config import LlamaConfig
 from engine.ops import Rope, Rotation, rms_norm, silu_mul
 from engine.parallel import ParallelGroup
 from engine.weights import Checkpoint
@@ -20,7 +21,7 @@ from engine.weights import Checkpoint
 class Layer:
     """One rank's part of a decoder layer: its heads and its MLP columns (Shoeybi et al. 2019)."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, group: ParallelGroup, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, layer: int, dtype: torch.dtype) -> None:
         self._config = config
         self._group = group
         heads = group.heads(config.num_heads, config.num_kv_heads)
@@ -43,6 +44,10 @@ class Layer:
             hidden, config.attention_bias, dtype,
         )  # fmt: skip
         self.out = _row_parallel(checkpoint, group, f"{attn}.o_proj", (hidden, all_query), query, config.output_bias, dtype)
+        self._experts = None
+        if config.experts is not None and config.experts.sparse[layer]:
+            self._experts = ExpertsLayer(checkpoint, config, group, prefix, dtype)
+            return
         self.gate_up = _column_parallel(
             checkpoint, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [config.intermediate_size] * 2, [inner, inner],
             hidden, config.mlp_bias, dtype,
@@ -59,9 +64,11 @@ class Layer:
         rotation.apply_(qkv, self.heads, self.kv_heads, self.qk_norms, config.rms_norm_eps)
         query, key, value = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], 1)
         x += self._group.all_reduce(self.out(attend(index, query, key, value, window=config.windows[index])))
-        gate_up = self.gate_up(rms_norm(x, self.post_norm, config.rms_norm_eps))
-        x += self._group.all_reduce(self.down(silu_mul(gate_up)))
+        x += self._group.all_reduce(self._mlp(rms_norm(x, self.post_norm, config.rms_norm_eps)))
         return x
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(silu_mul(self.gate_up(x))) if self._experts is None else self._experts(x)
 
 
 class Llama:
@@ -71,7 +78,7 @@ class Llama:
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
+        self, folder: Path, config: LlamaConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
     ) -> None:
         self._config = config
         self._group = group

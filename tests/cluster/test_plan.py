@@ -173,7 +173,7 @@ def test_a_mistyped_folder_is_not_taken_for_an_id_of_the_hub(monkeypatch: Any) -
         (None, r"config\.json does not exist; a model folder holds config\.json and \*\.safetensors"),
         ("{", r"config\.json cannot be read"),
         ("[]", "holds no JSON object"),
-        ({"architectures": ["BertModel"]}, "BertModel is not supported; the native families are Llama"),
+        ({"architectures": ["BertModel"]}, "BertModel is not supported: it is no causal language model"),
         ({"num_hidden_layers": 0}, "has no empty side"),
         ({"num_hidden_layers": "many"}, r"config\.json: ValueError"),
         ({"torch_dtype": "float8"}, "dtype must be auto, float32, bfloat16, float16; got 'float8'"),

@@ -10,10 +10,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from engine.engine import Engine
@@ -70,6 +74,26 @@ SHAPES = {
             layer_types=["sliding_attention", "full_attention"],
         )
     ),
+    "qwen 3 moe": Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SMALL, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24
+        )
+    ),
+    "qwen 3 moe, sliding, every second layer dense, weights to sum 1": Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SMALL,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            decoder_sparse_step=2,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=24,
+        )
+    ),
+    "mixtral": MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=6)),
     "mistral": MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)),
     "mistral, sliding": MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=24)),
 }

@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from engine.core.errors import ModelError, StepLost
 from engine.core.step_input import StepInput
@@ -52,6 +65,13 @@ FAMILIES = {
     "llama, biases": LlamaForCausalLM(LlamaConfig(**PAIRS, attention_bias=True, mlp_bias=True)),
     "qwen 2": Qwen2ForCausalLM(Qwen2Config(**PAIRS)),
     "qwen 3": Qwen3ForCausalLM(Qwen3Config(**UNEVEN)),
+    "mistral, sliding": MistralForCausalLM(MistralConfig(**UNEVEN, sliding_window=24)),
+    "mixtral, fewer experts than ranks": MixtralForCausalLM(
+        MixtralConfig(**{**PAIRS, "intermediate_size": 100}, num_local_experts=3)
+    ),
+    "qwen 3 moe": Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**UNEVEN, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)
+    ),
 }
 
 

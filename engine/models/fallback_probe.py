@@ -1,0 +1,205 @@
+"""What a transformers model asks of attention, found out by asking it: two short prompts at load.
+
+First prompt: through transformers' own attention, for the logits to expect. Then, with a mask function and an attention
+of ours, layer by layer: heads, sizes, and how far each layer sees (from the mask that it would have been given).
+Both prompts in one flat batch then run as steps do; the logits must be the expected ones. That finds whatever else
+mixes tokens or looks at the batch: convolutions, biases of the scores, positions that are counted and not taken.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from engine.core.errors import ModelError
+from engine.models.config import ModelConfig
+from engine.models.interface import Attend
+
+ATTENTION = "baton_probe"
+LENGTHS = (5, 11)
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Of the logits' difference, relative to their spread."""
+_HARMLESS = {
+    "dropout", "scaling", "sliding_window", "softcap", "is_causal", "position_ids", "cache_position", "use_cache",
+    "position_embeddings", "past_key_values",
+}  # fmt: skip
+"""Options of an attention call that our attention follows, or may leave aside."""
+
+_NOTES: ContextVar["Notes"] = ContextVar("notes of the probe that runs")
+
+
+def prompts(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt, and another one with the first behind it."""
+    first, second = LENGTHS
+    ids = (torch.arange(first + second) * 37 + 11) % min(vocab_size, 1000)
+    return ids[first:], ids
+
+
+def transformers_logits(model: Any, tokens: torch.Tensor) -> tuple[str, type, torch.Tensor]:
+    """The name of the submodule that is the model without its head, what class it answers with, and the logits
+    ``[tokens, vocab]``."""
+    inner = {id(module) for module in (model.base_model, model.get_decoder())}
+    answered: list[tuple[str, type]] = []
+    hooks = [
+        module.register_forward_hook(lambda *args, name=name: answered.append((name, type(args[-1]))))
+        for name, module in model.named_modules()
+        if name and id(module) in inner
+    ]
+    try:
+        logits: torch.Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not answered:
+        raise ValueError("its layers cannot be told from its head")
+    return *answered[-1], logits  # the outermost answers last
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one layer asked for."""
+
+    heads: int
+    kv_heads: int
+    dims: tuple[int, int, int]
+    window: int | None
+
+
+class Notes:
+    """Takes down what layers ask of attention while it is entered."""
+
+    def __init__(self, what: str, config: ModelConfig) -> None:
+        self._what = what
+        self._config = config
+        self._masks: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self._seen: dict[int, _Seen] = {}
+        self._entered: Token[Notes] | None = None
+
+    def __enter__(self) -> "Notes":
+        self._entered = _NOTES.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._entered is not None:
+            _NOTES.reset(self._entered)
+
+    def refuse(self, why: str) -> ModelError:
+        return ModelError(f"{self._what} is not supported: {why}")
+
+    def add_mask(self, mask: torch.Tensor, visible: Callable[[int, int, torch.Tensor, torch.Tensor], Any]) -> None:
+        self._masks[mask.data_ptr()] = (mask, self._window(visible))
+
+    def call(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Note one layer's call, and answer it."""
+        unknown = sorted(name for name, given in options.items() if name not in _HARMLESS and given is not None)
+        unknown = [name for name in unknown if options[name] is not False]
+        if unknown:
+            raise self.refuse(f"its attention asks for {', '.join(unknown)}")
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or layer in self._seen:
+            raise self.refuse(f"its attention layers are not numbered one by one ({layer})")
+        if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            raise self.refuse("its attention is not causal")
+        if mask is not None and mask.data_ptr() not in self._masks:
+            raise self.refuse("it makes attention masks or biases of its own")
+        window = None if mask is None else self._masks[mask.data_ptr()][1]
+        dims = (query.shape[-1], key.shape[-1], value.shape[-1])
+        self._seen[layer] = _Seen(query.shape[1], key.shape[1], dims, window)
+        return query.new_zeros(1, query.shape[2], query.shape[1], dims[2])
+
+    def windows(self) -> dict[int, int | None]:
+        """Each layer's window. ``ModelError`` where the KV cache, laid out by config.json, does not fit the model."""
+        config = self._config
+        if not self._seen:
+            raise self.refuse("its attention does not go through transformers' attention interface")
+        if sorted(self._seen) != list(range(config.num_layers)):
+            raise self.refuse(f"{len(self._seen)} of its {config.num_layers} layers have attention with a KV cache")
+        for layer, seen in self._seen.items():
+            if (seen.heads, seen.kv_heads) != (config.num_heads, config.num_kv_heads) or (
+                max(seen.dims) > config.head_dim
+            ):
+                found = f"{seen.heads} heads and {seen.kv_heads} KV heads of {max(seen.dims)}"
+                read = f"{config.num_heads} and {config.num_kv_heads} of {config.head_dim}"
+                raise self.refuse(f"layer {layer} has {found}, where config.json reads as {read}")
+        return {layer: seen.window for layer, seen in self._seen.items()}
+
+    def _window(self, visible: Callable[[int, int, torch.Tensor, torch.Tensor], Any]) -> int | None:
+        """How many tokens a token sees, by a mask function of transformers; it must be the same everywhere."""
+        last = max(self._config.max_position_embeddings, 64)
+        zero = torch.tensor(0)
+        windows = []
+        for query in (last, last - 1, last // 2, last // 3):
+            seen = torch.as_tensor(visible(zero, zero, torch.tensor(query), torch.arange(query + 2)))  # type: ignore[arg-type]
+            first = int(seen.int().argmax())
+            window = query - first + 1
+            expected = torch.zeros(query + 2, dtype=torch.bool)
+            expected[first : query + 1] = True
+            if not torch.equal(seen.expand(query + 2), expected):
+                raise self.refuse("what its tokens see is neither all before them nor a window of it")
+            windows.append(None if first == 0 else window)
+        window_found = windows[0]
+        fits = all(w == window_found or (w is None and window_found is not None) for w in windows)
+        if not fits:
+            raise self.refuse("what its tokens see is neither all before them nor a sliding window of it")
+        return window_found
+
+
+def note_mask(*, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> torch.Tensor:
+    """In the place of transformers' mask functions: a tensor by which a layer's call is known again."""
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool)
+    _NOTES.get().add_mask(mask, mask_function)
+    return mask
+
+
+def dense_attention(counts: list[int]) -> Attend:
+    """Attention over whole prompts of ``counts`` tokens, by the formula and without a cache."""
+
+    def attend(
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", query.float(), key.float())
+        scores *= query.shape[-1] ** -0.5 if scale is None else scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        prompt = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        behind = torch.arange(len(prompt))[:, None] - torch.arange(len(prompt))
+        visible = (prompt[:, None] == prompt) & (behind >= 0)
+        if window is not None:
+            visible &= behind < window
+        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+        return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype).flatten(1)
+
+    return attend
+
+
+def compare(what: str, made: torch.Tensor, expected: torch.Tensor) -> None:
+    """``ModelError`` where the logits of the flat batch are not those of transformers."""
+    bound = TOLERANCE[made.dtype]
+    made, expected = made.float(), expected.float()
+    spread = float((expected - expected.mean(-1, keepdim=True)).norm())
+    error = float((made - expected).norm()) / max(spread, 1e-30)
+    if not error <= bound:
+        raise ModelError(
+            f"{what} is not supported: on a flat batch it gives other logits than alone (off by {error:.2g} of their "
+            "spread); something besides attention mixes its tokens, or it does not follow the positions given"
+        )
