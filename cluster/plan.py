@@ -3,11 +3,13 @@
 import difflib
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.document import Loc
 from cluster.errors import TopologyError
-from cluster.topology import KV, Pool, Topology
+from cluster.topology import Pool, Topology
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
 from engine.models.config import ModelConfig
@@ -40,8 +42,8 @@ class Plan:
     model: Path
     model_config: ModelConfig
     served_model_name: str
-    layout: KVLayout
-    num_blocks: int
+    dtype: str
+    """That the model computes in."""
     max_model_len: int
     transport: str
     cluster_key: bytes = field(repr=False)
@@ -62,7 +64,7 @@ class Plan:
             max_waiting=wanted.max_waiting,
             wait_timeout=wanted.wait_timeout,
             retry_after=wanted.retry_after,
-            block_size=self.layout.block_size,
+            block_size=self.topology.kv.block_size,
         )
         return RouterConfig(host=LOOPBACK, settings=settings)
 
@@ -94,10 +96,11 @@ class Plan:
             router=router,
             cluster_key=self.cluster_key,
             model=str(self.model),
-            dtype=self.layout.dtype,
+            dtype=self.dtype,
             device=self.topology.device,
-            num_blocks=self.num_blocks,
-            block_size=self.layout.block_size,
+            num_blocks=self.num_blocks(pool),
+            block_size=self.topology.kv.block_size,
+            kv_dtype=self.layout(pool).dtype,
             transport=self.transport,
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
@@ -106,10 +109,18 @@ class Plan:
             threads=pool.threads,
         )
 
-    @property
-    def kv_memory(self) -> int:
-        """Bytes of one worker's KV pool."""
-        return self.num_blocks * self.layout.block_bytes
+    def layout(self, pool: Pool) -> KVLayout:
+        """Of the KV blocks of the pool's workers."""
+        return _layout(self.topology, pool, self.model_config, self.dtype)
+
+    def num_blocks(self, pool: Pool) -> int:
+        """Of each of the pool's workers."""
+        kv = self.topology.kv
+        return kv.num_blocks or (kv.memory or DEFAULT_KV_MEMORY) // self.layout(pool).block_bytes
+
+    def kv_memory(self, pool: Pool) -> int:
+        """Bytes of one worker's KV."""
+        return self.num_blocks(pool) * self.layout(pool).block_bytes
 
 
 def make_plan(topology: Topology, *, download: bool = True) -> Plan:
@@ -118,7 +129,8 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
     try:
         config = ModelConfig.from_folder(folder)
         dtype = config.resolve_dtype(topology.dtype)
-        layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, dtype)
+        # Raises where no dtype of KV would do.
+        KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, dtype)
     except (ModelError, ValueError) as error:
         raise topology.error(("model",), str(error)) from error
     if not any(folder.glob("*.safetensors")):
@@ -127,21 +139,20 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
     if max_model_len > config.max_position_embeddings:
         text = f"the model's context is {config.max_position_embeddings} tokens, got {max_model_len}; lower it"
         raise topology.error(("limits", "max_model_len"), f"limits.max_model_len: {text}")
-    num_blocks = _num_blocks(topology.kv, layout)
-    needed = layout.blocks_for(max_model_len)
-    if num_blocks < needed:
-        raise _too_small(topology, layout, num_blocks, max_model_len)
-    return Plan(
+    plan = Plan(
         topology=topology,
         model=folder,
         model_config=config,
         served_model_name=topology.served_model_name or folder.name,
-        layout=layout,
-        num_blocks=num_blocks,
+        dtype=dtype,
         max_model_len=max_model_len,
         transport="shm" if topology.kv.transport == "auto" else topology.kv.transport,
         cluster_key=secrets.token_bytes(32),
     )
+    problems = [*_kv_problems(plan)]
+    if problems:
+        raise topology.errors(problems)
+    return plan
 
 
 def find_model(topology: Topology, *, download: bool) -> Path:
@@ -214,19 +225,48 @@ def _from_hub(topology: Topology, *, download: bool) -> Path:
         raise topology.error(("model",), text) from error
 
 
-def _num_blocks(kv: KV, layout: KVLayout) -> int:
-    return kv.num_blocks or (kv.memory or DEFAULT_KV_MEMORY) // layout.block_bytes
+def _layout(topology: Topology, pool: Pool, config: ModelConfig, dtype: str) -> KVLayout:
+    kv_dtype = pool.kv_dtype or topology.kv.dtype
+    stored = dtype if kv_dtype == "auto" else kv_dtype
+    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, stored)
 
 
-def _too_small(topology: Topology, layout: KVLayout, num_blocks: int, max_model_len: int) -> TopologyError:
+def _kv_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
+    """What is wrong with the pools' KV: one complaint about its shape, then those about what goes together."""
+    topology = plan.topology
+    for index, pool in enumerate(topology.pools):
+        try:
+            plan.layout(pool)
+        except ValueError as error:
+            yield _kv_dtype_of(index, pool), str(error)
+            return
+    smallest = min(topology.pools, key=lambda pool: plan.num_blocks(pool) * plan.layout(pool).block_size)
+    if plan.num_blocks(smallest) < plan.layout(smallest).blocks_for(plan.max_model_len):
+        yield _too_small(plan, smallest)
+    for index, pool in enumerate(topology.pools):
+        for source in topology.pools_of(Role.PREFILL) if pool.role == "decode" else []:
+            here, there = plan.layout(source), plan.layout(pool)
+            if here.quantized and there.dtype != here.dtype:
+                text = f"pool {source.name!r} hands over {here.dtype} KV, which cannot become {there.dtype}"
+                advice = f"write kv_dtype: {here.dtype} here, or a float dtype there"
+                yield _kv_dtype_of(index, pool), f"{text}; {advice}"
+
+
+def _kv_dtype_of(index: int, pool: Pool) -> Loc:
+    """Where the dtype of a pool's KV is said."""
+    return ("pools", index, "kv_dtype") if pool.kv_dtype is not None else ("kv", "dtype")
+
+
+def _too_small(plan: Plan, pool: Pool) -> tuple[Loc, str]:
+    layout, num_blocks, max_model_len = plan.layout(pool), plan.num_blocks(pool), plan.max_model_len
     needed = layout.blocks_for(max_model_len)
     advice = f"raise it, or set limits.max_model_len to {num_blocks * layout.block_size} or less"
-    if topology.kv.num_blocks is not None:
+    if plan.topology.kv.num_blocks is not None:
         text = f"kv.num_blocks: {num_blocks} blocks are less than the {needed} of one context"
-        return topology.error(("kv", "num_blocks"), f"{text} of {max_model_len} tokens; {advice}")
+        return ("kv", "num_blocks"), f"{text} of {max_model_len} tokens; {advice}"
     memory, least = size(num_blocks * layout.block_bytes), size(needed * layout.block_bytes)
     text = f"kv.memory: {memory} of blocks are less than the {least} of one context of {max_model_len} tokens"
-    return topology.error(("kv", "memory"), f"{text}; {advice}")
+    return ("kv", "memory"), f"{text}; {advice}"
 
 
 def size(count: float) -> str:

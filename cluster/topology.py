@@ -60,6 +60,7 @@ def _ray_address(address: str) -> str:
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Host = Annotated[str, AfterValidator(_plain_host)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
 Positive = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -93,6 +94,8 @@ class Pool(Section):
     max_num_batched_tokens: Positive = 2048
     prefill_chunk: Positive = 512
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    kv_dtype: KVDtype | None = None
+    """Of this pool's KV; ``kv.dtype`` if it is not given."""
 
 
 class KV(Section):
@@ -102,6 +105,8 @@ class KV(Section):
     memory: Size | None = None
     num_blocks: Positive | None = None
     transport: Literal["auto", "shm", "zmq"] = "auto"
+    dtype: KVDtype = "auto"
+    """auto: what the model computes in. int8 and fp8 have a scale for each head's K or V in a block."""
 
 
 class Gateway(Section):

@@ -36,14 +36,14 @@ def check_machine(topology: Topology) -> None:
 def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     """What would start, as rows of name and text."""
     topology, config = plan.topology, plan.model_config
-    yield "model", f"{plan.served_model_name} ({config.architecture}, {config.num_layers} layers, {plan.layout.dtype})"
+    yield "model", f"{plan.served_model_name} ({config.architecture}, {config.num_layers} layers, {plan.dtype})"
     yield "folder", str(plan.model)
     for pool in topology.pools:
         names = f"{pool.name}-0" if pool.replicas == 1 else f"{pool.name}-0 ... {pool.name}-{pool.replicas - 1}"
-        cpus = f"{pool.resources.cpus:g} CPUs and {size(plan.kv_memory)} of KV each"
-        yield pool.role, f"{names}: {pool.max_num_seqs} sequences a step, {cpus}"
-    blocks = f"{plan.num_blocks} blocks of {plan.layout.block_size} tokens in each worker"
-    yield "kv", f"{blocks}, moved over {plan.transport}"
+        kv = f"{plan.num_blocks(pool)} blocks ({size(plan.kv_memory(pool))}) of {plan.layout(pool).dtype} KV each"
+        cpus = f"{pool.resources.cpus:g} CPUs"
+        yield pool.role, f"{names}: {pool.max_num_seqs} sequences a step, {cpus} and {kv}"
+    yield "kv", f"blocks of {topology.kv.block_size} tokens, moved over {plan.transport}"
     yield "context", f"{plan.max_model_len} tokens"
     gateway = topology.gateway
     host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
@@ -91,5 +91,4 @@ def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
 def _memory(plan: Plan) -> int:
     """Bytes that all workers' weights and KV pools take."""
     weights = sum(file.stat().st_size for file in plan.model.glob("*.safetensors"))
-    workers = sum(pool.replicas for pool in plan.topology.pools)
-    return workers * (weights + plan.kv_memory)
+    return sum(pool.replicas * (weights + plan.kv_memory(pool)) for pool in plan.topology.pools)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.core.blocks import BlockPool
+from engine.core.errors import ModelError
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from engine.models.config import ModelConfig
 from engine.runner import ModelRunner, kv_layout
@@ -52,7 +53,9 @@ class WorkerActor(ABC):
         config = self._config
         torch.set_num_threads(config.threads)
         folder = Path(config.model)
-        layout = kv_layout(ModelConfig.from_folder(folder), config.dtype, config.block_size)
+        layout = kv_layout(ModelConfig.from_folder(folder), config.dtype, config.block_size, kv_dtype=config.kv_dtype)
+        if layout.quantized:
+            raise ModelError(f"attention over {layout.dtype} KV comes next; write another kv.dtype")
         self._memory = allocate_pool(config.transport, config.num_blocks, layout.block_bytes)
         runner = ModelRunner(
             folder,
@@ -60,6 +63,7 @@ class WorkerActor(ABC):
             device=config.device,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
+            kv_dtype=config.kv_dtype,
             kv_memory=torch.from_numpy(self._memory.pool).view(-1),
             max_model_len=config.max_model_len,
         )

@@ -26,6 +26,8 @@ class WorkerConfig:
     num_blocks: int
     block_size: int
     """Tokens in a KV block."""
+    kv_dtype: str
+    """What KV is stored in: a dtype that models compute in, or int8 or fp8; auto for the model's own."""
     transport: str
     """How KV leaves and enters this worker: shm, zmq, inproc."""
     max_num_seqs: int

@@ -144,7 +144,7 @@ def test_shipped_topologies_are_valid_and_their_plan_is_shown(
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("OK\n")
     assert "tiny-llama (LlamaForCausalLM, 6 layers, bfloat16)" in said.out
-    assert "2048 blocks of 16 tokens in each worker" in said.out
+    assert "and 2048 blocks (96.0 MiB) of bfloat16 KV each" in said.out
 
 
 @pytest.mark.parametrize("command", ["validate", "up", "up -d"])

@@ -84,13 +84,14 @@ def test_blocks_move_through_shared_memory_unless_told_otherwise(plan_of: Any, a
 )
 def test_memory_becomes_blocks(plan_of: Any, kv: dict[str, Any], blocks: int) -> None:
     plan = plan_of(kv=kv)
-    assert plan.num_blocks == blocks
-    assert plan.kv_memory == blocks * plan.layout.block_bytes
+    (pool,) = plan.topology.pools
+    assert plan.num_blocks(pool) == blocks
+    assert plan.kv_memory(pool) == blocks * plan.layout(pool).block_bytes
 
 
 def test_the_pool_must_hold_one_whole_context(plan_of: Any) -> None:
     assert plan_of(kv={"num_blocks": 256}).max_model_len == 4096
-    assert plan_of(kv={"num_blocks": 2}, limits={"max_model_len": 32}).num_blocks == 2
+    assert plan_of(kv={"num_blocks": 2}, limits={"max_model_len": 32}).max_model_len == 32
     with pytest.raises(
         TopologyError, match=r"255 blocks are less than the 256 of one .* limits\.max_model_len to 4080"
     ):
@@ -99,6 +100,47 @@ def test_the_pool_must_hold_one_whole_context(plan_of: Any) -> None:
         TopologyError, match=r"kv\.memory: 10\.0 MiB of blocks are less than the 12\.0 MiB of one conte"
     ):
         plan_of(kv={"memory": "10MiB"})
+
+
+def test_each_pool_has_as_many_blocks_of_its_own_kv_as_fit_its_memory(plan_of: Any) -> None:
+    pools = [{"name": "p", "role": "prefill"}, {"name": "d", "role": "decode", "kv_dtype": "int8"}]
+    prefill, decode = (worker.config for worker in plan_of(pools, kv={"memory": "96MiB"}).workers("r"))
+    assert (prefill.dtype, prefill.kv_dtype, prefill.num_blocks) == ("bfloat16", "bfloat16", (96 << 20) // (48 << 10))
+    assert (decode.dtype, decode.kv_dtype) == ("bfloat16", "int8")
+    assert decode.num_blocks == (96 << 20) // (6 * 2 * 4 * (16 * 32 + 16))
+    (fp8,) = plan_of(kv={"dtype": "fp8"}, dtype="float32").workers("r")
+    assert (fp8.config.dtype, fp8.config.kv_dtype) == ("float32", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("kv", "pools", "told"),
+    [
+        ("int8", (None, "bfloat16"), "pool 'p' hands over int8 KV, which cannot become bfloat16; write kv_dtype: int8"),
+        ("auto", ("fp8", None), "pool 'p' hands over fp8 KV, which cannot become bfloat16"),
+        ("auto", ("fp8", "int8"), "pool 'p' hands over fp8 KV, which cannot become int8"),
+    ],
+)
+def test_pools_whose_kv_cannot_be_handed_over_are_refused(
+    plan_of: Any, kv: str, pools: tuple[str | None, str | None], told: str
+) -> None:
+    described = [
+        {"name": role[0], "role": role, "kv_dtype": dtype}
+        for role, dtype in zip(("prefill", "decode"), pools, strict=True)
+    ]
+    with pytest.raises(TopologyError, match=told):
+        plan_of(described, kv={"dtype": kv})
+    for good in (("float32", "int8"), ("int8", "int8"), ("fp8", "fp8"), ("float32", "bfloat16")):
+        for pool, dtype in zip(described, good, strict=True):
+            pool["kv_dtype"] = dtype
+        assert [worker.config.kv_dtype for worker in plan_of(described).workers("r")] == [*good]
+
+
+def test_blocks_that_no_scale_can_follow_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    config = {**json.loads((tiny_llama / "config.json").read_text()), "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    topology = Topology.parse({"model": str(tmp_path), "pools": COLOCATED, "kv": {"dtype": "int8", "block_size": 1}})
+    assert "int8 KV needs head_dim * block_size to be a multiple of 16, got 8 * 1" in complaint(topology)
 
 
 def test_the_context_is_not_stretched(plan_of: Any) -> None:

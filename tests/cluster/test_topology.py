@@ -35,7 +35,7 @@ WRONG = {
         GOOD + "kv:\n  blok_size: 16\n  colour: red\n",
         [
             "5: unknown key 'blok_size' in kv; did you mean 'block_size'?",
-            "6: unknown key 'colour' in kv; known here: block_size, memory, num_blocks, transport",
+            "6: unknown key 'colour' in kv; known here: block_size, memory, num_blocks, transport, dtype",
         ],
     ),
     "unknown keys in a pool": (

@@ -161,8 +161,8 @@ def config(relay: Relay, worker: str, role: Role, model: Path, **changes: Any) -
     settings: dict[str, Any] = {
         "worker": worker, "role": role, "host": "127.0.0.1", "router": relay.router.address, "cluster_key": KEY,
         "model": str(model), "dtype": "float32", "device": "cpu", "num_blocks": 1024, "block_size": 16,
-        "transport": "inproc", "max_num_seqs": 64, "max_num_batched_tokens": 512, "prefill_chunk": 512,
-        "max_model_len": 4096, "threads": 1,
+        "kv_dtype": "auto", "transport": "inproc", "max_num_seqs": 64, "max_num_batched_tokens": 512,
+        "prefill_chunk": 512, "max_model_len": 4096, "threads": 1,
     }  # fmt: skip
     return WorkerConfig(**{**settings, **changes})
 
