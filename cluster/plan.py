@@ -12,6 +12,7 @@ from cluster.errors import TopologyError
 from cluster.topology import Pool, Topology
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
+from engine.core.scheduler import Preemption
 from engine.models.config import ModelConfig
 from gateway.config import GatewayConfig
 from gateway.core.limits import Limits
@@ -101,6 +102,9 @@ class Plan:
             num_blocks=self.num_blocks(pool),
             block_size=self.topology.kv.block_size,
             kv_dtype=self.layout(pool).dtype,
+            enable_prefix_caching=self.topology.kv.enable_prefix_caching,
+            preemption=Preemption(self.topology.kv.preemption),
+            swap_blocks=self.topology.kv.swap_space // self.layout(pool).block_bytes,
             transport=self.transport,
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
@@ -240,6 +244,9 @@ def _kv_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
         except ValueError as error:
             yield _kv_dtype_of(index, pool), str(error)
             return
+    swap, most = topology.kv.swap_space, max(plan.layout(pool).block_bytes for pool in topology.pools)
+    if 0 < swap < most:
+        yield ("kv", "swap_space"), f"kv.swap_space: {size(swap)} hold no block of {size(most)}; raise it, or write 0"
     smallest = min(topology.pools, key=lambda pool: plan.num_blocks(pool) * plan.layout(pool).block_size)
     if plan.num_blocks(smallest) < plan.layout(smallest).blocks_for(plan.max_model_len):
         yield _too_small(plan, smallest)

@@ -58,6 +58,7 @@ def _ray_address(address: str) -> str:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+SizeOrNone = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Host = Annotated[str, AfterValidator(_plain_host)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
@@ -105,6 +106,11 @@ class KV(Section):
     memory: Size | None = None
     num_blocks: Positive | None = None
     transport: Literal["auto", "shm", "zmq"] = "auto"
+    enable_prefix_caching: bool = True
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """What becomes of the KV of a sequence that has to make room."""
+    swap_space: SizeOrNone = 0
+    """Of each worker, in host memory: for KV that is swapped, and that the prefix cache has no room for."""
     dtype: KVDtype = "auto"
     """auto: what the model computes in. int8 and fp8 have a scale for each head's K or V in a block."""
 
@@ -222,6 +228,8 @@ class Topology(Section):
             yield ("kv", "block_size"), f"kv.block_size must be a power of two up to 1024, got {kv.block_size}"
         if kv.memory is not None and kv.num_blocks is not None:
             yield ("kv", "num_blocks"), "kv.memory and kv.num_blocks say the same thing; keep one of them"
+        if kv.preemption == "swap" and not kv.swap_space:
+            yield ("kv", "preemption"), "kv.preemption swap needs room to swap to; write kv.swap_space, such as 1GiB"
         if gateway.replicas > 1:
             yield ("gateway", "replicas"), f"gateway.replicas is {gateway.replicas}: more than one comes later; write 1"
         if self.device == "cuda":

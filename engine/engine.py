@@ -81,7 +81,7 @@ class Engine:
         self._ids = count()
 
     def add(
-        self, prompt: Iterable[int], params: SamplingParams, *, generated: Iterable[int] = (), salt: str = "",
+        self, prompt: Iterable[int], params: SamplingParams, *, generated: Iterable[int] = (), salt: bytes = b"",
         fork_of: str | None = None,
     ) -> str:  # fmt: skip
         """Queue a prompt; returns its id. ``CapacityError`` where it can never fit.
@@ -95,7 +95,7 @@ class Engine:
         self.scheduler.add(seq, fork_of=fork_of)
         return seq_id
 
-    def add_samples(self, prompt: Iterable[int], params: SamplingParams, n: int, *, salt: str = "") -> list[str]:
+    def add_samples(self, prompt: Iterable[int], params: SamplingParams, n: int, *, salt: bytes = b"") -> list[str]:
         """Queue ``n`` samples of a prompt, each with a seed of its own; they share the prompt's blocks."""
         prompt = list(prompt)
         first = self.add(prompt, params, salt=salt)

@@ -73,6 +73,8 @@ class Choice:
         """``echo``: the prompt, to begin with. ``is_first``: of this prompt. ``arrived``: when the request came in."""
         self.index = index
         self.num_tokens = 0
+        self.cached_tokens = 0
+        """Of the prompt: their KV was there already."""
         self.finish: FinishReason | None = None
         self.error: GatewayError | None = None
         self.first_at: float | None = None
@@ -114,6 +116,7 @@ class Choice:
             self._observe(now)
         used = self._decode(tokens.tokens, silent_last=tokens.finish is FinishReason.STOP and not self._include_stop)
         self.num_tokens += used
+        self.cached_tokens = max(self.cached_tokens, tokens.cached_tokens)
         piece = self._piece
         piece.tokens += tokens.tokens[:used]
         if self._with_logprobs and tokens.logprobs is not None:

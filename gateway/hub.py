@@ -67,6 +67,8 @@ class Order:
     prompt: bytes
     sampling: SamplingParams
     tenant: str = "default"
+    cache_salt: str = ""
+    """The client's own; see ``core/salts.py``."""
 
 
 @dataclass(slots=True)
@@ -150,6 +152,7 @@ class Hub:
             gateway=self._mailbox.address,
             router=self._router,
             tenant=order.tenant,
+            cache_salt=order.cache_salt,
             timeouts=self._timeouts,
             max_attempts=self._max_attempts,
         )

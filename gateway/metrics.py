@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from messages.router_to_gateway import ClusterState
@@ -19,6 +19,11 @@ WORKER_GAUGES = {
     "kv_bytes_sent": "KV bytes sent",
     "kv_bytes_received": "KV bytes received",
     "transfers": "KV transfers",
+}
+CACHE_COUNTERS = {
+    "prefix_cache_queries": "tokens that were looked up in the prefix cache",
+    "prefix_cache_hits": "tokens whose KV was found there",
+    "preemptions": "times that a sequence had to make room for an older one",
 }
 """Fields of ``WorkerState``."""
 
@@ -70,13 +75,20 @@ class Metrics(Collector):
         yield queued
         alive = GaugeMetricFamily("baton_worker_alive", "whether the worker reports", labels=("worker", "role"))
         blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks", labels=("worker", "role", "state"))
+        caches = {
+            name: CounterMetricFamily(f"baton_{name}", text, labels=("worker", "role"))
+            for name, text in CACHE_COUNTERS.items()
+        }
         for worker in self.cluster.workers:
             labels = [worker.worker, worker.role.value]
             alive.add_metric(labels, float(worker.alive))
+            for name, counted in caches.items():
+                counted.add_metric(labels, getattr(worker.cache, name))
             for state in ("free", "held", "cached", "total"):
                 blocks.add_metric([*labels, state], getattr(worker.blocks, state))
         yield alive
         yield blocks
+        yield from caches.values()
         for name, text in WORKER_GAUGES.items():
             family = GaugeMetricFamily(f"baton_worker_{name}", text, labels=("worker", "role"))
             for worker in self.cluster.workers:

@@ -218,7 +218,8 @@ class Envelope:
 
 def _orders(plan: Plan) -> list[Order]:
     return [
-        Order(prompt=plan.prompts[i // plan.n].packed, sampling=sampling) for i, sampling in enumerate(plan.sampling)
+        Order(prompt=plan.prompts[i // plan.n].packed, sampling=sampling, cache_salt=plan.cache_salt)
+        for i, sampling in enumerate(plan.sampling)
     ]
 
 

@@ -36,6 +36,7 @@ class Plan:
     sampling: list[SamplingParams]
     """One a choice."""
     n: int
+    cache_salt: str
     stops: tuple[str, ...]
     include_stop: bool
     echo: bool
@@ -193,6 +194,7 @@ class Planner:
             raise InvalidRequest(f"{length} must not be negative", param=length)
         if request.user is not None and len(request.user) > self._limits.max_label_chars:
             raise InvalidRequest("user is too long", param="user")
+        self._limits.check_salt(request.cache_salt)
         if request.stream_options is not None and not request.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
         stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
@@ -211,6 +213,7 @@ class Planner:
             prompts=prompts,
             sampling=sampling,
             n=n,
+            cache_salt=request.cache_salt or "",
             stops=stops,
             include_stop=bool(request.include_stop_str_in_output),
             echo=echo,

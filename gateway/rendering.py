@@ -89,10 +89,16 @@ class Renderer:
         if self._trace and piece.finish is not None:
             body["baton"] = relay.baton | {"ttft_ms": _ms(choice.ttft), "tpot_ms": _ms(choice.tpot)}
 
-    def _usage(self, choices: Sequence[Choice]) -> dict[str, int]:
+    def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
         prompt = sum(len(prompt.tokens) for prompt in self._plan.prompts)
         completion = sum(choice.num_tokens for choice in choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached = sum(choice.cached_tokens for choice in choices if choice.index % self._plan.n == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
 
 class CompletionRenderer(Renderer):

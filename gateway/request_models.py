@@ -56,6 +56,7 @@ class SamplingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     return_token_ids: bool | None = None
     user: str | None = None
+    cache_salt: str | None = None
 
     service_tier: Inert = None
 

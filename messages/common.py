@@ -93,6 +93,8 @@ class Generation(Part, frozen=True):
     sampling: SamplingParams
     generated: PackedTokens = b""
     """Tokens that earlier attempts delivered; they count as output, not as prompt."""
+    cache_salt: Annotated[bytes, Meta(max_length=32)] = b""
+    """KV is shared only between requests of the same salt: the gateway makes it, so that no two tenants have one."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -137,6 +139,17 @@ class BlockCounts(Part, frozen=True):
     held: Count
     cached: Count
     total: Count
+
+
+class CacheCounts(Part, frozen=True):
+    """What a worker's prefix cache was good for, since the worker started; the names are vLLM's."""
+
+    prefix_cache_queries: Count = 0
+    """Tokens of sequences that were looked up."""
+    prefix_cache_hits: Count = 0
+    """Those of them whose KV was there."""
+    preemptions: Count = 0
+    """Times that a sequence had to make room for an older one."""
 
 
 class FailReason(StrEnum):

@@ -1,6 +1,17 @@
 """What the router answers and announces to gateways."""
 
-from messages.common import AttemptMessage, BlockCounts, Count, Detail, Message, Part, Role, Ticket, WorkerAddress
+from messages.common import (
+    AttemptMessage,
+    BlockCounts,
+    CacheCounts,
+    Count,
+    Detail,
+    Message,
+    Part,
+    Role,
+    Ticket,
+    WorkerAddress,
+)
 from messages.ids import Epoch, WorkerId
 
 
@@ -43,6 +54,7 @@ class WorkerState(Part, frozen=True):
     transfers: Count
     assigned: Count
     """Requests that the router has placed there and not yet seen finished."""
+    cache: CacheCounts = CacheCounts()
 
 
 class ClusterState(Message, frozen=True):

@@ -25,6 +25,8 @@ class TokenChunk(Part, frozen=True):
     """Set on the last chunk: these are all the tokens. Sent again until an ``EndAck`` comes."""
     kv_bytes: Count = 0
     """KV bytes that moved for this attempt, with the first chunk that decode sends."""
+    cached_tokens: Count = 0
+    """Tokens of the prompt whose KV was there already, with the first chunk of whoever computed the others."""
 
     def __post_init__(self) -> None:
         check_packed(self.tokens)

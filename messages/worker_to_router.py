@@ -1,6 +1,6 @@
 """What workers, and whoever watches them, tell the router."""
 
-from messages.common import BlockCounts, Count, Detail, Message, Role, WorkerAddress
+from messages.common import BlockCounts, CacheCounts, Count, Detail, Message, Role, WorkerAddress
 from messages.ids import Epoch, WorkerId
 from messages.seals import Sealed
 
@@ -28,6 +28,7 @@ class Report(Message, frozen=True):
     kv_bytes_sent: Count
     kv_bytes_received: Count
     transfers: Count
+    cache: CacheCounts = CacheCounts()
 
 
 class WorkerDied(Message, frozen=True):

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from engine.core.errors import CapacityError
 from engine.core.scheduler import Progress
 from engine.engine import Engine
 from gateway.core.errors import ContextExceeded, GatewayError, InternalError, Unavailable
+from gateway.core.salts import cache_salt
 from gateway.core.session import Deliver
 from gateway.hub import Listener, Order
 from messages.codec import unpack_tokens
@@ -33,6 +35,8 @@ class Running:
     order: Order
     listener: Listener
     over: bool = False
+    sample_of: "Running | None" = None
+    """The first sample of the same prompt, whose KV this one begins with."""
     seq_id: str | None = None
     """Known to the engine's thread once it has taken the sequence."""
 
@@ -72,6 +76,9 @@ class EngineHub:
         if self._failure is not None:
             raise Unavailable(f"the engine has failed: {self._failure}")
         opened = [Running(order, listener) for order, listener in orders]
+        for first, running in pairwise(opened):  # samples of a prompt come one after the other
+            if _source(running.order) == _source(first.order):
+                running.sample_of = first.sample_of or first
         self._unfinished.update(opened)
         for running in opened:
             self._commands.put(running)
@@ -118,7 +125,13 @@ class EngineHub:
     def _add(self, running: Running) -> None:
         order = running.order
         try:
-            running.seq_id = self._engine.add(unpack_tokens(order.prompt), order.sampling)
+            first = running.sample_of
+            running.seq_id = self._engine.add(
+                unpack_tokens(order.prompt),
+                order.sampling,
+                salt=cache_salt(order.tenant, order.cache_salt),
+                fork_of=first.seq_id if first is not None and first.seq_id in self._by_id else None,
+            )
         except CapacityError as error:
             self._tell([_News(running, None, ContextExceeded(str(error)))])
         else:
@@ -189,3 +202,8 @@ class EngineHub:
         for running in list(self._unfinished):
             self._end(running)
             running.listener.failed(Unavailable(f"the engine has failed: {error}"))
+
+
+def _source(order: Order) -> tuple[bytes, str, str]:
+    """What the KV of a prompt depends on."""
+    return order.prompt, order.tenant, order.cache_salt

@@ -14,6 +14,7 @@ import torch
 
 from engine.core.blocks import BlockPool
 from engine.core.errors import ModelError
+from engine.core.host_tier import HostTier
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from engine.models.config import ModelConfig
 from engine.runner import ModelRunner, kv_layout
@@ -66,15 +67,20 @@ class WorkerActor(ABC):
             kv_dtype=config.kv_dtype,
             kv_memory=torch.from_numpy(self._memory.pool).view(-1),
             max_model_len=config.max_model_len,
+            swap_blocks=config.swap_blocks,
         )
-        pool = BlockPool(config.num_blocks, config.block_size)
+        caching = config.enable_prefix_caching
+        pool = BlockPool(config.num_blocks, config.block_size, caching=caching)
+        host = HostTier(config.swap_blocks, config.block_size, caching=caching) if config.swap_blocks else None
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             prefill_chunk=config.prefill_chunk,
+            expected_output=config.expected_output,
         )
-        scheduler = Scheduler(pool, limits, frozenset(runner.config.eos_token_ids))
+        eos = frozenset(runner.config.eos_token_ids)
+        scheduler = Scheduler(pool, limits, eos, host, preemption=config.preemption)
         self._mailbox = Mailbox(config.host, self._decoder())
         self._port = self._make_port(self._memory, self._mailbox, runner)
         address = WorkerAddress(

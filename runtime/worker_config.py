@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from engine.core.scheduler import Preemption
 from messages.common import Role
 
 
@@ -28,6 +29,12 @@ class WorkerConfig:
     """Tokens in a KV block."""
     kv_dtype: str
     """What KV is stored in: a dtype that models compute in, or int8 or fp8; auto for the model's own."""
+    enable_prefix_caching: bool = True
+    preemption: Preemption = Preemption.RECOMPUTE
+    swap_blocks: int = 0
+    """KV blocks of the host tier."""
+    expected_output: int = 1024
+    """Tokens of an answer that room is kept for; the router counts as many."""
     transport: str
     """How KV leaves and enters this worker: shm, zmq, inproc."""
     max_num_seqs: int

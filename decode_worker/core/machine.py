@@ -12,6 +12,8 @@ older one wherever it stands; an older one that comes late is dropped.
 
 from dataclasses import asdict, dataclass, field
 
+from msgspec import structs
+
 from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -35,7 +37,7 @@ from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
 from runtime.core.pace import STEP_SECONDS, StepPace
-from runtime.core.work import NOT_NUMBERS, block_counts, misfit, sequence, wire_logprobs
+from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
     Generate, Abort, EndAck, TokensWanted, OpenTransfer, EndTransfer, TransferClosed, RegisterWanted, PeerLost,
@@ -131,7 +133,11 @@ class DecodeMachine:
         actions += self._deliveries.tick(now)
         waiting = self._reservations.num_waiting + len(self._reservations) + self._scheduler.num_waiting
         actions += self.membership.report(
-            block_counts(self._pool), running=self._scheduler.num_running, waiting=waiting, now=now
+            block_counts(self._pool),
+            cache_counts(self._pool, self._scheduler),
+            running=self._scheduler.num_running,
+            waiting=waiting,
+            now=now,
         )
         return actions
 
@@ -143,7 +149,7 @@ class DecodeMachine:
         if self._scheduler.num_waiting or (plan is not None and plan.moves):
             return plan, []
         room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
-        return plan, self._settle(self._reservations.admit(room, now))
+        return plan, self._settle(self._reservations.admit(room, self._scheduler.has_room, now))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: deliver its tokens."""
@@ -180,7 +186,7 @@ class DecodeMachine:
 
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""
-        counts = asdict(self._pool.counts())
+        counts = asdict(self._pool.counts()) | structs.asdict(cache_counts(self._pool, self._scheduler))
         return counts | {
             "runs": len(self._runs),
             "reservations": len(self._reservations),
@@ -251,7 +257,7 @@ class DecodeMachine:
             self._pool.free(landed.blocks)
             detail = f"the first token is {first.token}, the vocabulary has {self._settings.vocab_size}"
             return [self._failed(order.request, order.attempt, order.gateway, FailReason.TRANSFER, detail)]
-        kv_bytes = len(landed.blocks) * self._settings.block_bytes
+        kv_bytes = (len(landed.blocks) - landed.num_cached) * self._settings.block_bytes
         self.membership.transfers += 1
         self.membership.kv_bytes_received += kv_bytes
         start = count_tokens(order.generation.generated)
@@ -264,6 +270,7 @@ class DecodeMachine:
             order.generation.extended_by(first.token),
             blocks=landed.blocks,
             num_computed_tokens=order.generation.num_tokens,
+            hashes=landed.hashes,
         )
         self._start(order.attempt, order.gateway, seq)
         return []
@@ -273,6 +280,8 @@ class DecodeMachine:
         prompt_logprobs = wire_logprobs(progress.prompt_logprobs)
         if prompt_logprobs is not None:
             self._deliveries.add_prompt_logprobs(request, prompt_logprobs)
+        if progress.seq.num_output_tokens == 1:
+            self._deliveries.note_cached(request, progress.seq.num_cached_tokens)
         if progress.token is not None:
             logprobs = None if progress.logprobs is None else wire_logprobs([progress.logprobs])
             self._deliveries.add(request, progress.token, logprobs)

@@ -1,15 +1,21 @@
 """Blocks promised to attempts whose KV is on its way, and the queue of attempts that wait for such a promise.
 
+What the pool has cached of a sequence is not sent: its leading blocks are shared, and only those behind them promised.
+While one transfer brings blocks that another one needs too, that one waits a moment for them.
 Promised blocks are held in the pool. They become a sequence's own when the KV is verified, and go back to the pool when
 the transfer ends otherwise; those that a one-sided writer could still reach stay in quarantine until it has confirmed.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from engine.core.blocks import BlockPool
+from engine.core.prefix import BlockHashes
+from engine.core.scheduler import Promise
 from kv_transfer.core.events import Blocks, Landed, TransferKey
 from kv_transfer.core.lanes import Route, plan_lanes
 from kv_transfer.core.session import Action as SessionAction
@@ -26,6 +32,7 @@ from kv_transfer.core.session import (
     TransferTimeouts,
     WritersGone,
 )
+from messages.codec import count_tokens, unpack_tokens
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
@@ -34,6 +41,8 @@ from runtime.core.actions import ForgetPeer, Send
 
 MAX_WAITING = 4096
 """Opens that wait for blocks; further ones are refused."""
+SHARE_WITHIN = 1.0
+"""Seconds that a transfer waits for blocks that another one is bringing, before it has them sent too."""
 REMEMBERED = 4096
 """Finished transfers whose end is acked again should the ack have been lost."""
 
@@ -43,9 +52,14 @@ class KVLanded(NamedTuple):
 
     order: OpenTransfer
     blocks: Blocks
+    num_cached: int
+    """Leading blocks that were here already."""
+    hashes: BlockHashes
     first: FirstToken
 
 
+HasRoom = Callable[[int, Promise, Iterable[Promise]], bool]
+"""``Scheduler.has_room``."""
 Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriters | ForgetPeer
 Step = Action | KVLanded
 
@@ -54,6 +68,21 @@ Step = Action | KVLanded
 class _Reservation:
     order: OpenTransfer
     session: ReceiveSession
+    cached: Blocks
+    """Leading blocks of the sequence that were here already, and are held for it."""
+    hashes: BlockHashes
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.cached) + len(self.session.blocks)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    order: OpenTransfer
+    since: float
+    until: float
+    hashes: BlockHashes
 
 
 class Reservations:
@@ -75,8 +104,10 @@ class Reservations:
         self._one_sided = one_sided
         self._timeouts = timeouts
         self._open: dict[TransferKey, _Reservation] = {}
-        self._waiting: OrderedDict[RequestId, tuple[float, OpenTransfer]] = OrderedDict()
-        """The newest attempt of each, and until when it may wait; in line, which is also by deadline."""
+        self._waiting: OrderedDict[RequestId, _Waiting] = OrderedDict()
+        """The newest attempt of each; in line, which is also by deadline."""
+        self._landing: dict[bytes, TransferKey] = {}
+        """The names of blocks that are on their way, and with which transfer."""
         self._landed: dict[TransferKey, None] = {}
 
     def __len__(self) -> int:
@@ -88,19 +119,22 @@ class Reservations:
 
     @property
     def blocks_held(self) -> int:
-        return sum(len(reservation.session.blocks) for reservation in self._open.values())
+        return sum(reservation.num_blocks for reservation in self._open.values())
 
     @property
     def wake_at(self) -> float:
         sessions = min((reservation.session.wake_at for reservation in self._open.values()), default=float("inf"))
-        return min(sessions, self._first_waiting()[0])
+        return min(sessions, self._first_deadline())
 
     def opened(self, order: OpenTransfer, now: float) -> list[Step]:
         """A sender asks for room. It waits its turn; ``admit`` gives it."""
         if len(self._waiting) == MAX_WAITING:
             return [self.refuse(order, "too many transfers wait for blocks")]
         self._waiting.pop(order.request, None)  # an older attempt; this one comes after those that were there
-        self._waiting[order.request] = (now + self._timeouts.open, order)
+        hashes = BlockHashes(order.generation.cache_salt, self._pool.block_size)
+        if self._pool.caching:
+            hashes.extend(unpack_tokens(order.generation.prompt + order.generation.generated))
+        self._waiting[order.request] = _Waiting(order, now, now + self._timeouts.open, hashes)
         return []
 
     def repeated(self, order: OpenTransfer, now: float) -> list[Step]:
@@ -108,7 +142,7 @@ class Reservations:
         key = TransferKey(order.request, order.attempt)
         if key in self._open:
             return self._steps(key, self._open[key].session.handle(order, now))
-        if order.request in self._waiting and self._waiting[order.request][1].attempt == order.attempt:
+        if order.request in self._waiting and self._waiting[order.request].order.attempt == order.attempt:
             return []
         return [self.refuse(order, "this attempt is over")]
 
@@ -118,24 +152,43 @@ class Reservations:
         )
         return Send(order.prefill.mailbox, refused)
 
-    def admit(self, room: int, now: float) -> list[Step]:
+    def admit(self, room: int, has_room: HasRoom, now: float) -> list[Step]:
         """Promise blocks to those that wait, in order, at most ``room`` of them and while the pool has blocks."""
         steps: list[Step] = []
-        while self._waiting and room > 0:
-            _, order = self._first_waiting()
-            assert order is not None
-            blocks = self._pool.allocate(-(-order.generation.num_tokens // self._pool.block_size))
-            if blocks is None:
+        for waiting in list(self._waiting.values()) if room > 0 else ():
+            order, names = waiting.order, waiting.hashes.names
+            cached = self._pool.match(names)
+            if len(cached) < len(names) and names[len(cached)] in self._landing and now < waiting.since + SHARE_WITHIN:
+                continue
+            total = -(-order.generation.num_tokens // self._pool.block_size)
+            needed = total - len(cached)
+            if not has_room(needed + self._pool.num_unheld(cached), _promise(order, 0), self._promises()):
                 break
-            self._waiting.popitem(last=False)
-            key = TransferKey(order.request, order.attempt)
-            session = ReceiveSession(
-                key, self._mailbox, blocks, 0, self.route(order), self._one_sided, self._timeouts, order.sources
-            )
-            self._open[key] = _Reservation(order, session)
-            steps += self._steps(key, session.accept(now))
+            self._pool.share(cached)
+            blocks = self._pool.allocate(needed)
+            assert blocks is not None, "there was room"
+            del self._waiting[order.request]
+            self._pool.looked_up(order.generation.num_tokens, len(cached) * self._pool.block_size)
+            steps += self._open_session(waiting, cached, blocks, now)
             room -= 1
+            if not room:
+                break
         return steps
+
+    def _open_session(self, waiting: _Waiting, cached: Blocks, blocks: Blocks, now: float) -> list[Step]:
+        order = waiting.order
+        key = TransferKey(order.request, order.attempt)
+        session = ReceiveSession(
+            key, self._mailbox, blocks, len(cached), self.route(order), self._one_sided, self._timeouts, order.sources
+        )
+        self._open[key] = _Reservation(order, session, cached, waiting.hashes)
+        for name in waiting.hashes.names[len(cached) :]:
+            self._landing.setdefault(name, key)
+        return self._steps(key, session.accept(now))
+
+    def _promises(self) -> list[Promise]:
+        """What has been promised, and will run."""
+        return [_promise(each.order, each.num_blocks) for each in self._open.values()]
 
     def route(self, order: OpenTransfer) -> Route:
         """The way of the KV of ``order`` into this worker's pools; raises ``CannotPair``."""
@@ -170,7 +223,7 @@ class Reservations:
 
     def give_up_all(self, detail: str, now: float) -> list[Step]:
         """End every transfer; those that wait are refused."""
-        refusals: list[Step] = [self.refuse(order, detail) for _, order in self._waiting.values()]
+        refusals: list[Step] = [self.refuse(waiting.order, detail) for waiting in self._waiting.values()]
         self._waiting.clear()
         return refusals + [
             step
@@ -180,7 +233,7 @@ class Reservations:
 
     def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool, now: float) -> list[Step]:
         """A prefill worker is gone: nothing of it is waited for. If it is ``dead``, its quarantined blocks are safe."""
-        for _, order in list(self._waiting.values()):
+        for order in [waiting.order for waiting in self._waiting.values()]:
             if (order.prefill.worker, order.prefill.epoch) == (worker, epoch):
                 del self._waiting[order.request]
         lost = [
@@ -195,21 +248,22 @@ class Reservations:
     def tick(self, now: float) -> list[Step]:
         """Refuse those that have waited too long; let the sessions see the time."""
         steps: list[Step] = []
-        while self._first_waiting()[0] <= now:
-            _, (_, order) = self._waiting.popitem(last=False)
-            steps.append(self.refuse(order, "no KV blocks became free in time"))
+        while self._first_deadline() <= now:
+            _, waiting = self._waiting.popitem(last=False)
+            steps.append(self.refuse(waiting.order, "no KV blocks became free in time"))
         due = [key for key, reservation in self._open.items() if reservation.session.wake_at <= now]
         for key in due:
             steps += self._steps(key, self._open[key].session.tick(now))
         return steps
 
-    def _first_waiting(self) -> tuple[float, OpenTransfer | None]:
-        """Whose turn is next, and until when it may wait."""
-        return next(iter(self._waiting.values()), (float("inf"), None))
+    def _first_deadline(self) -> float:
+        """Until when the first in line may wait."""
+        first = next(iter(self._waiting.values()), None)
+        return float("inf") if first is None else first.until
 
     def _forget_waiting(self, request: RequestId, attempt: Attempt) -> None:
         """Attempts of ``request`` up to ``attempt`` wait no longer."""
-        if request in self._waiting and self._waiting[request][1].attempt <= attempt:
+        if request in self._waiting and self._waiting[request].order.attempt <= attempt:
             del self._waiting[request]
 
     def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
@@ -218,20 +272,33 @@ class Reservations:
         for action in actions:
             match action:
                 case Ended(outcome=Outcome.DONE):
-                    del self._open[key]
+                    self._closed(key)
                     self._remember(key)
                     assert reservation.session.first is not None
-                    steps.append(KVLanded(reservation.order, reservation.session.blocks, reservation.session.first))
+                    blocks = np.concatenate([reservation.cached, reservation.session.blocks])
+                    landed = (len(reservation.cached), reservation.hashes, reservation.session.first)
+                    steps.append(KVLanded(reservation.order, blocks, *landed))
                 case Ended():
-                    del self._open[key]
+                    self._closed(key)
                     self._pool.free(reservation.session.blocks)
+                    self._pool.free(reservation.cached)
                 case OpenLanding() | CloseLanding() | TakeDigests() | LookForWriters():
                     steps.append(action)
                 case message:
                     steps.append(Send(reservation.order.prefill.mailbox, message))  # type: ignore[arg-type]
         return steps
 
+    def _closed(self, key: TransferKey) -> None:
+        reservation = self._open.pop(key)
+        for name in reservation.hashes.names[len(reservation.cached) :]:
+            if self._landing.get(name) == key:
+                del self._landing[name]
+
     def _remember(self, key: TransferKey) -> None:
         self._landed[key] = None
         if len(self._landed) > REMEMBERED:
             del self._landed[next(iter(self._landed))]
+
+
+def _promise(order: OpenTransfer, num_blocks: int) -> Promise:
+    return Promise(order.generation.sampling, count_tokens(order.generation.generated), num_blocks)

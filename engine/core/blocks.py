@@ -39,6 +39,10 @@ class BlockPool:
         self.caching = caching
         self.num_references = 0
         """Owners, summed over all blocks."""
+        self.prefix_cache_queries = 0
+        """Tokens that were looked up for sequences that began; the names are vLLM's."""
+        self.prefix_cache_hits = 0
+        """Those of them whose KV was there."""
         # A stack: the blocks freed last are given out first, while they are still in a cache of the processor.
         self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._free = num_blocks
@@ -126,6 +130,21 @@ class BlockPool:
     def lookup(self, digest: bytes) -> int | None:
         """The block with this content."""
         return self._by_hash.get(digest)
+
+    def match(self, names: list[bytes]) -> Blocks:
+        """The blocks of the first of these, as far as they are here one after the other."""
+        found: list[int] = []
+        for name in names:
+            block = self._by_hash.get(name)
+            if block is None:
+                break
+            found.append(block)
+        return np.array(found, np.int32)
+
+    def looked_up(self, num_tokens: int, num_found: int) -> None:
+        """Count a lookup."""
+        self.prefix_cache_queries += num_tokens
+        self.prefix_cache_hits += num_found
 
     def num_unheld(self, blocks: Blocks) -> int:
         """How many of these are cached only, so that sharing them takes them from what can be had."""

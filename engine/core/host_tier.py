@@ -63,9 +63,6 @@ class HostTier:
                 self._arriving[name] = slot
         return slots
 
-    def find(self, name: bytes) -> int | None:
-        return self.pool.lookup(name)
-
     def load(self, slots: Blocks, blocks: Blocks) -> None:
         """Bring ``slots`` back into ``blocks`` of the pool. The caller's hold on the slots ends when that is done."""
         self._in += zip(slots.tolist(), blocks.tolist(), strict=True)

@@ -61,21 +61,16 @@ class KVManager:
         """What ``seq``, which has no blocks, could start from. One whose prompt is to be scored starts at its first
         token: that takes the logits of them all."""
         names = [] if seq.scores_prompt else self.names(seq)
-        found: list[int] = []
-        for name in names:
-            block = self.pool.lookup(name)
-            if block is None:
-                break
-            found.append(block)
+        found = self.pool.match(names)
         if len(found) * self._block_size == seq.num_tokens and len(found) == self.pool.num_blocks:
-            found.pop()  # no block is left for a copy of the last one
+            found = found[:-1]  # no block is left for a copy of the last one
         place = len(found)
         if seq.saved is not None:
             slots, num_tokens = seq.saved.slots[place:], max(seq.saved.num_tokens, place * self._block_size)
         else:
             slots = self._find_on_host(names[place:])
             num_tokens = (place + len(slots)) * self._block_size
-        return Hit(np.array(found, np.int32), slots, min(num_tokens, seq.num_tokens - 1))
+        return Hit(found, slots, min(num_tokens, seq.num_tokens - 1))
 
     def needed(self, seq: Sequence, hit: Hit | None) -> int:
         """Blocks that the pool must be able to spare for ``seq`` to compute all tokens that it has."""
@@ -221,15 +216,7 @@ class KVManager:
         self._saved.clear()
 
     def _find_on_host(self, names: list[bytes]) -> Blocks:
-        if self.host is None:
-            return NO_BLOCKS
-        found: list[int] = []
-        for name in names:
-            slot = self.host.find(name)
-            if slot is None:
-                break
-            found.append(slot)
-        return np.array(found, np.int32)
+        return NO_BLOCKS if self.host is None else self.host.pool.match(names)
 
     def _take_slots(self, seq: Sequence, hit: Hit) -> None:
         """Hold the slots that are to be read; of those that were saved, let go of the others."""

@@ -16,9 +16,9 @@ Tokens = NDArray[np.int32]
 assert sys.byteorder == "little", "tokens are hashed, and sent, as they lie in memory"
 
 
-def root_hash(salt: str) -> bytes:
+def root_hash(salt: bytes) -> bytes:
     """What stands before the first block of every sequence of a tenant."""
-    return sha256(b"baton prefix\0" + salt.encode()).digest()
+    return sha256(b"baton prefix\0" + salt).digest()
 
 
 class BlockHashes:
@@ -26,7 +26,7 @@ class BlockHashes:
 
     __slots__ = ("_block_size", "_parent", "names")
 
-    def __init__(self, salt: str, block_size: int) -> None:
+    def __init__(self, salt: bytes, block_size: int) -> None:
         self._parent = root_hash(salt)
         self._block_size = block_size
         self.names: list[bytes] = []

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from engine.core.kv_manager import Hit, KVManager
 from engine.core.moves import BlockMoves
 from engine.core.outputs import StepOutput, TokenLogprobs
 from engine.core.sequence import Sequence, SequenceStatus
-from messages.sampling import FinishReason
+from messages.sampling import FinishReason, SamplingParams
 
 Ints = NDArray[np.int32]
 _arrival = attrgetter("arrival")
@@ -93,14 +94,19 @@ class Progress:
     handed_over: bool = False
 
 
+class Promise(NamedTuple):
+    """A sequence whose KV is still to land."""
+
+    params: SamplingParams
+    num_output_tokens: int
+    num_blocks: int
+    """That it holds."""
+
+
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counted since the start; the names are vLLM's."""
+    """Counted since the start."""
 
-    prefix_cache_queries: int = 0
-    """Tokens of sequences that were looked up when they started."""
-    prefix_cache_hits: int = 0
-    """Those of them whose KV was there."""
     preemptions: int = 0
     swaps: int = 0
     """Preemptions that kept the KV in the host tier."""
@@ -169,6 +175,7 @@ class Scheduler:
             self._settle(self._kv.computed(seq))
         parent = None if fork_of is None else self._sequences[fork_of]
         if parent is not None and parent.num_output_tokens == 0:
+            assert np.array_equal(parent.token_ids, seq.token_ids) and parent.salt == seq.salt, f"{seq} is no fork"
             self._in_flight.park(seq, parent)
         else:
             self._queue(seq)
@@ -292,8 +299,7 @@ class Scheduler:
         if hit is not None:
             if seq.status is SequenceStatus.WAITING:
                 seq.num_cached_tokens = hit.num_tokens
-                self.stats.prefix_cache_queries += seq.num_tokens
-                self.stats.prefix_cache_hits += hit.num_tokens
+                self._pool.looked_up(seq.num_tokens, hit.num_tokens)
             self._kv.take(seq, hit)
         count = min(seq.num_uncomputed_tokens, self._limits.prefill_chunk, budget)
         # What is handed over is being read while it grows: it must never be preempted, so it has all blocks from here.
@@ -312,23 +318,29 @@ class Scheduler:
 
     def _fits(self, seq: Sequence, needed: int) -> bool:
         """Whether ``needed`` blocks for ``seq`` are there, and those that it and the running ones will need to grow."""
-        if needed > self._pool.num_free:
-            return False
-        if not self._running:
-            return True
-        batch = [*self._running, seq]
-        remaining = np.array([self._remaining(each) for each in batch], np.int64)
-        missing = np.array([-(-each.num_tokens // self._pool.block_size) - each.num_blocks for each in batch], np.int64)
-        missing[-1] = needed
-        owned = np.array([each.num_blocks for each in batch], np.int64)
-        return peak_growth(remaining, np.maximum(missing, 0), owned, self._pool.block_size) <= self._pool.num_free
+        remaining = 0 if seq.hand_over else self._remaining(seq.params, seq.num_output_tokens)
+        return self._has_room(needed, seq.num_blocks, remaining, [])
 
-    def _remaining(self, seq: Sequence) -> int:
-        """Tokens that ``seq`` is expected to add: always a block's, that it is not preempted as soon as it starts."""
-        if seq.hand_over:
-            return 0
-        expected = min(seq.params.max_tokens, self._limits.expected_output) - seq.num_output_tokens
-        return max(self._pool.block_size, expected)
+    def has_room(self, needed: int, coming: Promise, promised: Iterable[Promise]) -> bool:
+        """Whether ``needed`` blocks can be promised to KV that will land, beside what runs and other promises."""
+        others = [(self._remaining(each.params, each.num_output_tokens), each.num_blocks) for each in promised]
+        return self._has_room(needed, 0, self._remaining(coming.params, coming.num_output_tokens), others)
+
+    def _has_room(self, needed: int, owned: int, remaining: int, others: list[tuple[int, int]]) -> bool:
+        """``others``: expected tokens and blocks of what will run, and does not yet."""
+        free, size = self._pool.num_free, self._pool.block_size
+        if needed > free or not (self._running or others):
+            return needed <= free
+        rows = [(remaining, needed, owned), *((expected, 0, blocks) for expected, blocks in others)]
+        for seq in self._running:
+            expected = 0 if seq.hand_over else self._remaining(seq.params, seq.num_output_tokens)
+            rows.append((expected, max(0, -(-seq.num_tokens // size) - seq.num_blocks), seq.num_blocks))
+        columns = np.array(rows, np.int64).T
+        return peak_growth(columns[0], columns[1], columns[2], size) <= free
+
+    def _remaining(self, params: SamplingParams, num_output_tokens: int) -> int:
+        """Tokens to come, as far as one can expect: always a block's, that none is preempted as soon as it starts."""
+        return max(self._pool.block_size, min(params.max_tokens, self._limits.expected_output) - num_output_tokens)
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Let ``seq`` grow, at the cost of younger ones; False when it was the youngest, and is preempted itself."""

@@ -63,7 +63,7 @@ class Sequence:
         blocks: Blocks | None = None,
         num_computed_tokens: int = 0,
         hand_over: bool = False,
-        salt: str = "",
+        salt: bytes = b"",
         hashes: BlockHashes | None = None,
     ) -> None:
         generated = _EMPTY if generated is None else generated

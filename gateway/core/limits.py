@@ -35,6 +35,12 @@ class Limits:
             most = self.max_sequences_per_request
             raise InvalidRequest(f"{prompts} prompts times n={n} are more than {most} sequences", param="prompt")
 
+    def check_salt(self, salt: str | None) -> None:
+        """Raises ``InvalidRequest`` for a salt that is empty, too long, or no plain text."""
+        if salt is not None and not (1 <= len(salt) <= self.max_label_chars and salt.isprintable()):
+            most = self.max_label_chars
+            raise InvalidRequest(f"cache_salt must be 1 to {most} printable characters", param="cache_salt")
+
     def check_stop(self, stop: tuple[str, ...]) -> None:
         """Raises ``InvalidRequest`` for stop strings that are too many, too long or empty."""
         if len(stop) > self.max_stop_strings:

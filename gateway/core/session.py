@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from gateway.core import salts
 from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
 from messages.codec import count_tokens, unpack_tokens
 from messages.common import FailReason, Generation, Logprobs, WorkerAddress
@@ -94,6 +95,8 @@ class Deliver(NamedTuple):
     prompt_logprobs: Logprobs | None
     finish: FinishReason | None
     """Set with the last tokens; ``Ended`` follows."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be computed; said once."""
 
 
 class Ended(NamedTuple):
@@ -141,10 +144,11 @@ class Session:
         gateway: Address,
         router: Address,
         tenant: str,
+        cache_salt: str = "",
         timeouts: SessionTimeouts,
         max_attempts: int,
     ) -> None:
-        """``prompt``: packed token ids, at least one."""
+        """``prompt``: packed token ids, at least one. ``cache_salt``: the client's own; see ``salts``."""
         self.request = request
         self.prompt = prompt
         self.sampling = sampling
@@ -162,6 +166,7 @@ class Session:
         self._gateway = gateway
         self._router = router
         self._tenant = tenant
+        self._salt = salts.cache_salt(tenant, cache_salt)
         self._timeouts = timeouts
         self._max_attempts = max_attempts
         self._avoid: dict[WorkerId, None] = {}
@@ -254,7 +259,7 @@ class Session:
         sampling = self.sampling
         if sampling.prompt_logprobs is not None and not self._prompt_logprobs_due:
             sampling = _without_prompt_logprobs(sampling)
-        work = Generation(self.prompt, sampling, bytes(self.generated))
+        work = Generation(self.prompt, sampling, bytes(self.generated), self._salt)
         if placed.prefill is None or placed.ticket is None:
             message: Any = Generate(request=self.request, attempt=self.attempt, gateway=self._gateway, generation=work)
             return Send(placed.decode.mailbox, message)
@@ -361,7 +366,8 @@ class Session:
         fresh = chunk.tokens[4 * known :]
         self.generated += fresh
         logprobs = None if chunk.logprobs is None else _suffix(chunk.logprobs, known)
-        actions.append(Deliver(unpack_tokens(fresh).tolist(), logprobs, prompt_logprobs, chunk.finish))
+        cached = chunk.cached_tokens if self.attempt == 1 else 0  # a further attempt finds what this one computed
+        actions.append(Deliver(unpack_tokens(fresh).tolist(), logprobs, prompt_logprobs, chunk.finish, cached))
         if chunk.finish is not None:
             ack = EndAck(request=self.request, attempt=self.attempt)
             actions.append(Send(self._mailboxes[worker], ack))

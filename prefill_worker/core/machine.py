@@ -1,6 +1,7 @@
 """The prefill worker: the first leg of a request.
 
-1. ``Prefill`` arrives. It is checked, and waits until the pool has blocks for the whole prompt.
+1. ``Prefill`` arrives. It is checked, and waits until the pool has blocks for the whole prompt; those that are cached
+   need not be computed.
 2. When its first chunk is scheduled, a transfer to the decode worker is opened.
 3. After each chunk the blocks that are complete are pushed, while the next chunk computes.
 4. The first token goes straight to the gateway; the transfer ends with it.
@@ -10,8 +11,9 @@ A newer attempt of a request, or ``Abort``, ends an older one wherever it stands
 dropped.
 """
 
-from collections import deque
 from dataclasses import asdict, dataclass, field
+
+from msgspec import structs
 
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -36,7 +38,7 @@ from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
 from runtime.core.pace import STEP_SECONDS, StepPace
-from runtime.core.work import NOT_NUMBERS, block_counts, misfit, sequence, wire_logprobs
+from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
     Prefill, Abort, EndAck, TokensWanted,
@@ -69,8 +71,7 @@ class _Leg:
     """One attempt between its arrival and its first token."""
 
     order: Prefill
-    seq: Sequence | None = None
-    """None while it waits for blocks."""
+    seq: Sequence
     opened: bool = False
     """Whether the hand-over has been opened, which frees the blocks from then on."""
 
@@ -98,7 +99,6 @@ class PrefillMachine:
         """Mailboxes of decode workers that came with a ticket; no other is answered."""
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
-        self._waiting: deque[RequestId] = deque()
         self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
         self._begun = 0.0
         """When the step that runs was planned."""
@@ -145,15 +145,17 @@ class PrefillMachine:
         """What is due by the clock."""
         actions = self._settle(self._handoffs.tick(now))
         actions += self._deliveries.tick(now)
-        waiting = len(self._waiting) + self._scheduler.num_waiting
         actions += self.membership.report(
-            block_counts(self._pool), running=self._scheduler.num_running, waiting=waiting, now=now
+            block_counts(self._pool),
+            cache_counts(self._pool, self._scheduler),
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            now=now,
         )
         return actions
 
     def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
         """The next step, and the transfers to open before it runs."""
-        self._admit()
         plan = self._scheduler.schedule(self._pace.budget)
         self._begun = now
         actions: list[Action] = []
@@ -162,6 +164,8 @@ class PrefillMachine:
             if not leg.opened and not leg.single_token:
                 leg.opened = True
                 actions += self._settle(self._handoffs.open(leg.order, seq, now))
+                # What was cached can go while the rest computes.
+                actions += self._settle(self._handoffs.computed(leg.key, seq.num_final_blocks, now))
         return plan, actions
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
@@ -205,13 +209,13 @@ class PrefillMachine:
         """Every held block belongs to a leg here or to a hand-over."""
         self._pool.check_integrity()
         self._scheduler.check_integrity()
-        owned = [len(leg.seq.block_table) for leg in self._legs.values() if leg.seq is not None and not leg.opened]
+        owned = [len(leg.seq.block_table) for leg in self._legs.values() if not leg.opened]
         held = sum(owned) + self._handoffs.blocks_held
         assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"
 
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""
-        counts = asdict(self._pool.counts())
+        counts = asdict(self._pool.counts()) | structs.asdict(cache_counts(self._pool, self._scheduler))
         return counts | {
             "legs": len(self._legs),
             "handoffs": len(self._handoffs),
@@ -245,23 +249,10 @@ class PrefillMachine:
         if reason:
             return [*actions, self._failed(order, FailReason.REFUSED, reason)]
         self._fences.raise_to(order.request, order.attempt)
-        self._legs[order.request] = _Leg(order)
-        self._waiting.append(order.request)
+        leg = _Leg(order, sequence(order.request, order.generation, hand_over=True))
+        self._legs[order.request] = leg
+        self._scheduler.add(leg.seq)
         return actions
-
-    def _admit(self) -> None:
-        """Start waiting requests, in order, that the pool has room for.
-
-        The whole prompt's blocks are taken at once: a sequence whose blocks are being pushed must not be preempted.
-        """
-        while self._waiting:
-            leg = self._legs[self._waiting[0]]
-            blocks = self._pool.allocate(-(-leg.order.generation.num_tokens // self._pool.block_size))
-            if blocks is None:
-                return
-            leg.seq = sequence(leg.order.request, leg.order.generation, blocks=blocks, hand_over=True)
-            self._scheduler.add(leg.seq)
-            self._waiting.popleft()
 
     def _arrive(self, leg: _Leg, progress: Progress, now: float) -> list[Step]:
         """The leg's sequence is through: deliver the first token, end the hand-over or drop it."""
@@ -269,7 +260,8 @@ class PrefillMachine:
         logprobs = None if progress.logprobs is None else wire_logprobs([progress.logprobs])
         prompt_logprobs = wire_logprobs(progress.prompt_logprobs)
         start = count_tokens(order.generation.generated)
-        self._deliveries.open(order.request, order.attempt, order.gateway, start)
+        cached = min(leg.seq.num_cached_tokens, leg.seq.num_prompt_tokens)
+        self._deliveries.open(order.request, order.attempt, order.gateway, start, cached_tokens=cached)
         if prompt_logprobs is not None:
             self._deliveries.add_prompt_logprobs(order.request, prompt_logprobs)
         if progress.token is not None:
@@ -289,7 +281,6 @@ class PrefillMachine:
         """Free the blocks of a leg whose sequence is over: now, or when nothing reads them any more."""
         if leg.opened:
             return self._handoffs.give_up(leg.key, "the first token was the last")
-        assert leg.seq is not None
         self._pool.free(leg.seq.block_table)
         return []
 
@@ -306,9 +297,6 @@ class PrefillMachine:
     def _drop(self, leg: _Leg, detail: str) -> list[Action]:
         """Take a leg out of the queue, the engine and its hand-over."""
         del self._legs[leg.order.request]
-        if leg.seq is None:
-            self._waiting.remove(leg.order.request)
-            return []
         self._scheduler.remove(leg.seq.seq_id)
         if leg.key in self._handoffs:
             return self._settle(self._handoffs.give_up(leg.key, detail))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from messages.common import BlockCounts, Role, WorkerAddress
+from messages.common import BlockCounts, CacheCounts, Role, WorkerAddress
 from messages.ids import Epoch, RequestId, WorkerId
 from messages.router_to_gateway import WorkerState
 from messages.worker_to_router import Register, Report
@@ -76,4 +76,5 @@ class WorkerView:
             kv_bytes_received=report.kv_bytes_received if report else 0,
             transfers=report.transfers if report else 0,
             assigned=len(self.requests),
+            cache=report.cache if report else CacheCounts(),
         )

@@ -30,6 +30,7 @@ class _Stream:
     prompt_logprobs: Logprobs | None = None
     finish: FinishReason | None = None
     kv_bytes: int = 0
+    cached_tokens: int = 0
     sent: int = 0
     resend_at: float = float("inf")
     forget_at: float = float("inf")
@@ -47,10 +48,19 @@ class Deliveries:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, request: RequestId, attempt: Attempt, gateway: Address, start: int, *, kv_bytes: int = 0) -> None:
+    def open(
+        self,
+        request: RequestId,
+        attempt: Attempt,
+        gateway: Address,
+        start: int,
+        *,
+        kv_bytes: int = 0,
+        cached_tokens: int = 0,
+    ) -> None:
         """A stream whose first token will have output position ``start``; replaces that of an older attempt."""
         self.close(request)
-        self._streams[request] = _Stream(attempt, gateway, start, kv_bytes=kv_bytes)
+        self._streams[request] = _Stream(attempt, gateway, start, kv_bytes=kv_bytes, cached_tokens=cached_tokens)
 
     def add(self, request: RequestId, token: int, logprobs: Logprobs | None = None, *, deliver: bool = True) -> None:
         """The stream's next token. ``deliver=False``: the gateway has it from another worker."""
@@ -61,6 +71,10 @@ class Deliveries:
             self._dirty[request] = None
         else:
             stream.sent = len(stream.tokens)
+
+    def note_cached(self, request: RequestId, cached_tokens: int) -> None:
+        """So many tokens of the prompt did not have to be computed."""
+        self._streams[request].cached_tokens = cached_tokens
 
     def add_prompt_logprobs(self, request: RequestId, logprobs: Logprobs, *, deliver: bool = True) -> None:
         self._streams[request].prompt_logprobs = logprobs
@@ -137,6 +151,7 @@ class Deliveries:
             prompt_logprobs=stream.prompt_logprobs if first == 0 else None,
             finish=stream.finish,
             kv_bytes=stream.kv_bytes if first <= 1 else 0,
+            cached_tokens=stream.cached_tokens if first == 0 else 0,
         )
 
 

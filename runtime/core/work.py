@@ -4,10 +4,12 @@ from collections.abc import Sequence as Seq
 
 from engine.core.blocks import BlockPool
 from engine.core.outputs import TokenLogprobs
+from engine.core.prefix import BlockHashes
+from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Blocks
 from messages.codec import unpack_tokens
-from messages.common import BlockCounts, Generation, Logprobs
+from messages.common import BlockCounts, CacheCounts, Generation, Logprobs
 from messages.ids import RequestId
 
 NOT_NUMBERS = "the model's logits are not numbers"
@@ -34,6 +36,7 @@ def sequence(
     blocks: Blocks | None = None,
     num_computed_tokens: int = 0,
     hand_over: bool = False,
+    hashes: BlockHashes | None = None,
 ) -> Sequence:
     """The engine's sequence for a request."""
     return Sequence(
@@ -44,6 +47,8 @@ def sequence(
         blocks=blocks,
         num_computed_tokens=num_computed_tokens,
         hand_over=hand_over,
+        salt=generation.cache_salt,
+        hashes=hashes,
     )
 
 
@@ -62,3 +67,7 @@ def wire_logprobs(tokens: Seq[TokenLogprobs] | None) -> Logprobs | None:
 def block_counts(pool: BlockPool) -> BlockCounts:
     counts = pool.counts()
     return BlockCounts(free=counts.free, held=counts.held, cached=counts.cached, total=counts.total)
+
+
+def cache_counts(pool: BlockPool, scheduler: Scheduler) -> CacheCounts:
+    return CacheCounts(pool.prefix_cache_queries, pool.prefix_cache_hits, scheduler.stats.preemptions)

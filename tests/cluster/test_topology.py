@@ -35,7 +35,8 @@ WRONG = {
         GOOD + "kv:\n  blok_size: 16\n  colour: red\n",
         [
             "5: unknown key 'blok_size' in kv; did you mean 'block_size'?",
-            "6: unknown key 'colour' in kv; known here: block_size, memory, num_blocks, transport, dtype",
+            "6: unknown key 'colour' in kv; known here: block_size, memory, num_blocks, transport, enable_prefix_caching, "
+            "preemption, swap_space, dtype",
         ],
     ),
     "unknown keys in a pool": (
@@ -128,6 +129,10 @@ WRONG = {
             "4: kv.memory: 'lots' must be a size such as 256MiB or 2GiB",
             "5: limits.max_body_bytes: '8 XB' must be a size such as",
         ],
+    ),
+    "nowhere to swap to": (
+        GOOD + "kv: {preemption: swap}\n",
+        ["4: kv.preemption swap needs room to swap to; write kv.swap_space"],
     ),
     "no memory": (GOOD + "kv: {memory: 0MiB}\n", ["4: kv.memory must be more than 0, got '0MiB'"]),
     "less than no memory": (GOOD + "kv: {memory: -96MiB}\n", ["4: kv.memory: '-96MiB' must be a size such as"]),

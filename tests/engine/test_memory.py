@@ -64,12 +64,12 @@ def test_a_prompt_that_is_cached_gets_the_same_answer_and_computes_only_what_is_
 ) -> None:
     engine = engine_of(tiny_llama, prefill_chunk=chunk)
     first = tokens(generate(engine, [prompt(length)], GREEDY))
-    queries, hits = engine.scheduler.stats.prefix_cache_queries, engine.scheduler.stats.prefix_cache_hits
+    queries, hits = engine.pool.prefix_cache_queries, engine.pool.prefix_cache_hits
     assert (queries, hits) == (length, 0)
     assert tokens(generate(engine, [prompt(length)], GREEDY)) == first
     # All full blocks; of a prompt of nothing but full blocks, all but its last token.
     expected = length // 16 * 16 - (length % 16 == 0)
-    assert engine.scheduler.stats.prefix_cache_hits == expected
+    assert engine.pool.prefix_cache_hits == expected
     longer = prompt(length) + first[0] + [7, 8, 9]
     alone = tokens(generate(engine_of(tiny_llama), [longer], GREEDY))
     assert tokens(generate(engine, [longer], GREEDY)) == alone  # what was decoded is cached too
@@ -80,17 +80,17 @@ def test_prompts_with_a_common_beginning_at_once_compute_it_once(tiny_llama: Pat
     prompts = [system + prompt(20 + each, seed=each) for each in range(6)]
     engine, alone = engine_of(tiny_llama, prefill_chunk=64), engine_of(tiny_llama, enable_prefix_caching=False)
     assert tokens(generate(engine, prompts, GREEDY)) == tokens(generate(alone, prompts, GREEDY))
-    assert engine.scheduler.stats.prefix_cache_hits == 5 * 160
-    assert alone.scheduler.stats.prefix_cache_hits == 0 and alone.pool.counts().cached == 0
+    assert engine.pool.prefix_cache_hits == 5 * 160
+    assert alone.pool.prefix_cache_hits == 0 and alone.pool.counts().cached == 0
 
 
 def test_no_prefix_is_shared_between_salts(tiny_llama: Path) -> None:
     engine = engine_of(tiny_llama)
-    for salt in ("one", "two", "one"):
+    for salt in (b"one", b"two", b"one"):
         engine.add(prompt(64), GREEDY, salt=salt)
         while engine.step():
             pass
-    assert engine.scheduler.stats.prefix_cache_hits == 63
+    assert engine.pool.prefix_cache_hits == 63
 
 
 @pytest.mark.parametrize("length", [1, 16, 20, 47, 64])
@@ -171,11 +171,11 @@ def test_what_the_pool_evicts_comes_back_from_the_host_tier(tiny_llama: Path) ->
     engine = engine_of(tiny_llama, 20, swap_space=100 * BLOCK)
     for _ in range(2):
         assert [tokens(generate(engine, [one], GREEDY))[0] for one in prompts] == expected
-    assert engine.scheduler.stats.prefix_cache_hits == 6 * 192
+    assert engine.pool.prefix_cache_hits == 6 * 192
     without = engine_of(tiny_llama, 20)
     for _ in range(2):
         assert [tokens(generate(without, [one], GREEDY))[0] for one in prompts] == expected
-    assert without.scheduler.stats.prefix_cache_hits == 0
+    assert without.pool.prefix_cache_hits == 0
 
 
 def test_a_scored_prompt_is_computed_whole_even_where_it_is_cached(tiny_llama: Path) -> None:
@@ -186,4 +186,4 @@ def test_a_scored_prompt_is_computed_whole_even_where_it_is_cached(tiny_llama: P
     assert first.prompt_logprobs is not None and again.prompt_logprobs is not None
     assert [entry.token_id for entry in again.prompt_logprobs] == prompt(64)[1:]
     assert first.token_ids == again.token_ids
-    assert engine.scheduler.stats.prefix_cache_hits == 0
+    assert engine.pool.prefix_cache_hits == 0

@@ -173,7 +173,7 @@ def test_under_any_load_the_accounting_holds_and_everyone_is_served(
         num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, prefill_chunk=chunk, max_model_len=40
     )
     due = [
-        (at, sequence(str(n), length, max_tokens=output, salt=str(n)))
+        (at, sequence(str(n), length, max_tokens=output, salt=str(n).encode()))
         for n, (at, length, output) in enumerate(arrivals)
     ]
     computed = 0
@@ -200,7 +200,7 @@ def test_under_any_load_the_accounting_holds_and_everyone_is_served(
 def test_a_preempted_sequence_comes_back_when_all_of_it_fits() -> None:
     """Two that fit together at first and not at last: the work is once each, and the younger's start once more."""
     scheduler, _ = scheduler_of(num_blocks=64, block_size=4, max_model_len=256, expected_output=1)
-    sequences = [sequence(name, 100, max_tokens=100, salt=name) for name in "ab"]
+    sequences = [sequence(name, 100, max_tokens=100, salt=name.encode()) for name in "ab"]
     for seq in sequences:
         scheduler.add(seq)
     computed = 0

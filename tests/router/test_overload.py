@@ -85,8 +85,9 @@ class Simulation:
         requests = [RequestId(f"{number:032x}") for number in range(len(self.sessions), len(self.sessions) + count)]
         for request in requests:
             session = gateway.Session(
-                request, pack_tokens([7] * PROMPT), SamplingParams(max_tokens=max_tokens, ignore_eos=True),
-                gateway=GATEWAY, router=ROUTER, tenant="t", timeouts=gateway.SessionTimeouts(), max_attempts=4,
+                request, pack_tokens([int(request, 16) + 1] * PROMPT),
+                SamplingParams(max_tokens=max_tokens, ignore_eos=True), gateway=GATEWAY, router=ROUTER, tenant="t",
+                timeouts=gateway.SessionTimeouts(), max_attempts=4,
             )  # fmt: skip
             self.sessions[request] = session
             self._at(0.01, lambda session=session: self._perform(session.request, session.start(self.now)))

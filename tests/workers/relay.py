@@ -65,18 +65,26 @@ class Relay:
         self.workers[config.worker] = worker
         self.wait(lambda: config.worker in self.addresses)
 
-    def send(self, prompt: list[int], params: SamplingParams, *, generated: list[int] = (), **pair: str) -> RequestId:  # type: ignore[assignment]
+    def send(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        generated: list[int] = (),
+        salt: bytes = b"",
+        **pair: str,  # type: ignore[assignment]
+    ) -> RequestId:
         """Start a request on ``prefill=`` and ``decode=``, or on ``colocated=``."""
         request = RequestId(secrets.token_hex(16))
-        self.order(request, Attempt(1), prompt, params, list(generated), **pair)
+        self.order(request, Attempt(1), prompt, params, list(generated), salt=salt, **pair)
         return request
 
     def order(
         self, request: RequestId, attempt: Attempt, prompt: list[int], params: SamplingParams,
-        generated: list[int], **pair: str,
+        generated: list[int], *, salt: bytes = b"", **pair: str,
     ) -> None:  # fmt: skip
         self.streams.setdefault(request, Stream()).failed = None
-        generation = Generation(pack_tokens(prompt), params, pack_tokens(generated))
+        generation = Generation(pack_tokens(prompt), params, pack_tokens(generated), salt)
         if "colocated" in pair:
             order: Any = Generate(request, attempt, self.gateway.address, generation)
             self.gateway.send(self.addresses[pair["colocated"]].mailbox, order)

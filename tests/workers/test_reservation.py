@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from decode_worker.core.reservation import Reservations
+from decode_worker.core.reservation import Reservations, Step
 from engine.core.blocks import BlockPool
 from kv_transfer.core.events import TransferKey
 from kv_transfer.core.session import OpenLanding, TransferTimeouts, WritersGone
@@ -44,11 +44,15 @@ def made(*, one_sided: bool = True, num_blocks: int = 8) -> tuple[Reservations, 
     )
 
 
+def admit(reservations: Reservations, pool: BlockPool, room: int = 1, now: float = 0.0) -> list[Step]:
+    return reservations.admit(room, lambda needed, *_: needed <= pool.num_free, now)
+
+
 @pytest.mark.parametrize("how", ["the writer says so", "its supervisor says so", "its process is not there"])
 def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: str) -> None:
     reservations, pool = made()
     reservations.opened(order(1), 0.0)
-    reservations.admit(1, 0.0)
+    admit(reservations, pool)
     reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=5.0)
     assert pool.counts().held == reservations.blocks_held == 3
     match how:
@@ -64,7 +68,7 @@ def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: st
 def test_a_two_sided_receiver_needs_no_quarantine() -> None:
     reservations, pool = made(one_sided=False)
     reservations.opened(order(1), 0.0)
-    reservations.admit(1, 0.0)
+    admit(reservations, pool)
     reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=5.0)
     assert pool.counts().held == 0
 
@@ -76,7 +80,7 @@ def test_those_that_wait_get_their_blocks_in_turn_a_newer_attempt_at_the_end_of_
     assert reservations.num_waiting == 3
     admitted = []
     while reservations.num_waiting:
-        (blocks,) = (step for step in reservations.admit(1, 0.0) if isinstance(step, OpenLanding))
+        (blocks,) = (step for step in admit(reservations, pool) if isinstance(step, OpenLanding))
         admitted.append(blocks.key)
         reservations.give_up(*blocks.key, "next", 0.0)
         reservations.handle(TransferClosed(*blocks.key, "stopped"), 0.0)
