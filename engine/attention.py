@@ -6,21 +6,50 @@ a step's row numbers are computed once (numpy) and serve all layers: each layer 
 its own first row.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from engine.core.errors import ModelError
 from engine.core.step_input import StepInput
+from engine.cpu.attention import CpuAttention, unsupported
 from engine.kv_cache import KVCache
+from engine.models.interface import Attend
+
+log = logging.getLogger(__name__)
 
 SHORT_QUERY = 16
 """Rows of up to this many tokens share a rectangle with rows of other lengths; longer ones only with equals."""
 TILE = 128
 """Queries of a prompt are taken in tiles of this many, each against just the keys that it may see."""
+
+
+class Attention(Protocol):
+    """One rank's attention over its KV cache."""
+
+    def prepare(self, step: StepInput) -> Attend:
+        """What all layers of a step have in common."""
+
+
+def make_attention(kv_cache: KVCache, num_heads: int) -> Attention:
+    """The fastest attention that this machine and this cache allow; says so where it is torch's operators.
+
+    ``ModelError`` where there is none.
+    """
+    reason = unsupported(kv_cache)
+    if not reason:
+        prompts = None if kv_cache.layout.quantized else PagedAttention(kv_cache, num_heads)
+        return CpuAttention(kv_cache, num_heads, prompts)
+    if kv_cache.layout.quantized:
+        raise ModelError(f"a KV cache of {kv_cache.layout.dtype} cannot be served: {reason}; set kv_dtype to auto")
+    log.warning("attention runs as torch's operators: %s", reason)
+    return PagedAttention(kv_cache, num_heads)
 
 
 @dataclass(slots=True)

@@ -3,36 +3,44 @@
 import torch
 import torch.nn.functional as F
 
-_PACKED_FOR_ROWS = 64
-"""oneDNN picks the weights' blocking for so many rows; measured as good for 1 as for 512 (benchmarks/engine.md)."""
-
-
-def can_pack(dtype: torch.dtype, device: str) -> bool:
-    """Whether oneDNN has a packed form for this dtype here."""
-    return (
-        device == "cpu"
-        and dtype is torch.bfloat16
-        and torch._C._has_mkldnn
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+from engine.cpu import gemm
+from engine.ops import silu_mul
 
 
 class Linear:
     """``y = x @ weight.T + bias``: ``x [tokens, in]``, ``weight [out, in]``, ``y [tokens, out]``.
 
-    In bf16 on a CPU the weight is packed once for oneDNN's kernels, which ``F.linear`` does anew in each call; the
-    plain copy is let go.
+    In bf16 on a CPU with bf16 products the weight is packed for our own kernels (``engine.cpu.gemm``), which also do
+    what follows a product while it is in registers; the plain copy is let go. Elsewhere torch's operators do the same.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight")
+    __slots__ = ("_bias", "_columns", "_packed", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._packed = can_pack(weight.dtype, weight.device.type)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS) if self._packed else weight
-        self._bias = bias
+        self._packed = gemm.can_pack(weight)
+        self._columns = weight.shape[0]
+        self._weight = gemm.pack(weight) if self._packed else weight
+        self._bias = bias.float() if self._packed and bias is not None else bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            y = x.new_empty(x.shape[0], self._columns)
+            gemm.linear(x, self._weight, self._bias, y)
             return y
         return F.linear(x, self._weight, self._bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """``residual += y``, in place."""
+        if self._packed:
+            gemm.linear(x, self._weight, self._bias, residual, gemm.ADD)
+        else:
+            residual += F.linear(x, self._weight, self._bias)
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up`` where y is ``[tokens, gate | up]``: the first step of a gated MLP."""
+        half = self._columns // 2
+        if self._packed and half % gemm.PANEL == 0:
+            y = x.new_empty(x.shape[0], half)
+            gemm.linear(x, self._weight, self._bias, y, gemm.SILU_MUL)
+            return y
+        return silu_mul(self(x))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.attention import PagedAttention
+from engine.attention import make_attention
 from engine.core.kv_layout import KVLayout
 from engine.core.step_input import StepInput
 from engine.host_blocks import HostBlocks
@@ -46,7 +46,7 @@ class RankModel:
         self.group = group
         with torch.inference_mode():
             self._model = load_model(folder, config, group, compute, max_positions)
-            self._attention = PagedAttention(self.kv_cache, len(heads.query))
+            self._attention = make_attention(self.kv_cache, len(heads.query))
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> tuple[torch.Tensor, frozenset[int]]:

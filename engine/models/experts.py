@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from engine.linear import Linear
 from engine.models.llama_config import LlamaConfig
 from engine.models.registry import NATIVE
-from engine.ops import silu_mul
 from engine.parallel import ParallelGroup
 from engine.weights import Checkpoint
 
@@ -69,6 +68,6 @@ class ExpertsLayer:
         for place, number in enumerate(self._mine):
             if start == (end := ends[number]):
                 continue
-            out[start:end] = self._down[place](silu_mul(self._gate_up[place](x[start:end])))
+            out[start:end] = self._down[place](self._gate_up[place].silu_mul(x[start:end]))
             start = end
         return out

@@ -13,7 +13,7 @@ from engine.linear import Linear
 from engine.models.experts import ExpertsLayer
 from engine.models.interface import Attend
 from engine.models.llama_config import LlamaConfig
-from engine.ops import Rope, Rotation, rms_norm, silu_mul
+from engine.ops import Rope, Rotation, rms_norm
 from engine.parallel import ParallelGroup
 from engine.weights import Checkpoint
 
@@ -63,12 +63,20 @@ class Layer:
         qkv = qkv.view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
         rotation.apply_(qkv, self.heads, self.kv_heads, self.qk_norms, config.rms_norm_eps)
         query, key, value = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], 1)
-        x += self._group.all_reduce(self.out(attend(index, query, key, value, window=config.windows[index])))
-        x += self._group.all_reduce(self._mlp(rms_norm(x, self.post_norm, config.rms_norm_eps)))
+        self._add(x, self.out, attend(index, query, key, value, window=config.windows[index]))
+        normed = rms_norm(x, self.post_norm, config.rms_norm_eps)
+        if self._experts is None:
+            self._add(x, self.down, self.gate_up.silu_mul(normed))
+        else:
+            x += self._group.all_reduce(self._experts(normed))
         return x
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_mul(self.gate_up(x))) if self._experts is None else self._experts(x)
+    def _add(self, x: torch.Tensor, linear: Linear, given: torch.Tensor) -> None:
+        """Adds what all ranks' shares of ``linear`` come to."""
+        if self._group.size == 1:
+            linear.add_to(x, given)
+        else:
+            x += self._group.all_reduce(linear(given))
 
 
 class Llama:
