@@ -7,7 +7,8 @@ INTERPRET = False
 """Set by tests that run the GPU's kernels on CPU tensors, in Triton's interpreter."""
 
 
-def _fused(x: torch.Tensor) -> bool:
+def fused(x: torch.Tensor) -> bool:
+    """Whether ``x`` is the kernels' business."""
     return x.is_cuda or INTERPRET
 
 
@@ -16,7 +17,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     On a CPU ``F.rms_norm`` runs half precision through a path that is ten times slower for a prompt's chunk.
     """
-    if _fused(x) and x.dim() == 2:
+    if fused(x) and x.dim() == 2:
         from engine.kernels.norm import rms_norm as kernel
 
         return kernel(x, weight, eps)
@@ -28,7 +29,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``residual += x``, in place, and the norm of the sum; both ``[tokens, hidden]``."""
-    if _fused(x):
+    if fused(x):
         from engine.kernels.norm import add_rms_norm as kernel
 
         return kernel(x, residual, weight, eps)
@@ -38,7 +39,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``gate_up [tokens, gate | up]`` -> ``silu(gate) * up``; may overwrite the gate."""
-    if _fused(gate_up):
+    if fused(gate_up):
         from engine.kernels.activation import silu_mul as kernel
 
         return kernel(gate_up)
@@ -65,7 +66,7 @@ class Rotation:
     def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
         self._rope = rope
         self._positions = positions
-        if not _fused(positions):
+        if not fused(positions):
             # Cosines, and sines with the sign of their half, [tokens, 1, head_dim].
             self._cos, self._sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
 
@@ -79,7 +80,7 @@ class Rotation:
     ) -> None:
         """Rotate queries and keys of ``qkv [tokens, heads + 2 * kv_heads, head_dim]`` in place, halves paired as in
         transformers; before that norm each head of them, if ``norms`` holds the weights ``[head_dim]`` for it."""
-        if _fused(qkv):
+        if fused(qkv):
             from engine.kernels.rope import rope_
 
             half = qkv.shape[-1] // 2

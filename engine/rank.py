@@ -37,6 +37,7 @@ class RankModel:
         kv_memory: torch.Tensor,
         max_positions: int,
         swap_blocks: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.layout = layout
         self.kv_cache = KVCache(layout, kv_memory)
@@ -44,9 +45,16 @@ class RankModel:
         compute: torch.dtype = getattr(torch, dtype)
         heads = group.heads(config.num_heads, config.num_kv_heads)
         self.group = group
+        self._backend = None
         with torch.inference_mode():
-            self._model = load_model(folder, config, group, compute, max_positions)
-            self._attention = make_attention(self.kv_cache, len(heads.query))
+            with torch.device(device):
+                self._model = load_model(folder, config, group, compute, max_positions)
+            if device == "cpu":
+                self._attention = make_attention(self.kv_cache, len(heads.query))
+            else:
+                from engine.kernels.backend import gpu_backend  # Triton, which a machine without a GPU need not have
+
+                self._backend = gpu_backend(self._model, self.kv_cache, group, len(heads.query), compute, max_positions)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> tuple[torch.Tensor, frozenset[int]]:
@@ -54,14 +62,11 @@ class RankModel:
         the step whose KV is not all numbers."""
         self._host.swap_out(self.kv_cache, step.moves.swap_out)
         self._host.swap_in(self.kv_cache, step.moves.swap_in)
-        if len(step.moves.copies):
-            copies = torch.from_numpy(step.moves.copies.astype(np.int64))
-            self.kv_cache.copy(copies[:, 0], copies[:, 1])
-        self._clear_begun(step)
-        attend = self._attention.prepare(step)
-        tokens = torch.from_numpy(step.tokens.astype(np.int64))
-        hidden = self._model.forward(tokens, torch.from_numpy(step.positions), attend)
-        return hidden[torch.from_numpy(step.logit_rows.astype(np.int64))], _not_numbers(step, hidden)
+        hidden = self._compute(step) if self._backend is None else self._backend.forward(step)
+        if len(step.tokens) == step.num_sampled:
+            return hidden, frozenset()
+        rows = torch.from_numpy(step.logit_rows.astype(np.int64)).to(hidden.device)
+        return hidden[rows], _not_numbers(step, hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -74,6 +79,16 @@ class RankModel:
             hidden, _ = self.forward(step)
             for rows in step.logit_chunks():
                 self.logits(hidden[rows])
+
+    def _compute(self, step: StepInput) -> torch.Tensor:
+        """All of a step's hidden states, on a CPU."""
+        if len(step.moves.copies):
+            copies = torch.from_numpy(step.moves.copies.astype(np.int64))
+            self.kv_cache.copy(copies[:, 0], copies[:, 1])
+        self._clear_begun(step)
+        attend = self._attention.prepare(step)
+        tokens = torch.from_numpy(step.tokens.astype(np.int64))
+        return self._model.forward(tokens, torch.from_numpy(step.positions), attend)
 
     def _clear_begun(self, step: StepInput) -> None:
         """Zero each block that this step begins and does not fill: attention masks what is behind a sequence's end,
@@ -94,9 +109,7 @@ class RankModel:
 
 def _not_numbers(step: StepInput, hidden: torch.Tensor) -> frozenset[int]:
     """Rows with a hidden state that is not finite: then so is the KV of its token, or of one that it attends to. A row
-    that computes one token and samples shows it in its logits, so a decode step costs nothing here."""
-    if len(step.tokens) == step.num_sampled:
-        return frozenset()
+    that computes one token and samples shows it in its logits, so a decode step need not ask."""
     finite = hidden.sum(-1, dtype=torch.float32).isfinite()
     if bool(finite.all()):
         return frozenset()

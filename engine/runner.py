@@ -15,7 +15,7 @@ from engine.core.step_input import StepInput
 from engine.models.config import ModelConfig
 from engine.parallel import ParallelGroup
 from engine.rank import RankModel
-from engine.sampler import logprobs_of, sample
+from engine.sampler import logprobs_of, sampler_for
 
 
 def kv_layout(
@@ -53,12 +53,16 @@ class ModelRunner:
         group: ParallelGroup | None = None,
         broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
-        if device != "cpu":
-            raise ModelError(f"device must be cpu in this version, got {device!r}")
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise ModelError(f"device must be cpu or cuda, got {device!r}")
+        if device != "cpu" and not torch.cuda.is_available():
+            raise ModelError(f"device is {device}, but torch sees no CUDA device here; write cpu")
         self.config = ModelConfig.from_folder(folder)
         group = group or ParallelGroup()
         self.layout = kv_layout(self.config, dtype, block_size, kv_dtype=kv_dtype, group=group)
-        if kv_memory is None:
+        if kv_memory is None and device != "cpu":
+            kv_memory = torch.zeros(num_blocks * self.layout.block_bytes, dtype=torch.uint8, device=device)
+        elif kv_memory is None:
             # From numpy: its zeros are pages that cost nothing until they are touched.
             kv_memory = torch.from_numpy(np.zeros(num_blocks * self.layout.block_bytes, np.uint8))
         self._broadcast = broadcast
@@ -71,6 +75,7 @@ class ModelRunner:
             kv_memory=kv_memory,
             max_positions=max_model_len or self.config.max_position_embeddings,
             swap_blocks=swap_blocks,
+            device=device,
         )
         self.kv_cache = self._model.kv_cache
 
@@ -98,7 +103,7 @@ class ModelRunner:
         sequences = [plan.sequences[row] for row in rows]
         asked = [place for place, seq in enumerate(sequences) if seq.params.logprobs is not None]
         raw = logits[asked].clone() if asked else logits
-        tokens = sample(logits, sequences)
+        tokens = sampler_for(logits)(logits, sequences)
         logprobs: dict[int, TokenLogprobs] = {}
         asked_valid = [place for place in asked if tokens[place] >= 0]
         if asked_valid:

@@ -4,10 +4,13 @@ Order as in vLLM: penalties, logit bias, temperature, min-p, top-k, top-p. One n
 keyed by (seed, position), and looked up in the cumulated probabilities: a row's token depends on its own logits only.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine import ops
 from engine.core.outputs import TokenLogprobs
 from engine.core.sequence import Sequence
 from engine.rng import uniforms
@@ -23,7 +26,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> NDArray[np.int32]
     if not all(seq.plain_greedy for seq in sequences):
         for row, seq in enumerate(sequences):
             if seq.params.alters_logits:
-                _penalise(logits[row], seq)
+                penalise(logits[row], seq)
     best, tokens = logits.max(-1)
     lost = ~best.isfinite()
     for truncates, draw in ((False, _draw), (True, _draw_truncated)):
@@ -35,7 +38,16 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> NDArray[np.int32]
     return torch.where(lost, NOT_A_NUMBER, tokens).to(torch.int32).numpy()
 
 
-def _penalise(logits: torch.Tensor, seq: Sequence) -> None:
+def sampler_for(logits: torch.Tensor) -> Callable[[torch.Tensor, list[Sequence]], NDArray[np.int32]]:
+    """``sample`` where the logits are on a CPU, else the kernel that draws the same."""
+    if ops.fused(logits):
+        from engine.kernels.sampler import sample as on_device
+
+        return on_device
+    return sample
+
+
+def penalise(logits: torch.Tensor, seq: Sequence) -> None:
     """Penalties and biases of one row, in place."""
     params, vocab = seq.params, logits.shape[0]
     if params.repetition_penalty != 1.0:
@@ -45,10 +57,10 @@ def _penalise(logits: torch.Tensor, seq: Sequence) -> None:
     if params.presence_penalty or params.frequency_penalty:
         output, counts = np.unique(seq.output_token_ids, return_counts=True)
         amounts = params.frequency_penalty * counts + params.presence_penalty
-        logits[torch.from_numpy(output).long()] -= torch.from_numpy(amounts).to(logits.dtype)
+        logits[torch.from_numpy(output).long()] -= torch.from_numpy(amounts).to(logits)
     biased = [token for token in params.logit_bias if token < vocab]
     if biased:
-        logits[torch.tensor(biased)] += torch.tensor([params.logit_bias[token] for token in biased])
+        logits[torch.tensor(biased)] += torch.tensor([params.logit_bias[token] for token in biased]).to(logits)
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
@@ -106,7 +118,7 @@ def logprobs_of(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> l
     if not tokens:
         return []
     logprobs = torch.log_softmax(logits.float(), -1)
-    chosen = logprobs.gather(-1, torch.tensor(tokens)[:, None])
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logprobs.device)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
     top, ids = logprobs.topk(max(*counts, 1), dim=-1)
     return [

@@ -85,6 +85,8 @@ class Llama:
     The vocabulary is shared out: a rank looks up the tokens whose rows it has, and makes their logits.
     """
 
+    fixed_launches = True
+
     def __init__(
         self, folder: Path, config: LlamaConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
     ) -> None:
