@@ -38,6 +38,8 @@ class Engine:
         model: str | Path,
         *,
         dtype: str = "auto",
+        device: str = "cpu",
+        kv_dtype: str = "auto",
         kv_bytes: int = 256 << 20,
         block_size: int = 16,
         max_num_seqs: int = 64,
@@ -54,7 +56,7 @@ class Engine:
         """``kv_bytes`` of blocks, and ``swap_space`` bytes of them in host memory; both of each rank."""
         folder = resolve_model(str(model))
         config = ModelConfig.from_folder(folder)
-        block_bytes = kv_layout(config, dtype, block_size, group=group).block_bytes
+        block_bytes = kv_layout(config, dtype, block_size, kv_dtype=kv_dtype, group=group).block_bytes
         num_blocks, swap_blocks = max(1, kv_bytes // block_bytes), swap_space // block_bytes
         context = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self.max_model_len = context
@@ -68,6 +70,8 @@ class Engine:
         self.runner = ModelRunner(
             folder,
             dtype=dtype,
+            device=device,
+            kv_dtype=kv_dtype,
             num_blocks=num_blocks,
             block_size=block_size,
             max_model_len=context,

@@ -63,7 +63,7 @@ class RankModel:
         self._host.swap_out(self.kv_cache, step.moves.swap_out)
         self._host.swap_in(self.kv_cache, step.moves.swap_in)
         hidden = self._compute(step) if self._backend is None else self._backend.forward(step)
-        if len(step.tokens) == step.num_sampled:
+        if len(step.tokens) == step.num_sampled == len(step.logit_rows):
             return hidden, frozenset()
         rows = torch.from_numpy(step.logit_rows.astype(np.int64)).to(hidden.device)
         return hidden[rows], _not_numbers(step, hidden)
