@@ -64,6 +64,8 @@ class _Body(torch.nn.Module):
 class FallbackModel:
     """See ``engine.models.interface.Model``. ``ModelError`` for a model that cannot be served."""
 
+    fixed_launches = False  # as far as we know
+
     def __init__(
         self, folder: Path, config: ModelConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
     ) -> None:
@@ -104,7 +106,7 @@ class FallbackModel:
         if self._group.rank != 0:
             return hidden
         self._stand_in.hidden = hidden[None]
-        dummy = torch.zeros((1, len(hidden)), dtype=torch.int64)
+        dummy = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         logits: torch.Tensor = self._head(input_ids=dummy, use_cache=False).logits[0]
         return logits
 

@@ -85,11 +85,10 @@ class Llama:
     The vocabulary is shared out: a rank looks up the tokens whose rows it has, and makes their logits.
     """
 
-    fixed_launches = True
-
     def __init__(
         self, folder: Path, config: LlamaConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
     ) -> None:
+        self.fixed_launches = config.experts is None  # which experts are asked, the host decides
         self._config = config
         self._group = group
         self._vocabulary = group.part(config.vocab_size)
