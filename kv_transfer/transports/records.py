@@ -4,6 +4,8 @@ Runs of blocks are copied as one strided piece, straight from view to view: fast
 which makes an array in between. What has to be quantised passes through a scratch that stays in the cache.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,8 +19,10 @@ from messages.common import KVShard
 Records = NDArray[np.uint8]
 """``[block, layer and k|v, head, record_bytes]``, a view of a pool."""
 
-SCRATCH_VALUES = 28 << 10
-"""Quantised at once. torch splits no work below 32 Ki values among threads: it would take them from the model."""
+SCRATCH_VALUES = 128 << 10
+"""Quantised at once: so few that they stay in the cache."""
+UNSHARED_VALUES = 28 << 10
+"""torch splits no work below 32 Ki values among threads, which it would take from the model."""
 _STORED = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "int8": torch.int8, "fp8": torch.float8_e4m3fn,
@@ -109,57 +113,79 @@ class _Cast:
 
     def __call__(self, there: Records, target: Blocks, here: Records, source: Blocks) -> None:
         into, out_of = _values(there, self._target), _values(here, self._source)
-        step = max(1, SCRATCH_VALUES // (here.shape[2] * self._source.record_values))
+        step = max(1, UNSHARED_VALUES // (here.shape[2] * self._source.record_values))
         for to, begin in zip(target.tolist(), source.tolist(), strict=True):
             for part in _parts(here.shape[1], step):
                 into[to, part].copy_(out_of[begin, part])
 
 
 class _Quantize:
-    """Floats into values of one byte with a scale a record, as the kernels that write KV do it.
+    """Floats into values of one byte with a scale a record, as ``engine.kernels.reference.quantize_blocks`` does it.
 
     scale = largest magnitude / the dtype's largest number; stored = value / scale, to the nearest, ties to even. A
-    record of zeros has scale 0.
+    record of zeros has scale 0. In numpy, which never takes threads from the model.
     """
 
     def __init__(self, source: KVLayout, target: KVLayout) -> None:
         self._source, self._target = source, target
-        self._max = QUANTIZED_MAX[target.dtype]
+        self._max = np.float32(QUANTIZED_MAX[target.dtype])
         size = max(SCRATCH_VALUES, target.record_values)
-        self._floats, self._magnitudes = torch.empty(size), torch.empty(size)
+        self._floats, self._magnitudes = np.empty(size, np.float32), np.empty(size, np.float32)
 
     def __call__(self, there: Records, target: Blocks, here: Records, source: Blocks) -> None:
-        into, out_of = _values(there, self._target), _values(here, self._source)
-        values = self._target.record_values
-        tails = torch.from_numpy(there)[..., values:].view(torch.float32)
-        heads = here.shape[2]
-        layers = max(1, SCRATCH_VALUES // (heads * values))
-        at_once = max(1, SCRATCH_VALUES // (heads * values * here.shape[1]))
-        for first in range(0, len(source), at_once):
-            froms, tos = source[first : first + at_once].tolist(), target[first : first + at_once].tolist()
-            for part in _parts(here.shape[1], layers):
-                for head in _parts(heads, max(1, SCRATCH_VALUES // values)):
+        values, (layers, heads) = self._target.record_values, here.shape[1:3]
+        out_of = here.view(_READ[self._source.dtype])
+        into, tails = there[..., :values].view(np.int8), there[..., values:].view(np.float32)
+        records = max(1, SCRATCH_VALUES // values)
+        for begin in range(0, len(source), at_once := max(1, records // (layers * heads))):
+            froms, tos = source[begin : begin + at_once].tolist(), target[begin : begin + at_once].tolist()
+            for part in _parts(layers, max(1, records // heads)):
+                for head in _parts(heads, records):
+                    at = [(to, part, head) for to in tos]
                     self._some(
-                        [into[to, part, head] for to in tos],
-                        [tails[to, part, head] for to in tos],
-                        [out_of[begin, part, head] for begin in froms],
+                        [into[to] for to in at], [tails[to] for to in at], [out_of[of, part, head] for of in froms]
                     )
 
-    def _some(self, into: list[torch.Tensor], tails: list[torch.Tensor], out_of: list[torch.Tensor]) -> None:
+    def _some(self, into: list[Any], tails: list[Any], out_of: list[Any]) -> None:
         """``[layer and k|v, head, value]`` each, of one shape, few enough for the scratch."""
         shape = (len(out_of), *out_of[0].shape)
-        size = len(out_of) * out_of[0].numel()
-        floats = self._floats[:size].view(shape)
+        size = len(out_of) * out_of[0].size
+        floats, magnitudes = self._floats[:size].reshape(shape), self._magnitudes[:size].reshape(shape)
         for place, each in enumerate(out_of):
-            floats[place].copy_(each)
-        scales = torch.abs(floats, out=self._magnitudes[:size].view(shape)).amax(-1, keepdim=True).div_(self._max)
-        floats.div_(torch.where(scales > 0, scales, 1.0)).clamp_(-self._max, self._max)
-        if self._target.dtype == "int8":
-            floats.round_()
-        for place, (to, tail) in enumerate(zip(into, tails, strict=True)):
-            to.copy_(floats[place])
-            tail[..., :1] = scales[place]
-            tail[..., 1:] = 0
+            _widen(each, floats[place])
+        with np.errstate(invalid="ignore", over="ignore"):  # what is no number is the engine's to complain of
+            scales = np.abs(floats, out=magnitudes).max(-1, keepdims=True) / self._max
+            np.divide(floats, np.where(scales > 0, scales, np.float32(1)), out=floats)
+            if (scales < np.finfo(np.float32).tiny).any():  # of few bits, so that a quotient can be too large
+                np.clip(floats, -self._max, self._max, out=floats)
+            stored = _to_fp8(floats) if self._target.dtype == "fp8" else np.rint(floats, out=floats)
+            for place, (to, tail) in enumerate(zip(into, tails, strict=True)):
+                np.copyto(to, stored[place], casting="unsafe")
+                tail[..., :1] = scales[place]
+                tail[..., 1:] = 0
+
+
+_READ = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+"""What numpy reads float records as; it has no bfloat16."""
+
+
+def _widen(values: NDArray[Any], into: NDArray[np.float32]) -> None:
+    """Float records, as ``_READ`` says, into fp32."""
+    if values.dtype == np.uint16:  # bfloat16 is the upper half of a float
+        bits = into.view(np.uint32)
+        np.copyto(bits, values)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(into, values)
+
+
+def _to_fp8(floats: NDArray[np.float32]) -> NDArray[np.int8]:
+    """The bytes of ``floats`` as e4m3."""
+    stored = torch.empty(floats.shape, dtype=torch.float8_e4m3fn)
+    flat, out = torch.from_numpy(floats).view(-1), stored.view(-1)
+    for part in _parts(len(flat), UNSHARED_VALUES):
+        out[part].copy_(flat[part])
+    return stored.view(torch.int8).numpy()
 
 
 def _parts(size: int, step: int) -> list[slice]:

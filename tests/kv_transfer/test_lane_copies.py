@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from engine.core.kv_layout import QUANTIZED_MAX
+from engine.kernels.reference import quantize_blocks
+from engine.kv_cache import KVCache
 from kv_transfer.core.digest import combined, digests, mismatches
 from kv_transfer.core.events import Pushed, TransferKey
 from kv_transfer.core.fanout import DigestLane, LaneDigested
 from kv_transfer.core.lanes import Heads, Lane, layout_of, plan_lanes
 from kv_transfer.transports.build import TRANSPORTS, allocate_pool, make_receiver, make_sender
+from kv_transfer.transports.records import LaneCopy
 from messages.common import KVShard
 from runtime.kv_port import FromRank, RankPort
 from tests.kv_transfer.kv_pair import Events, key, scattered
@@ -72,7 +75,9 @@ def made_record(rng: np.random.Generator, dtype: str) -> bytes:
     if dtype not in FLOATS:
         return rng.integers(0, 256, VALUES, np.uint8).tobytes() + np.array([rng.random(), 0, 0, 0], "f4").tobytes()
     values = torch.from_numpy(rng.standard_normal(VALUES).astype(np.float32))
-    values *= float(rng.choice([0.0, 1e-30, 0.01, 1.0, 300.0])) if dtype != "float16" else float(rng.choice([0, 1.0]))
+    values *= (
+        float(rng.choice([0.0, 1e-43, 1e-30, 0.01, 1.0, 300.0])) if dtype != "float16" else float(rng.choice([0, 1.0]))
+    )
     return values.to(FLOATS[dtype]).view(torch.uint8).numpy().tobytes()
 
 
@@ -200,6 +205,45 @@ def test_a_flipped_bit_of_any_lane_changes_the_digest_of_its_block_alone(
                 for lane in workers.lanes:
                     workers.push(key(), lane, place, blocks[place : place + 1], blocks[place : place + 1])
                 assert truth == workers.digests(True, key(), 0, blocks)
+
+
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", ["int8", "fp8"])
+def test_what_is_quantised_on_its_way_is_what_the_kernels_would_store(source: str, target: str) -> None:
+    (here,), (there,) = with_dtype(split(1, 4), source), with_dtype(split(1, 4), target)
+    pool = np.zeros((NUM_BLOCKS, layout_of(here).block_bytes), np.uint8)
+    fill([pool], [here], seed=4)
+    landed, stored = (np.zeros((NUM_BLOCKS, layout_of(there).block_bytes), np.uint8) for _ in range(2))
+    blocks = scattered(1, 9, NUM_BLOCKS)
+    LaneCopy(pool, here, there, Heads(0, 4)).write(landed, blocks, blocks)
+    cache, computed = (
+        KVCache(layout_of(there), torch.from_numpy(stored)),
+        KVCache(layout_of(here), torch.from_numpy(pool)),
+    )
+    assert cache.scales is not None
+    for block in blocks.tolist():
+        counts = torch.tensor([BLOCK_SIZE])
+        data, scales = cache.data[block : block + 1], cache.scales[block : block + 1]
+        quantize_blocks(computed.data, torch.tensor([block]), counts, data, scales)
+    got = KVCache(layout_of(there), torch.from_numpy(landed))
+    assert got.scales is not None
+    assert torch.equal(got.scales, cache.scales)
+    assert torch.equal(got.data.float(), cache.data.float())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_are_none_spoil_their_own_record_only(bad: float) -> None:
+    (here,), (there,) = with_dtype(split(1, 2), "float32"), with_dtype(split(1, 2), "int8")
+    pool = np.zeros((2, layout_of(here).block_bytes), np.uint8)
+    pool.view(np.float32)[:] = 3.0
+    record(pool, here, 0, 1, 0, 1).view(np.float32)[5] = bad
+    landed = np.zeros((2, layout_of(there).block_bytes), np.uint8)
+    LaneCopy(pool, here, there, Heads(0, 2)).write(landed, np.arange(2, dtype=np.int32), np.arange(2, dtype=np.int32))
+    record(landed, there, 0, 1, 0, 1)[:VALUES] = 127
+    record(landed, there, 0, 1, 0, 1)[VALUES:].view(np.float32)[0] = np.float32(3) / np.float32(127)
+    cache = KVCache(layout_of(there), torch.from_numpy(landed))
+    assert cache.scales is not None and (cache.data == 127).all()
+    assert (cache.scales == np.float32(3) / np.float32(127)).all()
 
 
 def test_one_rank_that_keeps_the_same_hashes_its_blocks_as_they_lie() -> None:
