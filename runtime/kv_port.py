@@ -71,7 +71,7 @@ class RankPort:
         self.receiver = receiver
         self._rank = rank
         self._post = post
-        self._hasher = _Hasher(pool, shard)
+        self._hasher = LaneHasher(pool, shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
 
     @property
@@ -123,7 +123,7 @@ class RankPort:
             self._post(PortFailed(error))
 
 
-class _Hasher:
+class LaneHasher:
     """Takes digests of lanes as they travel, for one thread."""
 
     def __init__(self, pool: Pool, shard: KVShard) -> None:
