@@ -35,8 +35,8 @@ WRONG = {
         GOOD + "kv:\n  blok_size: 16\n  colour: red\n",
         [
             "5: unknown key 'blok_size' in kv; did you mean 'block_size'?",
-            "6: unknown key 'colour' in kv; known here: block_size, memory, num_blocks, transport, enable_prefix_caching, "
-            "preemption, swap_space, dtype",
+            "6: unknown key 'colour' in kv; known here: block_size, memory, num_blocks, transport, "
+            "enable_prefix_caching, preemption, swap_space, dtype",
         ],
     ),
     "unknown keys in a pool": (
