@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import threading
+import time
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -13,6 +14,8 @@ WORKERS = {
     "decode": "decode_worker.actor:DecodeWorker",
     "colocated": "decode_worker.actor:DecodeWorker",
 }
+LAST_WORDS = 0.5
+"""Seconds from the failure of a loop to the end of its process."""
 ROUTER = "router.actor:RouterActor"
 GATEWAY = "gateway.actor:GatewayActor"
 
@@ -20,8 +23,9 @@ GATEWAY = "gateway.actor:GatewayActor"
 class Host:
     """Imports ``target`` ("module:Class") when it is made, so that all processes do so at once; ``start`` makes it.
 
-    ``watch`` returns when ``stop`` is through. If the process dies, whoever waits for ``watch`` hears of it at once;
-    and it does die when the actor's own loop fails, for a process without its loop would only look alive.
+    ``watch`` returns when ``stop`` is through. If the process dies, whoever waits for ``watch`` hears of it at once.
+    When the actor's own loop fails, ``watch`` says why, and then the process ends, for without its loop it would only
+    look alive.
     """
 
     def __init__(self, target: str) -> None:
@@ -30,10 +34,18 @@ class Host:
         self._make: Any = getattr(importlib.import_module(module), name)
         self._actor: Any = None
         self._stopped = threading.Event()
+        self._failure = ""
+
+    def prepare(self, config: Any) -> str:
+        """What a worker's other ranks need to know before they start: rank 0's address."""
+        self._actor = self._make(config)
+        address: str = self._actor.prepare()
+        return address
 
     def start(self, config: Any) -> dict[str, Any]:
-        self._actor = self._make(config)
-        self._actor.on_failure = _end_process
+        if self._actor is None:
+            self._actor = self._make(config)
+        self._actor.on_failure = self._fail
         started: dict[str, Any] = self._actor.start()
         return started
 
@@ -43,6 +55,8 @@ class Host:
 
     def watch(self) -> None:
         self._stopped.wait()
+        if self._failure:
+            raise RuntimeError(self._failure)
 
     def stop(self) -> None:
         try:
@@ -51,8 +65,10 @@ class Host:
         finally:
             self._stopped.set()
 
-
-def _end_process(error: BaseException) -> None:
-    log.critical("this process ends, for its loop has failed", exc_info=error)
-    logging.shutdown()
-    os._exit(1)
+    def _fail(self, error: BaseException) -> None:
+        log.critical("this process ends, for its loop has failed", exc_info=error)
+        self._failure = f"{type(error).__name__}: {error}"
+        self._stopped.set()
+        logging.shutdown()
+        time.sleep(LAST_WORDS)  # in the loop's own thread, while `watch` tells
+        os._exit(1)

@@ -11,8 +11,8 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +21,7 @@ from cluster.errors import ClusterError, LaunchError
 from cluster.host import GATEWAY, ROUTER, WORKERS, Host
 from cluster.plan import Plan, PlannedWorker, size
 from cluster.ray_session import RaySession
+from runtime.worker_config import WorkerConfig
 
 Progress = Callable[[str, str], None]
 """Called with who ("prefill-0") and what ("loading the model")."""
@@ -32,6 +33,8 @@ READY_WITHIN = 30.0
 PLACE_WITHIN = 10.0
 STOP_WITHIN = 20.0
 """Seconds that actors get to end in good order before they are killed."""
+END_WITHIN = 2.0
+"""Seconds from the death of one rank to the end of its worker's other ranks, which are killed then."""
 POLL = 0.2
 
 Needs = dict[str, float]
@@ -46,8 +49,12 @@ class Process:
     handle: Any
     watch: Any = None
     epoch: int | None = None
-    is_worker: bool = True
+    pid: int | None = None
+    worker: str = ""
+    """That it is a rank of; empty for the router and the gateway."""
     alive: bool = True
+    kill_at: float | None = None
+    """When it is killed if it has not ended by itself: another rank of its worker is dead."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,10 @@ class Cluster:
         started = self._start_actors({"router": self.plan.router_config()}, "starting")
         router = started["router"]["address"]
         configs: dict[str, Any] = {"gateway": self.plan.gateway_config(router)}
-        configs.update((worker.config.worker, worker.config) for worker in self.plan.workers(router))
+        configs.update((config.process, config) for config in self._worker_configs(router))
         started = self._start_actors(configs, "loading")
         self.url = started["gateway"]["http_url"]
-        self._wait_until_ready(len(planned))
+        self._wait_until_ready(len({worker.config.worker for worker in planned}))
 
     def supervise(self, seconds: float) -> None:
         """Watch for this long; ``LaunchError`` when the cluster cannot go on."""
@@ -129,6 +136,9 @@ class Cluster:
         done, _ = self._session.ray.wait(list(watched), num_returns=1, timeout=seconds)
         for watch in done:
             self._died(watched[watch], _reason(self._session.ray, watch))
+        for process in watched.values():
+            if process.alive and process.kill_at is not None and time.monotonic() > process.kill_at:
+                self._session.ray.kill(process.handle)
 
     def call(self, name: str, method: str, *arguments: Any) -> Any:
         """Call a method of the actor ``name`` ("router", "decode-0") and wait for its answer; for tests and tools."""
@@ -136,7 +146,7 @@ class Cluster:
 
     def inspect(self) -> dict[str, dict[str, int]]:
         """``inspect()`` of every live worker and the router, each after its ``check_integrity``."""
-        named = {name: p for name, p in self.processes.items() if p.alive and name != "gateway"}
+        named = {name: p for name, p in self.processes.items() if p.alive and name in ("router", p.worker)}
         refs = {name: process.handle.call.remote("inspect") for name, process in named.items()}
         return {name: self._session.ray.get(ref, timeout=60) for name, ref in refs.items()}
 
@@ -178,16 +188,17 @@ class Cluster:
 
         ray = self._session.ray
         here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # processes find each other on loopback
-        groups = [
-            placement_group([{**_needs(worker), **here}], strategy="STRICT_PACK", name=worker.config.worker)
-            for worker in workers
-        ]
-        self._groups = groups
+        bundles: dict[str, list[Needs]] = {}
+        for worker in workers:
+            bundles.setdefault(worker.config.worker, []).append({**_needs(worker), **here})
+        groups = {name: placement_group(needs, strategy="STRICT_PACK", name=name) for name, needs in bundles.items()}
+        self._groups = list(groups.values())
         topology = self.plan.topology
         self._create("router", ROUTER, {"num_cpus": topology.router.cpus, "resources": here})
         self._create("gateway", GATEWAY, {"num_cpus": topology.gateway.cpus, "resources": here})
         deadline = time.monotonic() + PLACE_WITHIN
-        for worker, group in zip(workers, groups, strict=True):
+        for worker in workers:
+            group = groups[worker.config.worker]
             while not group.wait(1):
                 self._check()
                 if time.monotonic() > deadline:
@@ -199,19 +210,31 @@ class Cluster:
                 "num_gpus": needs.pop("GPU", 0),
                 "memory": needs.pop("memory", None),
                 "resources": here,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, worker.config.rank),
             }
-            self._create(worker.config.worker, WORKERS[worker.config.role], options, is_worker=True)
+            self._create(worker.config.process, WORKERS[worker.config.role], options, worker.config.worker)
 
-    def _create(self, name: str, target: str, options: Mapping[str, Any], *, is_worker: bool = False) -> None:
+    def _create(self, name: str, target: str, options: Mapping[str, Any], worker: str = "") -> None:
         remote: Any = self._session.ray.remote(Host)
         try:
             # Calls run beside each other: `watch` waits all the time, and a status is asked for while a model loads.
             handle = remote.options(name=name, max_restarts=0, max_concurrency=8, **options).remote(target)
         except ValueError as error:  # the name is taken
             raise LaunchError(f"a cluster {self.plan.topology.name!r} runs on this Ray already: {error}") from error
-        self.processes[name] = Process(name, handle, handle.watch.remote(), is_worker=is_worker)
+        self.processes[name] = Process(name, handle, handle.watch.remote(), worker=worker)
         self._progress(name, "starting")
+
+    def _worker_configs(self, router: str) -> Iterator[WorkerConfig]:
+        """Every rank's; the first ranks of those that have several open their mailboxes, which the others must know."""
+        configs = [worker.config for worker in self.plan.workers(router)]
+        leaders = {
+            config.worker: self.processes[config.process].handle.prepare.remote(config)
+            for config in configs
+            if config.rank == 0 and config.tensor_parallel > 1
+        }
+        addresses = {name: self._result(ref, name) for name, ref in leaders.items()}
+        for config in configs:
+            yield replace(config, leader=addresses[config.worker]) if config.rank else config
 
     def _start_actors(self, configs: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
         """Start these actors side by side; the first that fails ends it."""
@@ -227,6 +250,7 @@ class Cluster:
                 name = pending.pop(ref)
                 started[name] = self._result(ref, name)
                 self.processes[name].epoch = started[name].get("epoch")
+                self.processes[name].pid = started[name].get("pid")
                 self._progress(name, "ready")
             if time.monotonic() > deadline:
                 raise LaunchError(f"{', '.join(pending.values())} did not start within {START_WITHIN:.0f} s")
@@ -261,20 +285,26 @@ class Cluster:
         process.alive = False
         self._failed = True
         self._progress(process.name, f"died: {reason}")
-        if not process.is_worker:
+        if not process.worker:
             raise LaunchError(f"the {process.name} died: {reason}; the cluster cannot go on without it")
-        router = self.processes["router"].handle
-        router.call.remote("worker_died", process.name, process.epoch, reason)
-        if not any(other.alive for other in self.processes.values() if other.is_worker):
+        if process.kill_at is None:  # the first of its worker's ranks: the others end by themselves
+            first = self.processes[process.worker]
+            detail = reason if process is first else f"{process.name} died: {reason}"
+            self.processes["router"].handle.call.remote("worker_died", process.worker, first.epoch, detail)
+            for other in self.processes.values():
+                if other.worker == process.worker:
+                    other.kill_at = time.monotonic() + END_WITHIN
+        if all(other.kill_at is not None for other in self.processes.values() if other.worker):
             raise LaunchError(f"{process.name} died, and it was the last worker: {reason}")
 
     # Down
 
     def _stop_actors(self) -> None:
         gateway = [process for name, process in self.processes.items() if name == "gateway"]
-        workers = [process for process in self.processes.values() if process.is_worker]
+        workers = [process for name, process in self.processes.items() if name == process.worker]
+        ranks = [process for name, process in self.processes.items() if process.worker not in ("", name)]
         router = [process for name, process in self.processes.items() if name == "router"]
-        for group in (gateway, workers, router):
+        for group in (gateway, workers, ranks, router):  # rank 0 dismisses the others
             self._stop_together([process for process in group if process.alive])
         for process in self.processes.values():
             self._session.ray.kill(process.handle)
@@ -327,10 +357,12 @@ def _amount(name: str, amount: float) -> str:
 
 
 def _reason(ray: Any, watch: Any) -> str:
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
 
     try:
         ray.get(watch)
+    except RayTaskError as error:  # its loop has failed, and it says so
+        return _first_line(error.cause if isinstance(error.cause, Exception) else error)
     except RayError as error:
         return _first_line(error)
     return "it stopped by itself"

@@ -13,6 +13,7 @@ from cluster.topology import Pool, Topology
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
 from engine.core.scheduler import Preemption
+from engine.core.shards import head_shard
 from engine.models.config import ModelConfig
 from gateway.config import GatewayConfig
 from gateway.core.limits import Limits
@@ -31,6 +32,8 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"
 
 @dataclass(frozen=True)
 class PlannedWorker:
+    """One rank of a worker: one process."""
+
     config: WorkerConfig
     pool: Pool
 
@@ -50,11 +53,12 @@ class Plan:
     cluster_key: bytes = field(repr=False)
 
     def workers(self, router: str) -> list[PlannedWorker]:
-        """All workers, given the router's address."""
+        """Every rank of all workers, given the router's address; a worker's ranks beside each other, 0 first."""
         return [
-            PlannedWorker(self._worker(pool, index, router), pool)
+            PlannedWorker(self._worker(pool, index, rank, router), pool)
             for pool in self.topology.pools
             for index in range(pool.replicas)
+            for rank in range(pool.tensor_parallel)
         ]
 
     def router_config(self) -> RouterConfig:
@@ -89,7 +93,7 @@ class Plan:
             timeouts=SessionTimeouts(placement=topology.router.wait_timeout + SessionTimeouts().placement),
         )
 
-    def _worker(self, pool: Pool, index: int, router: str) -> WorkerConfig:
+    def _worker(self, pool: Pool, index: int, rank: int, router: str) -> WorkerConfig:
         return WorkerConfig(
             worker=f"{pool.name}-{index}",
             role=Role(pool.role),
@@ -111,10 +115,12 @@ class Plan:
             prefill_chunk=pool.prefill_chunk,
             max_model_len=self.max_model_len,
             threads=pool.threads,
+            tensor_parallel=pool.tensor_parallel,
+            rank=rank,
         )
 
     def layout(self, pool: Pool) -> KVLayout:
-        """Of the KV blocks of the pool's workers."""
+        """Of the KV blocks of the pool's workers, all ranks together."""
         return _layout(self.topology, pool, self.model_config, self.dtype)
 
     def num_blocks(self, pool: Pool) -> int:
@@ -153,7 +159,7 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
         transport="shm" if topology.kv.transport == "auto" else topology.kv.transport,
         cluster_key=secrets.token_bytes(32),
     )
-    problems = [*_kv_problems(plan)]
+    problems = [*_rank_problems(plan), *_kv_problems(plan)]
     if problems:
         raise topology.errors(problems)
     return plan
@@ -232,7 +238,20 @@ def _from_hub(topology: Topology, *, download: bool) -> Path:
 def _layout(topology: Topology, pool: Pool, config: ModelConfig, dtype: str) -> KVLayout:
     kv_dtype = pool.kv_dtype or topology.kv.dtype
     stored = dtype if kv_dtype == "auto" else kv_dtype
-    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, topology.kv.block_size, stored)
+    # Where heads are fewer than ranks, several ranks hold the same one.
+    heads = max(config.num_kv_heads, pool.tensor_parallel)
+    return KVLayout(config.num_layers, heads, config.head_dim, topology.kv.block_size, stored)
+
+
+def _rank_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
+    """Pools of which some rank would have nothing to hold."""
+    heads, kv_heads = plan.model_config.num_heads, plan.model_config.num_kv_heads
+    for index, pool in enumerate(plan.topology.pools):
+        try:
+            head_shard(heads, kv_heads, 0, pool.tensor_parallel)
+        except ValueError as error:
+            text = f"tensor_parallel is {pool.tensor_parallel}: {error}; write {heads} or less"
+            yield ("pools", index, "tensor_parallel"), text
 
 
 def _kv_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:

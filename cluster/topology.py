@@ -78,7 +78,7 @@ class ClusterSection(Section):
 
 
 class Resources(Section):
-    """What one worker takes from its host, in Ray's books."""
+    """What one process takes from its host, in Ray's books; a worker has ``tensor_parallel`` of them."""
 
     cpus: Annotated[float, Field(gt=0, le=1024)] = 0.25
     gpus: Annotated[float, Field(ge=0, le=64)] = 0
@@ -89,7 +89,8 @@ class Pool(Section):
     name: Name
     role: Literal["prefill", "decode", "colocated"]
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
-    tensor_parallel: Positive = 1
+    tensor_parallel: Annotated[int, Field(ge=1, le=256)] = 1
+    """Ranks of each worker: processes that hold a part of the model each."""
     resources: Resources = Resources()
     max_num_seqs: Positive = 32
     max_num_batched_tokens: Positive = 2048
@@ -207,7 +208,8 @@ class Topology(Section):
     @property
     def cpus(self) -> float:
         """What all processes take together, in Ray's books."""
-        return sum(pool.replicas * pool.resources.cpus for pool in self.pools) + self.router.cpus + self.gateway.cpus
+        workers = sum(pool.replicas * pool.tensor_parallel * pool.resources.cpus for pool in self.pools)
+        return workers + self.router.cpus + self.gateway.cpus
 
     def error(self, loc: Loc, text: str) -> TopologyError:
         """A complaint about the value at ``loc``, with file and line."""
@@ -244,9 +246,6 @@ class Topology(Section):
             if pool.name in seen:
                 yield (*here, "name"), f"pool {pool.name!r} is there twice; give each pool a name of its own"
             seen.add(pool.name)
-            if pool.tensor_parallel > 1:
-                got = pool.tensor_parallel
-                yield (*here, "tensor_parallel"), f"tensor_parallel is {got}: more than 1 comes next; write 1"
             if pool.prefill_chunk > pool.max_num_batched_tokens:
                 text = f"prefill_chunk {pool.prefill_chunk} can never fit max_num_batched_tokens"
                 yield (*here, "prefill_chunk"), f"{text} {pool.max_num_batched_tokens}; lower it, or raise the other"

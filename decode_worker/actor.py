@@ -8,8 +8,7 @@ from engine.runner import ModelRunner
 from kv_transfer.core.session import TransferTimeouts
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import make_receiver
-from messages.codec import Decode, decoder_for
-from messages.common import Role, WorkerAddress
+from messages.common import KVShard, Role, WorkerAddress
 from messages.ids import Address
 from runtime.actor import WorkerActor
 from runtime.kv_port import FromRank, KVPort, RankPort
@@ -22,21 +21,20 @@ class DecodeWorker(WorkerActor):
 
     _one_sided = False
 
-    def _decoder(self) -> Decode:
-        return decoder_for(*Messages)
+    _messages = Messages
 
-    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
-        shard = self._shard(runner)
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard) -> RankPort:
+        rank = self._config.rank
         if self._config.role is Role.COLOCATED:
-            return KVPort(RankPort(0, memory.pool, shard, mailbox.post))
+            return RankPort(rank, memory.pool, shard, mailbox.post)
         receiver = make_receiver(
-            self._config.transport, self._config.host, memory, shard, lambda event: mailbox.post(FromRank(0, event))
+            self._config.transport, self._config.host, memory, shard, lambda event: mailbox.post(FromRank(rank, event))
         )
         self._one_sided = receiver.one_sided
-        return KVPort(RankPort(0, memory.pool, shard, mailbox.post, receiver=receiver))
+        return RankPort(rank, memory.pool, shard, mailbox.post, receiver=receiver)
 
     def _make_machine(
-        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
+        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner, port: KVPort
     ) -> Machine:
         settings = DecodeSettings(
             address=address,

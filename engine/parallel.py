@@ -43,5 +43,8 @@ class ParallelGroup:
         """
         yield
 
+    def check(self) -> None:
+        """``GroupLost`` if another rank is known to be gone; never waits."""
+
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group. Ranks that still count on this one get ``GroupLost``."""

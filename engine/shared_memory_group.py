@@ -30,6 +30,7 @@ JOIN_WITHIN = 120.0
 """Seconds from the first rank that joins to the last."""
 _LINE = 64  # bytes between two ranks' words, so that they share no cache line
 _COUNTER, _FAILED, _PID = 0, 1, 2  # a rank's words, of 8 bytes
+_LEFT = (1 << 63) - 1  # in place of a step
 _ROUNDS = 1 << 32  # a counter is step * _ROUNDS + round
 _SPINS = 200  # turns before other processes are let in between
 _TURNS_A_LOOK = 2000  # of those that let others in, between two looks at whether the rank lives
@@ -133,11 +134,21 @@ class SharedMemoryGroup(ParallelGroup):
             raise
         except BaseException:
             self._words[self._mine + _FAILED] = self._step
-            self._words[self._mine + _COUNTER] = (self._step + 1) * _ROUNDS - 1  # whoever waits for us looks up
+            self._words[self._mine + _COUNTER] = self._broken()  # whoever waits for us looks up
             raise
+
+    def check(self) -> None:
+        """See ``ParallelGroup``."""
+        for peer, offset in self._others:
+            if self._words[offset + _FAILED] == _LEFT:
+                raise GroupLost(f"rank {peer} of {self.size} has left the group")
+        for peer, process in self._processes.items():
+            if has_exited(process):
+                raise GroupLost(f"rank {peer} of {self.size} has died")
 
     def close(self) -> None:
         """See ``ParallelGroup``; the memory goes when all ranks have let go of it."""
+        self._words[self._mine + _FAILED] = _LEFT
         for process in self._processes.values():
             os.close(process)
         self._processes.clear()
@@ -162,8 +173,13 @@ class SharedMemoryGroup(ParallelGroup):
         self._words[self._mine + _COUNTER] = self._now
         for peer, offset in self._others:
             self._wait(peer, offset + _COUNTER, self._now, self._timeout)
-            if self._words[offset + _FAILED] >= self._step:
+            failed = self._words[offset + _FAILED]
+            if failed >= self._step and (failed != _LEFT or self._words[offset + _COUNTER] == self._broken()):
                 raise StepLost(f"rank {peer} of {self.size} failed in this step")
+
+    def _broken(self) -> int:
+        """The counter of a rank that failed in this step: above that of every round of it."""
+        return (self._step + 1) * _ROUNDS - 1
 
     def _wait(self, peer: int, word: int, wanted: int, timeout: float) -> None:
         """Until a word of ``peer`` is ``wanted`` or more; ``GroupLost`` if it is dead, or silent for too long."""
@@ -176,9 +192,7 @@ class SharedMemoryGroup(ParallelGroup):
             _libc.sched_yield()
             turns += 1
             if turns % _TURNS_A_LOOK == 0:
-                for rank, process in self._processes.items():
-                    if has_exited(process):
-                        raise GroupLost(f"rank {rank} of {self.size} has died")
+                self.check()
                 if time.monotonic() - began > timeout:
                     raise GroupLost(f"rank {peer} of {self.size} has been silent for {timeout:g} s")
 
@@ -192,6 +206,8 @@ class SharedMemoryGroup(ParallelGroup):
                     self._processes[peer] = os.pidfd_open(self._words[offset + _PID])
                 except OSError as error:
                     raise GroupLost(f"rank {peer} of {self.size} has died") from error
+        if self._owned is not None:
+            self._owned.close()  # all have it: nobody else is to map it
 
 
 def _sum(slots: list[torch.Tensor], out: torch.Tensor) -> None:

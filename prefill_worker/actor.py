@@ -7,8 +7,7 @@ from kv_transfer.core.session import TransferTimeouts
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import make_sender
 from kv_transfer.transports.memory import SharedMemory
-from messages.codec import Decode, decoder_for
-from messages.common import KVEndpoint, WorkerAddress
+from messages.common import KVEndpoint, KVShard, WorkerAddress
 from messages.ids import Address
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import Messages, PrefillMachine, PrefillSettings
@@ -21,20 +20,20 @@ from runtime.worker import Machine
 class PrefillWorker(WorkerActor):
     """Computes prompts and hands their KV over."""
 
-    _sources: tuple[KVEndpoint, ...] = ()
+    _messages = Messages
 
-    def _decoder(self) -> Decode:
-        return decoder_for(*Messages)
-
-    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
-        shard = self._shard(runner)
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard) -> RankPort:
+        rank = self._config.rank
+        source = None
         if isinstance(memory, SharedMemory):
-            self._sources = (KVEndpoint("shm", memory.address, shard, len(memory.pool)),)
-        sender = make_sender(self._config.transport, memory.pool, shard, lambda event: mailbox.post(FromRank(0, event)))
-        return KVPort(RankPort(0, memory.pool, shard, mailbox.post, sender=sender))
+            source = KVEndpoint("shm", memory.address, shard, len(memory.pool))
+        sender = make_sender(
+            self._config.transport, memory.pool, shard, lambda event: mailbox.post(FromRank(rank, event))
+        )
+        return RankPort(rank, memory.pool, shard, mailbox.post, sender=sender, source=source)
 
     def _make_machine(
-        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
+        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner, port: KVPort
     ) -> Machine:
         settings = PrefillSettings(
             address=address,
@@ -44,6 +43,5 @@ class PrefillWorker(WorkerActor):
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,
         )
-        shards = (self._shard(runner),)
-        handoffs = Handoffs(address, shards, self._config.transport, pool, TransferTimeouts(), self._sources)
+        handoffs = Handoffs(address, port.shards, self._config.transport, pool, TransferTimeouts(), port.sources)
         return PrefillMachine(settings, scheduler, pool, handoffs)

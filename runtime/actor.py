@@ -10,21 +10,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from engine.core.blocks import BlockPool
 from engine.core.errors import ModelError
 from engine.core.host_tier import HostTier
+from engine.core.kv_layout import KVLayout
 from engine.core.scheduler import Scheduler, SchedulerLimits
+from engine.core.step_input import StepInput
 from engine.models.config import ModelConfig
+from engine.parallel import ParallelGroup
+from engine.rank import RankModel
 from engine.runner import ModelRunner, kv_layout
 from kv_transfer.core.lanes import shard_of
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import allocate_pool
-from messages.codec import Decode
+from messages.codec import decoder_for
 from messages.common import KVShard, WorkerAddress
-from messages.ids import Epoch, WorkerId
-from runtime.kv_port import KVPort
+from messages.ids import Address, Epoch, WorkerId
+from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
+from runtime.follower import FOLLOWER_MESSAGES, Follower, FollowerLoop, RemoteRank
+from runtime.kv_port import KVPort, RankPort
+from runtime.leader import RANK_MESSAGES, Leader
 from runtime.mailbox import Mailbox
 from runtime.worker import Machine, WorkerLoop
 from runtime.worker_config import WorkerConfig
@@ -36,28 +44,63 @@ STOP_WITHIN = 10.0
 
 
 class WorkerActor(ABC):
-    """One worker process. ``start`` returns when it serves; ``stop`` when nothing of it is left."""
+    """One rank of a worker, a process. ``start`` returns when it serves; ``stop`` when nothing of it is left.
+
+    Most workers have one rank. Of those with more, rank 0 is ``prepare``d first: the others need its address.
+    """
+
+    _messages: tuple[type[msgspec.Struct], ...]
+    """What the role's mailbox takes."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._epoch = Epoch(secrets.randbits(62))
         self._memory: PoolMemory | None = None
-        self._port: KVPort | None = None
+        self._own: RankPort | None = None
         self._mailbox: Mailbox | None = None
-        self._loop: WorkerLoop | None = None
+        self._member: Leader | Follower | None = None
+        self._loop: WorkerLoop | FollowerLoop | None = None
         self._thread: threading.Thread | None = None
         self.on_failure: Callable[[BaseException], None] | None = None
         """Called, in the loop's thread, when the loop ends by an exception: nothing is served here any more."""
 
+    def prepare(self) -> str:
+        """Open the mailbox; its address."""
+        if self._mailbox is None:
+            takes: tuple[type[msgspec.Struct], ...] = FOLLOWER_MESSAGES
+            if self._config.rank == 0:
+                takes = (*self._messages, *RANK_MESSAGES)
+            self._mailbox = Mailbox(self._config.host, decoder_for(*takes))
+        return self._mailbox.address
+
     def start(self) -> dict[str, Any]:
         """Load the model and begin to serve; raises ``ModelError`` or ``ValueError`` with what to do about it."""
-        config = self._config
-        torch.set_num_threads(config.threads)
-        folder = Path(config.model)
-        layout = kv_layout(ModelConfig.from_folder(folder), config.dtype, config.block_size, kv_dtype=config.kv_dtype)
-        if layout.quantized:
-            raise ModelError(f"attention over {layout.dtype} KV comes next; write another kv.dtype")
-        self._memory = allocate_pool(config.transport, config.num_blocks, layout.block_bytes)
+        torch.set_num_threads(self._config.threads)
+        self.prepare()
+        assert self._mailbox is not None
+        self._loop = self._follow(self._mailbox) if self._config.rank else self._lead(self._mailbox)
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name=self._config.process, daemon=True)
+        self._thread.start()
+        return {
+            "worker": self._config.worker,
+            "epoch": self._epoch,
+            "mailbox": self._mailbox.address,
+            "pid": os.getpid(),
+        }
+
+    def _lead(self, mailbox: Mailbox) -> WorkerLoop:
+        """Rank 0, which decides."""
+        config, folder = self._config, Path(self._config.model)
+        leader = None
+        if config.tensor_parallel > 1:
+            self._member = leader = Leader(
+                mailbox, WorkerId(config.worker), self._epoch, config.tensor_parallel, config.cluster_key,
+                commands=RANK_COMMANDS, events=RANK_EVENTS,
+            )  # fmt: skip
+            leader.assemble(config.device)
+        group = ParallelGroup() if leader is None else leader.group
+        model_config = ModelConfig.from_folder(folder)
+        layout, memory = self._allocate(model_config, group)
         runner = ModelRunner(
             folder,
             dtype=config.dtype,
@@ -65,9 +108,11 @@ class WorkerActor(ABC):
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             kv_dtype=config.kv_dtype,
-            kv_memory=torch.from_numpy(self._memory.pool).view(-1),
+            kv_memory=torch.from_numpy(memory.pool).view(-1),
             max_model_len=config.max_model_len,
             swap_blocks=config.swap_blocks,
+            group=group,
+            broadcast=_nobody if leader is None else leader.broadcast,
         )
         caching = config.enable_prefix_caching
         pool = BlockPool(config.num_blocks, config.block_size, caching=caching)
@@ -81,23 +126,51 @@ class WorkerActor(ABC):
         )
         eos = frozenset(runner.config.eos_token_ids)
         scheduler = Scheduler(pool, limits, eos, host, preemption=config.preemption)
-        self._mailbox = Mailbox(config.host, self._decoder())
-        self._port = self._make_port(self._memory, self._mailbox, runner)
+        self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group))
+        others = [] if leader is None else [RemoteRank(leader, ready) for ready in leader.wait_until_ready()]
+        port = KVPort(self._own, others)
         address = WorkerAddress(
-            worker=WorkerId(config.worker),
-            epoch=self._epoch,
-            mailbox=self._mailbox.address,
-            kv=self._port.endpoints,
+            worker=WorkerId(config.worker), epoch=self._epoch, mailbox=mailbox.address, kv=port.endpoints
         )
-        machine = self._make_machine(address, scheduler, pool, runner)
-        self._loop = WorkerLoop(machine, runner, self._mailbox, self._port)
-        self._thread = threading.Thread(target=self._run, args=(self._loop,), name=config.worker, daemon=True)
-        self._thread.start()
-        return {"worker": config.worker, "epoch": self._epoch, "mailbox": self._mailbox.address, "pid": os.getpid()}
+        machine = self._make_machine(address, scheduler, pool, runner, port)
+        return WorkerLoop(machine, runner, mailbox, port, leader)
+
+    def _follow(self, mailbox: Mailbox) -> FollowerLoop:
+        """Another rank, which does what rank 0 has decided."""
+        config, folder = self._config, Path(self._config.model)
+        self._member = follower = Follower(
+            mailbox, WorkerId(config.worker), config.rank, config.tensor_parallel, config.cluster_key,
+            Address(config.leader), commands=RANK_COMMANDS, events=RANK_EVENTS,
+        )  # fmt: skip
+        group = follower.join()
+        model_config = ModelConfig.from_folder(folder)
+        layout, memory = self._allocate(model_config, group)
+        model = RankModel(
+            folder,
+            model_config,
+            group,
+            layout,
+            dtype=model_config.resolve_dtype(config.dtype),
+            kv_memory=torch.from_numpy(memory.pool).view(-1),
+            max_positions=config.max_model_len,
+            swap_blocks=config.swap_blocks,
+        )
+        self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group))
+        follower.ready(shard=self._own.shard, endpoint=self._own.endpoint, source=self._own.source)
+        return FollowerLoop(follower, model, self._own)
+
+    def _allocate(self, model: ModelConfig, group: ParallelGroup) -> tuple[KVLayout, PoolMemory]:
+        """This rank's KV pool."""
+        config = self._config
+        layout = kv_layout(model, config.dtype, config.block_size, kv_dtype=config.kv_dtype, group=group)
+        if layout.quantized:
+            raise ModelError(f"attention over {layout.dtype} KV comes next; write another kv.dtype")
+        self._memory = allocate_pool(config.transport, config.num_blocks, layout.block_bytes)
+        return layout, self._memory
 
     def inspect(self) -> dict[str, int]:
         """What is in the machine between two turns of its loop, after ``check_integrity``; for tests and status."""
-        assert self._loop is not None, "not started"
+        assert isinstance(self._loop, WorkerLoop), "not started, or no rank 0"
         answers: queue.SimpleQueue[dict[str, int] | AssertionError] = queue.SimpleQueue()
 
         def look(machine: Machine) -> None:
@@ -120,11 +193,14 @@ class WorkerActor(ABC):
             self._loop.stop()
             self._thread.join(STOP_WITHIN)
             if self._thread.is_alive():
-                raise TimeoutError(f"{self._config.worker} did not stop within {STOP_WITHIN:.0f} s")
+                raise TimeoutError(f"{self._config.process} did not stop within {STOP_WITHIN:.0f} s")
             self._loop = None
-        if self._port is not None:
-            self._port.close()
-            self._port = None
+        if self._member is not None:
+            self._member.close()
+            self._member = None
+        if self._own is not None:
+            self._own.close()
+            self._own = None
         if self._mailbox is not None:
             self._mailbox.close()
             self._mailbox = None
@@ -132,29 +208,31 @@ class WorkerActor(ABC):
             self._memory.release()
             self._memory = None
 
-    @staticmethod
-    def _shard(runner: ModelRunner) -> KVShard:
-        """What the own pool's blocks are."""
-        return shard_of(runner.layout, runner.config.num_kv_heads)
-
-    def _run(self, loop: WorkerLoop) -> None:
+    def _run(self, loop: WorkerLoop | FollowerLoop) -> None:
         try:
             loop.run()
         except BaseException as error:
-            log.exception("the loop of %s has failed", self._config.worker)
+            log.exception("the loop of %s has failed", self._config.process)
+            if self._member is not None:
+                self._member.group.close()  # the other ranks end too
             if self.on_failure is not None:
                 self.on_failure(error)
 
     @abstractmethod
-    def _decoder(self) -> Decode:
-        """Of the messages that this role's mailbox takes."""
-
-    @abstractmethod
-    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, runner: ModelRunner) -> KVPort:
-        """The role's ways of moving KV."""
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard) -> RankPort:
+        """The role's ways of moving this rank's KV."""
 
     @abstractmethod
     def _make_machine(
-        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
+        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner, port: KVPort
     ) -> Machine:
         """The role's decisions."""
+
+
+def _shard(layout: KVLayout, model: ModelConfig, group: ParallelGroup) -> KVShard:
+    """What blocks of a rank are, of the model's."""
+    return shard_of(layout, model.num_kv_heads, group.heads(model.num_heads, model.num_kv_heads).kv.start)
+
+
+def _nobody(step: StepInput) -> None:
+    """Has to be told of a step where there is one rank."""

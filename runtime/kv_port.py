@@ -49,7 +49,11 @@ class Rank(Protocol):
     """One rank's port, in this process or behind a channel that keeps the order."""
 
     @property
+    def shard(self) -> KVShard: ...
+    @property
     def endpoint(self) -> KVEndpoint | None: ...
+    @property
+    def source(self) -> KVEndpoint | None: ...
     def perform(self, action: RankAction) -> RankEvent | None: ...
     def forget(self, peer: WorkerAddress) -> None: ...
 
@@ -66,7 +70,11 @@ class RankPort:
         *,
         sender: Sender | None = None,
         receiver: Receiver | None = None,
+        source: KVEndpoint | None = None,
     ) -> None:
+        """``source``: where receivers that look find ``pool``."""
+        self.shard = shard
+        self.source = source
         self.sender = sender
         self.receiver = receiver
         self._rank = rank
@@ -166,6 +174,16 @@ class KVPort:
     def endpoints(self) -> tuple[KVEndpoint, ...]:
         """Where peers reach this worker's KV, rank by rank; empty where it receives none."""
         return tuple(rank.endpoint for rank in self._ranks if rank.endpoint is not None)
+
+    @property
+    def sources(self) -> tuple[KVEndpoint, ...]:
+        """Where peers find the pools that this worker sends from, where their transport looks."""
+        return tuple(rank.source for rank in self._ranks if rank.source is not None)
+
+    @property
+    def shards(self) -> tuple[KVShard, ...]:
+        """What each rank holds of a block."""
+        return tuple(rank.shard for rank in self._ranks)
 
     def perform(self, action: WorkerAction) -> list[WorkerEvent]:
         """Have the ranks do it; what they have answered at once."""

@@ -24,9 +24,11 @@ from kv_transfer.core.session import (
     TakeDigests,
     WritersGone,
 )
+from messages.rank_to_leader import Join, RankEvent, RankMessage
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
 from runtime.kv_port import FromRank, KVPort, PortFailed
+from runtime.leader import Leader
 from runtime.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
@@ -60,19 +62,28 @@ class Runner(Protocol):
 class WorkerLoop:
     """Runs one machine until it is stopped; made and run in one thread, stopped from another."""
 
-    def __init__(self, machine: Machine, runner: Runner, mailbox: Mailbox, port: KVPort) -> None:
+    def __init__(
+        self, machine: Machine, runner: Runner, mailbox: Mailbox, port: KVPort, leader: Leader | None = None
+    ) -> None:
+        """``leader`` of the worker's other ranks, if it has any."""
         self._machine = machine
         self._runner = runner
         self._mailbox = mailbox
         self._port = port
+        self._leader = leader
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Until ``stop``: take what has come, schedule, run, update. Raises what a digest or the machine raised."""
+        """Until ``stop``: take what has come, schedule, run, update.
+
+        Raises what a digest or the machine raised, and ``GroupLost`` when one of the worker's ranks is lost.
+        """
         machine, now = self._machine, time.monotonic
         self._perform([machine.membership.register()])
         busy = False
         while not self._stopping.is_set():
+            if self._leader is not None:
+                self._leader.check()
             for event in self._mailbox.receive(0.0 if busy else max(0.0, machine.wake_at - now())):
                 self._perform(self._handle(event))
             self._perform(machine.tick(now()))
@@ -95,6 +106,8 @@ class WorkerLoop:
     def _handle(self, event: Any) -> list[Any]:
         if event is None:
             return []
+        if isinstance(event, RankMessage | Join):
+            return self._heard(event)
         if isinstance(event, FromRank):
             return [action for answer in self._port.gather(event) for action in self._answered(answer)]
         if isinstance(event, PortFailed):
@@ -103,6 +116,14 @@ class WorkerLoop:
             event(self._machine)
             return []
         return self._machine.handle(event, time.monotonic())
+
+    def _heard(self, message: RankMessage | Join) -> list[Any]:
+        """From another rank of this worker, or from who says so."""
+        if isinstance(message, RankEvent) and self._leader is not None:
+            event = self._leader.event(message)
+            if event is not None:
+                return self._handle(FromRank(message.rank, event))
+        return []
 
     def _answered(self, event: WorkerEvent) -> list[Any]:
         if isinstance(event, Pushed):

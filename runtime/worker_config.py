@@ -45,3 +45,13 @@ class WorkerConfig:
     max_model_len: int
     threads: int
     """Threads that torch may use."""
+    tensor_parallel: int = 1
+    """Ranks, each a process."""
+    rank: int = 0
+    leader: str = ""
+    """Rank 0's mailbox, for the other ranks."""
+
+    @property
+    def process(self) -> str:
+        """The name of this rank's process."""
+        return self.worker if self.rank == 0 else f"{self.worker}.rank{self.rank}"

@@ -3,8 +3,9 @@
 import secrets
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,24 @@ class Relay:
         self.router = Mailbox("127.0.0.1", decoder_for(Register, Report, Leaving))
         self.gateway = Mailbox("127.0.0.1", decoder_for(TokenBatch, AttemptFailed))
         self.workers: dict[str, WorkerActor] = {}
+        self.ranks: dict[str, list[WorkerActor]] = {}
+        """By worker: its ranks but 0."""
         self.addresses: dict[str, WorkerAddress] = {}
         self.reports: dict[str, Report] = {}
         self.streams: dict[RequestId, Stream] = {}
         self.ack = True
 
     def start(self, config: WorkerConfig) -> None:
-        worker = PrefillWorker(config) if config.role is Role.PREFILL else DecodeWorker(config)
-        worker.start()
+        """A worker; of one with several ranks each starts in a thread of its own, as each does in its own process."""
+        worker = make(config)
+        others = []
+        if config.tensor_parallel > 1:
+            leader = worker.prepare()
+            others = [make(replace(config, rank=rank, leader=leader)) for rank in range(1, config.tensor_parallel)]
+        with ThreadPoolExecutor(config.tensor_parallel) as threads:
+            list(threads.map(lambda each: each.start(), [worker, *others]))
         self.workers[config.worker] = worker
+        self.ranks[config.worker] = others
         self.wait(lambda: config.worker in self.addresses)
 
     def send(
@@ -161,8 +171,15 @@ class Relay:
         for worker in self.workers.values():
             worker.inspect()
             worker.stop()
+        for ranks in self.ranks.values():
+            for rank in ranks:
+                rank.stop()
         self.router.close()
         self.gateway.close()
+
+
+def make(config: WorkerConfig) -> WorkerActor:
+    return PrefillWorker(config) if config.role is Role.PREFILL else DecodeWorker(config)
 
 
 def config(relay: Relay, worker: str, role: Role, model: Path, **changes: Any) -> WorkerConfig:
