@@ -14,7 +14,6 @@ import msgspec
 import torch
 
 from engine.core.blocks import BlockPool
-from engine.core.errors import ModelError
 from engine.core.host_tier import HostTier
 from engine.core.kv_layout import KVLayout
 from engine.core.scheduler import Scheduler, SchedulerLimits
@@ -163,8 +162,6 @@ class WorkerActor(ABC):
         """This rank's KV pool."""
         config = self._config
         layout = kv_layout(model, config.dtype, config.block_size, kv_dtype=config.kv_dtype, group=group)
-        if layout.quantized:
-            raise ModelError(f"attention over {layout.dtype} KV comes next; write another kv.dtype")
         self._memory = allocate_pool(config.transport, config.num_blocks, layout.block_bytes)
         return layout, self._memory
 
