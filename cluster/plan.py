@@ -102,6 +102,7 @@ class Plan:
             cluster_key=self.cluster_key,
             model=str(self.model),
             dtype=self.dtype,
+            quantization=self.topology.quantization,
             device=self.topology.device,
             num_blocks=self.num_blocks(pool),
             block_size=self.topology.kv.block_size,

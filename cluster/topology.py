@@ -148,6 +148,8 @@ class Topology(Section):
     """A folder, relative to the file or to the working directory, or a Hugging Face id."""
     served_model_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["int8", "fp8"] | None = None
+    """Of the weights, while they are loaded."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda)$")] = "cpu"
     pools: Annotated[tuple[Pool, ...], Field(min_length=1, max_length=100, strict=False)]
     kv: KV = KV()

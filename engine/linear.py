@@ -1,5 +1,7 @@
 """Linear layers in the form in which this machine multiplies fastest."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -46,3 +48,7 @@ class Linear:
             gemm.linear(x, self._weight, self._bias, y, gemm.SILU_MUL)
             return y
         return silu_mul(self(x))
+
+
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+"""Makes a layer of ``weight [out, in]`` and ``bias [out]``."""

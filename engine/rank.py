@@ -36,6 +36,7 @@ class RankModel:
         dtype: str,
         kv_memory: torch.Tensor,
         max_positions: int,
+        quantization: str | None = None,
         swap_blocks: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -48,7 +49,7 @@ class RankModel:
         self._backend = None
         with torch.inference_mode():
             with torch.device(device):
-                self._model = load_model(folder, config, group, compute, max_positions)
+                self._model = load_model(folder, config, group, compute, max_positions, quantization)
             if device == "cpu":
                 self._attention = make_attention(self.kv_cache, len(heads.query))
             else:

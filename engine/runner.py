@@ -47,6 +47,7 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         kv_dtype: str = "auto",
+        quantization: str | None = None,
         kv_memory: torch.Tensor | None = None,
         max_model_len: int | None = None,
         swap_blocks: int = 0,
@@ -74,6 +75,7 @@ class ModelRunner:
             dtype=self.config.resolve_dtype(dtype),
             kv_memory=kv_memory,
             max_positions=max_model_len or self.config.max_position_embeddings,
+            quantization=quantization,
             swap_blocks=swap_blocks,
             device=device,
         )

@@ -56,6 +56,8 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        if hasattr(_libc, "malloc_trim"):  # glibc keeps what was freed between the weights
+            _libc.malloc_trim(0)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

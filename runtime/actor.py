@@ -107,6 +107,7 @@ class WorkerActor(ABC):
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             kv_dtype=config.kv_dtype,
+            quantization=config.quantization,
             kv_memory=torch.from_numpy(memory.pool).view(-1),
             max_model_len=config.max_model_len,
             swap_blocks=config.swap_blocks,
@@ -152,6 +153,7 @@ class WorkerActor(ABC):
             dtype=model_config.resolve_dtype(config.dtype),
             kv_memory=torch.from_numpy(memory.pool).view(-1),
             max_positions=config.max_model_len,
+            quantization=config.quantization,
             swap_blocks=config.swap_blocks,
         )
         self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group))

@@ -23,6 +23,8 @@ class WorkerConfig:
     """Folder with config.json and safetensors."""
     dtype: str
     """auto, float32, bfloat16 or float16."""
+    quantization: str | None = None
+    """Of the weights, on load: int8, fp8, or None."""
     device: str
     num_blocks: int
     block_size: int

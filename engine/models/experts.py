@@ -7,7 +7,7 @@ of its experts, and the sum over the ranks is the layer's output.
 import torch
 import torch.nn.functional as F
 
-from engine.linear import Linear
+from engine.linear import Linear, MakeLinear
 from engine.models.llama_config import LlamaConfig
 from engine.models.registry import NATIVE
 from engine.parallel import ParallelGroup
@@ -18,7 +18,8 @@ class ExpertsLayer:
     """This rank's experts of one layer. ``prefix``: the layer's name in the checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, prefix: str, dtype: torch.dtype
+        self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, prefix: str, dtype: torch.dtype,
+        make: MakeLinear,
     ) -> None:
         experts, names = config.experts, NATIVE[config.architecture].experts
         assert experts is not None and names is not None
@@ -36,8 +37,8 @@ class ExpertsLayer:
                 checkpoint.skip(gate, up, down)
                 continue
             whole = [range(inner)] * 2
-            self._gate_up.append(Linear(checkpoint.take_rows([gate, up], [inner] * 2, whole, (hidden,), dtype)))
-            self._down.append(Linear(checkpoint.take(down, (hidden, inner), dtype)))
+            self._gate_up.append(make(checkpoint.take_rows([gate, up], [inner] * 2, whole, (hidden,), dtype), None))
+            self._down.append(make(checkpoint.take(down, (hidden, inner), dtype), None))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x [tokens, hidden]`` -> the part of this rank's experts in the output, ``[tokens, hidden]``."""

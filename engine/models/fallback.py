@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from engine.core.errors import ModelError
+from engine.linear import Linear, MakeLinear
 from engine.models import fallback_probe as probe
 from engine.models.config import ModelConfig
 from engine.models.fallback_config import FOREIGN_ERRORS, load_config, text_config
@@ -67,7 +69,13 @@ class FallbackModel:
     fixed_launches = False  # as far as we know
 
     def __init__(
-        self, folder: Path, config: ModelConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
+        self,
+        folder: Path,
+        config: ModelConfig,
+        group: ParallelGroup,
+        dtype: torch.dtype,
+        max_positions: int,
+        make_linear: MakeLinear = Linear,
     ) -> None:
         self._config = config
         self._share(ParallelGroup())  # each rank probes by itself: others may still be loading
@@ -78,6 +86,8 @@ class FallbackModel:
         try:
             with torch.inference_mode():
                 self._take_apart(what, model)
+                if make_linear is not Linear:
+                    _make_linears(self._layers, make_linear)
         except FOREIGN_ERRORS as error:
             raise ModelError(f"{what} cannot run on a paged cache: {type(error).__name__}: {error}") from error
         self._share(group)
@@ -190,6 +200,30 @@ def _load(what: str, folder: Path, config: ModelConfig, dtype: torch.dtype) -> A
 
 def _set_attention(model: Any, name: str) -> None:
     model.set_attn_implementation(name)
+
+
+class _Linear(torch.nn.Module):
+    """A linear layer of ours in the place of one of transformers'."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self._linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._linear(x.flatten(0, -2))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _make_linears(layers: Any, make: MakeLinear) -> None:
+    """Make each of transformers' linear layers one of ours; each weight is let go before the next."""
+    for name, module in list(layers.named_modules()):
+        if type(module) is torch.nn.Linear:
+            weight = module.weight
+        elif isinstance(module, Conv1D):  # GPT-2's, which keeps its weight the other way round
+            weight = module.weight.T.contiguous()
+        else:
+            continue
+        layers.set_submodule(name, _Linear(make(weight.detach(), None if module.bias is None else module.bias.detach())))
 
 
 def _refuse_changing_rope(what: str, folder: Path, max_positions: int) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.core.errors import ModelError
-from engine.linear import Linear
+from engine.linear import Linear, MakeLinear
 from engine.models.experts import ExpertsLayer
 from engine.models.interface import Attend
 from engine.models.llama_config import LlamaConfig
@@ -21,7 +21,10 @@ from engine.weights import Checkpoint
 class Layer:
     """One rank's part of a decoder layer: its heads and its MLP columns (Shoeybi et al. 2019)."""
 
-    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, layer: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, layer: int, dtype: torch.dtype,
+        make: MakeLinear,
+    ) -> None:  # fmt: skip
         self._config = config
         self._group = group
         heads = group.heads(config.num_heads, config.num_kv_heads)
@@ -41,19 +44,19 @@ class Layer:
             self.qk_norms = q_norm, k_norm
         self.qkv = _column_parallel(
             checkpoint, [f"{attn}.{x}_proj" for x in "qkv"], [all_query, all_kv, all_kv], [query, kv, kv],
-            hidden, config.attention_bias, dtype,
+            hidden, config.attention_bias, dtype, make,
         )  # fmt: skip
-        self.out = _row_parallel(checkpoint, group, f"{attn}.o_proj", (hidden, all_query), query, config.output_bias, dtype)
+        self.out = _row_parallel(checkpoint, group, f"{attn}.o_proj", (hidden, all_query), query, config.output_bias, dtype, make)
         self._experts = None
         if config.experts is not None and config.experts.sparse[layer]:
-            self._experts = ExpertsLayer(checkpoint, config, group, prefix, dtype)
+            self._experts = ExpertsLayer(checkpoint, config, group, prefix, dtype, make)
             return
         self.gate_up = _column_parallel(
             checkpoint, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [config.intermediate_size] * 2, [inner, inner],
-            hidden, config.mlp_bias, dtype,
+            hidden, config.mlp_bias, dtype, make,
         )  # fmt: skip
         self.down = _row_parallel(
-            checkpoint, group, f"{mlp}.down_proj", (hidden, config.intermediate_size), inner, config.mlp_bias, dtype
+            checkpoint, group, f"{mlp}.down_proj", (hidden, config.intermediate_size), inner, config.mlp_bias, dtype, make
         )
 
     def forward(self, index: int, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
@@ -86,7 +89,13 @@ class Llama:
     """
 
     def __init__(
-        self, folder: Path, config: LlamaConfig, group: ParallelGroup, dtype: torch.dtype, max_positions: int
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        group: ParallelGroup,
+        dtype: torch.dtype,
+        max_positions: int,
+        make_linear: MakeLinear = Linear,
     ) -> None:
         self.fixed_launches = config.experts is None  # which experts are asked, the host decides
         self._config = config
@@ -95,7 +104,7 @@ class Llama:
         with Checkpoint(folder) as checkpoint:
             table = (config.vocab_size, config.hidden_size)
             self._embedding = checkpoint.take("model.embed_tokens.weight", table, dtype, rows=self._vocabulary)
-            self._layers = [Layer(checkpoint, config, group, layer, dtype) for layer in range(config.num_layers)]
+            self._layers = [Layer(checkpoint, config, group, layer, dtype, make_linear) for layer in range(config.num_layers)]
             self._norm = checkpoint.take("model.norm.weight", (config.hidden_size,), torch.float32)
             tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
             if tied and not config.tie_word_embeddings:
@@ -131,24 +140,24 @@ class Llama:
 
 def _column_parallel(
     checkpoint: Checkpoint, names: list[str], rows: list[int], shares: list[range], columns: int, bias: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, make: MakeLinear,
 ) -> Linear:  # fmt: skip
     """Merged projections, of whose outputs (rows) this rank has its shares."""
     weight = checkpoint.take_rows([f"{name}.weight" for name in names], rows, shares, (columns,), dtype)
     if not bias:
-        return Linear(weight)
-    return Linear(weight, checkpoint.take_rows([f"{name}.bias" for name in names], rows, shares, (), dtype))
+        return make(weight, None)
+    return make(weight, checkpoint.take_rows([f"{name}.bias" for name in names], rows, shares, (), dtype))
 
 
 def _row_parallel(
     checkpoint: Checkpoint, group: ParallelGroup, name: str, shape: tuple[int, int], share: range, bias: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, make: MakeLinear,
 ) -> Linear:  # fmt: skip
     """A projection of whose inputs (columns) this rank has its share: outputs are to be summed over the ranks."""
     weight = checkpoint.take(f"{name}.weight", shape, dtype, columns=share)
     # Added once: by rank 0.
     added = checkpoint.take(f"{name}.bias", shape[:1], dtype) if bias else None
-    return Linear(weight, added if group.rank == 0 else None)
+    return make(weight, added if group.rank == 0 else None)
 
 
 def _times(heads: range, head_dim: int) -> range:

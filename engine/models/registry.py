@@ -100,15 +100,26 @@ NATIVE: Mapping[str, Family] = {
 
 
 def load_model(
-    folder: Path, config: "ModelConfig", group: "ParallelGroup", dtype: "torch.dtype", max_positions: int
+    folder: Path,
+    config: "ModelConfig",
+    group: "ParallelGroup",
+    dtype: "torch.dtype",
+    max_positions: int,
+    quantization: str | None = None,
 ) -> "Model":
-    """This rank's part of the model in ``folder``; ``ModelError`` where it cannot be served."""
+    """This rank's part of the model in ``folder``; ``ModelError`` where it cannot be served.
+
+    ``quantization`` of the weights, on load: int8, fp8 or None; see ``engine.quantized``.
+    """
+    from engine.quantized import linear_maker
+
+    make_linear = linear_maker(quantization)
     from engine.models.llama_config import LlamaConfig
 
     if isinstance(config, LlamaConfig):
         from engine.models.llama import Llama
 
-        return Llama(folder, config, group, dtype, max_positions)
+        return Llama(folder, config, group, dtype, max_positions, make_linear)
     from engine.models.fallback import FallbackModel
 
-    return FallbackModel(folder, config, group, dtype, max_positions)
+    return FallbackModel(folder, config, group, dtype, max_positions, make_linear)
