@@ -5,6 +5,7 @@ from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.scheduler import Scheduler
 from engine.runner import ModelRunner
+from kv_transfer.core.lanes import layout_of
 from kv_transfer.core.session import TransferTimeouts
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import make_receiver
@@ -41,7 +42,7 @@ class DecodeWorker(WorkerActor):
             role=self._config.role,
             router=Address(self._config.router),
             cluster_key=self._config.cluster_key,
-            block_bytes=runner.layout.block_bytes,
+            block_bytes=sum(layout_of(shard).block_bytes for shard in port.shards),
             max_num_seqs=self._config.max_num_seqs,
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,

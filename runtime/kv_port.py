@@ -20,7 +20,7 @@ from kv_transfer.core.fanout import (
     WorkerEvent,
 )
 from kv_transfer.core.lanes import Heads
-from kv_transfer.core.session import CancelPushes, CloseLanding, LandingOpened
+from kv_transfer.core.session import CancelPushes, CloseLanding, LandingOpened, OpenLanding
 from kv_transfer.transports.base import Pool, Receiver, Sender
 from kv_transfer.transports.records import LaneCopy
 from messages.common import KVEndpoint, KVShard, WorkerAddress
@@ -168,6 +168,7 @@ class KVPort:
     def __init__(self, own: RankPort, others: Sequence[Rank] = ()) -> None:
         self._own = own
         self._ranks: list[Rank] = [own, *others]
+        self._one_sided = own.receiver is not None and own.receiver.one_sided
         self._fanout = Fanout(len(self._ranks), sends=own.sender is not None)
 
     @property
@@ -187,6 +188,8 @@ class KVPort:
 
     def perform(self, action: WorkerAction) -> list[WorkerEvent]:
         """Have the ranks do it; what they have answered at once."""
+        if isinstance(action, OpenLanding) and self._one_sided:
+            return [LandingOpened(action.key)]  # senders were told the blocks: there is nothing to wait for
         answers = [(rank, self._ranks[rank].perform(part)) for rank, part in self._fanout.fan(action)]
         return [event for rank, answer in answers if answer is not None for event in self._fanout.gather(rank, answer)]
 

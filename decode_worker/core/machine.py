@@ -59,6 +59,7 @@ class DecodeSettings:
     router: Address
     cluster_key: bytes = field(repr=False)
     block_bytes: int
+    """Of a block on all ranks together."""
     max_num_seqs: int
     max_model_len: int
     vocab_size: int
