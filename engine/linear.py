@@ -1,12 +1,21 @@
 """Linear layers in the form in which this machine multiplies fastest."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from engine.cpu import gemm
 from engine.ops import silu_mul
+
+
+def _packer(weight: torch.Tensor) -> ModuleType | None:
+    """Our own kernels, where they can multiply with ``weight``. Imported for CPUs only: they need numba."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
+        return None
+    from engine.cpu import gemm
+
+    return gemm if gemm.can_pack(weight) else None
 
 
 class Linear:
@@ -16,25 +25,25 @@ class Linear:
     what follows a product while it is in registers; the plain copy is let go. Elsewhere torch's operators do the same.
     """
 
-    __slots__ = ("_bias", "_columns", "_packed", "_weight")
+    __slots__ = ("_bias", "_columns", "_gemm", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._packed = gemm.can_pack(weight)
+        self._gemm = gemm = _packer(weight)
         self._columns = weight.shape[0]
-        self._weight = gemm.pack(weight) if self._packed else weight
-        self._bias = bias.float() if self._packed and bias is not None else bias
+        self._weight = weight if gemm is None else gemm.pack(weight)
+        self._bias = bias if gemm is None or bias is None else bias.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed:
+        if self._gemm is not None:
             y = x.new_empty(x.shape[0], self._columns)
-            gemm.linear(x, self._weight, self._bias, y)
+            self._gemm.linear(x, self._weight, self._bias, y)
             return y
         return F.linear(x, self._weight, self._bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """``residual += y``, in place."""
-        if self._packed:
-            gemm.linear(x, self._weight, self._bias, residual, gemm.ADD)
+        if self._gemm is not None:
+            self._gemm.linear(x, self._weight, self._bias, residual, self._gemm.ADD)
         elif residual.is_cuda and self._bias is None:
             residual.addmm_(x, self._weight.T)  # one launch
         else:
@@ -43,9 +52,9 @@ class Linear:
     def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
         """``silu(gate) * up`` where y is ``[tokens, gate | up]``: the first step of a gated MLP."""
         half = self._columns // 2
-        if self._packed and half % gemm.PANEL == 0:
+        if self._gemm is not None and half % self._gemm.PANEL == 0:
             y = x.new_empty(x.shape[0], half)
-            gemm.linear(x, self._weight, self._bias, y, gemm.SILU_MUL)
+            self._gemm.linear(x, self._weight, self._bias, y, self._gemm.SILU_MUL)
             return y
         return silu_mul(self(x))
 
