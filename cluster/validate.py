@@ -11,6 +11,7 @@ from cluster.document import Loc
 from cluster.errors import TopologyError
 from cluster.plan import Plan, make_plan, size
 from cluster.topology import Topology
+from engine.core.kv_layout import DTYPE_BYTES
 
 
 def check(topology: Topology, *, download: bool = True) -> Plan:
@@ -36,7 +37,9 @@ def check_machine(topology: Topology) -> None:
 def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     """What would start, as rows of name and text."""
     topology, config = plan.topology, plan.model_config
-    yield "model", f"{plan.served_model_name} ({config.architecture}, {config.num_layers} layers, {plan.dtype})"
+    how = "" if config.native else " through transformers"
+    weights = plan.dtype if topology.quantization is None else f"{plan.dtype}, weights in {topology.quantization}"
+    yield "model", f"{plan.served_model_name} ({config.architecture}{how}, {config.num_layers} layers, {weights})"
     yield "folder", str(plan.model)
     for pool in topology.pools:
         names = f"{pool.name}-0" if pool.replicas == 1 else f"{pool.name}-0 ... {pool.name}-{pool.replicas - 1}"
@@ -89,6 +92,13 @@ def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
 
 
 def _memory(plan: Plan) -> int:
-    """Bytes that all workers' weights and KV pools take."""
+    """Bytes that all workers' weights and KV pools take, at least."""
+    config = plan.model_config
     weights = sum(file.stat().st_size for file in plan.model.glob("*.safetensors"))
-    return sum(pool.replicas * (weights + plan.kv_memory(pool)) for pool in plan.topology.pools)
+    if plan.topology.quantization is not None:
+        weights //= DTYPE_BYTES.get(config.dtype, 1)  # a byte a value; embeddings take more
+    total = 0
+    for pool in plan.topology.pools:
+        copies = 1 if config.native else pool.tensor_parallel  # transformers' code is not split over ranks
+        total += pool.replicas * (copies * weights + plan.kv_memory(pool))
+    return total

@@ -5,6 +5,7 @@ answer has a known length. A prompt at whose answer transformers' two best logit
 among them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +49,20 @@ def relay_cases(folder: Path) -> tuple[Case, ...]:
 def _case(model: object, length: int) -> Case:
     for seed in range(length, length + 100_000, 1000):
         prompt = _text(length, seed)
+        answer, gap = transformers_answer(model, prompt, OUTPUT_TOKENS)
+        if gap > NEAR_TIE:
+            return Case(prompt, answer)
+    raise AssertionError(f"every prompt of {length} tokens has a near tie")
+
+
+def cases_of(model: object, lengths: Iterable[int]) -> list[Case]:
+    """Prompts of these lengths for a model of 300 tokens, none with a near tie, and transformers' answers."""
+    return [_untied(model, length) for length in lengths]
+
+
+def _untied(model: object, length: int) -> Case:
+    for seed in range(length, length + 50):
+        prompt = [(seed * 31 + place * 17) % 297 + 3 for place in range(length)]
         answer, gap = transformers_answer(model, prompt, OUTPUT_TOKENS)
         if gap > NEAR_TIE:
             return Case(prompt, answer)

@@ -1,7 +1,7 @@
 """A layer's experts (Mixtral, Qwen 3 MoE): a router chooses a few small MLPs for each token (Shazeer et al. 2017).
 
-Expert parallel: a rank of the group holds some experts whole. Each rank routes all tokens, computes those that chose one
-of its experts, and the sum over the ranks is the layer's output.
+Expert parallel: a rank of the group holds some experts whole. Each rank routes all tokens, computes those that chose
+one of its experts, and the sum over the ranks is the layer's output.
 """
 
 import torch
@@ -18,7 +18,12 @@ class ExpertsLayer:
     """This rank's experts of one layer. ``prefix``: the layer's name in the checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, prefix: str, dtype: torch.dtype,
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        group: ParallelGroup,
+        prefix: str,
+        dtype: torch.dtype,
         make: MakeLinear,
     ) -> None:
         experts, names = config.experts, NATIVE[config.architecture].experts

@@ -10,6 +10,7 @@ On several ranks each rank computes the whole model, but holds and attends to it
 attention the heads' outputs are brought together. So the KV cache and attention are shared out, weights are not.
 """
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -31,6 +32,8 @@ from engine.parallel import ParallelGroup
 ATTENTION = "baton"
 """Our attention's name in transformers. No mask function goes by it, so models make no masks."""
 Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]], torch.Tensor]
+_LOADING = threading.Lock()
+"""transformers sets torch's default dtype, for the whole process, while it makes a model."""
 _CALL: ContextVar[Call] = ContextVar("attention of the step that runs")
 
 
@@ -52,7 +55,7 @@ transformers.AttentionMaskInterface.register(probe.ATTENTION, probe.note_mask)
 
 
 class _Body(torch.nn.Module):
-    """Stands where the model's layers were: what lies behind them (head, soft cap, scale) gets hidden states from us."""
+    """Stands where the model's layers were: what is behind them (head, soft cap, scale) gets hidden states from us."""
 
     def __init__(self, output: type) -> None:
         super().__init__()
@@ -178,18 +181,21 @@ class FallbackModel:
 def _load(what: str, folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
     cls: Any = getattr(transformers, config.architecture)
     if not cls._can_set_attn_implementation():
-        raise ModelError(f"{what} is not supported: its attention does not go through transformers' attention interface")
+        raise ModelError(
+            f"{what} is not supported: its attention does not go through transformers' attention interface"
+        )
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            config=load_config(folder),
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _LOADING:
+            model, info = cls.from_pretrained(
+                folder,
+                config=load_config(folder),
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except FOREIGN_ERRORS as error:
         raise ModelError(f"{what} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
@@ -223,7 +229,9 @@ def _make_linears(layers: Any, make: MakeLinear) -> None:
             weight = module.weight.T.contiguous()
         else:
             continue
-        layers.set_submodule(name, _Linear(make(weight.detach(), None if module.bias is None else module.bias.detach())))
+        layers.set_submodule(
+            name, _Linear(make(weight.detach(), None if module.bias is None else module.bias.detach()))
+        )
 
 
 def _refuse_changing_rope(what: str, folder: Path, max_positions: int) -> None:

@@ -35,7 +35,8 @@ class Model(Protocol):
     """Whether its launches on a GPU depend on the number of tokens alone, so that a CUDA graph can hold them."""
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """``tokens``, ``positions [tokens]``, int64 or int32 -> hidden states ``[tokens, hidden]``, the same on every rank."""
+        """``tokens``, ``positions [tokens]``, int64 or int32 -> hidden states ``[tokens, hidden]``, the same on every
+        rank."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden]`` -> ``[rows, vocab]``; every rank must call it, only rank 0's result is whole."""

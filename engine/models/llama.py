@@ -22,9 +22,14 @@ class Layer:
     """One rank's part of a decoder layer: its heads and its MLP columns (Shoeybi et al. 2019)."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: LlamaConfig, group: ParallelGroup, layer: int, dtype: torch.dtype,
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        group: ParallelGroup,
+        layer: int,
+        dtype: torch.dtype,
         make: MakeLinear,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config = config
         self._group = group
         heads = group.heads(config.num_heads, config.num_kv_heads)
@@ -46,7 +51,9 @@ class Layer:
             checkpoint, [f"{attn}.{x}_proj" for x in "qkv"], [all_query, all_kv, all_kv], [query, kv, kv],
             hidden, config.attention_bias, dtype, make,
         )  # fmt: skip
-        self.out = _row_parallel(checkpoint, group, f"{attn}.o_proj", (hidden, all_query), query, config.output_bias, dtype, make)
+        self.out = _row_parallel(
+            checkpoint, group, f"{attn}.o_proj", (hidden, all_query), query, config.output_bias, dtype, make
+        )
         self._experts = None
         if config.experts is not None and config.experts.sparse[layer]:
             self._experts = ExpertsLayer(checkpoint, config, group, prefix, dtype, make)
@@ -56,7 +63,14 @@ class Layer:
             hidden, config.mlp_bias, dtype, make,
         )  # fmt: skip
         self.down = _row_parallel(
-            checkpoint, group, f"{mlp}.down_proj", (hidden, config.intermediate_size), inner, config.mlp_bias, dtype, make
+            checkpoint,
+            group,
+            f"{mlp}.down_proj",
+            (hidden, config.intermediate_size),
+            inner,
+            config.mlp_bias,
+            dtype,
+            make,
         )
 
     def forward(self, index: int, x: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
@@ -104,7 +118,9 @@ class Llama:
         with Checkpoint(folder) as checkpoint:
             table = (config.vocab_size, config.hidden_size)
             self._embedding = checkpoint.take("model.embed_tokens.weight", table, dtype, rows=self._vocabulary)
-            self._layers = [Layer(checkpoint, config, group, layer, dtype, make_linear) for layer in range(config.num_layers)]
+            self._layers = [
+                Layer(checkpoint, config, group, layer, dtype, make_linear) for layer in range(config.num_layers)
+            ]
             self._norm = checkpoint.take("model.norm.weight", (config.hidden_size,), torch.float32)
             tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
             if tied and not config.tie_word_embeddings:
@@ -112,7 +128,8 @@ class Llama:
             head = self._embedding if tied else checkpoint.take("lm_head.weight", table, dtype, rows=self._vocabulary)
             unread = [name for name in checkpoint.unread() if not (tied and name == "lm_head.weight")]
             if unread:
-                raise ModelError(f"{folder}: {len(unread)} tensors have no place in {config.architecture}: {unread[:3]}")
+                count = len(unread)
+                raise ModelError(f"{folder}: {count} tensors have no place in {config.architecture}: {unread[:3]}")
         self._head = Linear(head)
         self._rope = Rope(torch.tensor(config.inverse_frequencies(), dtype=torch.float32), max_positions, dtype)
 

@@ -57,6 +57,7 @@ def test_every_worker_is_told_its_pools_settings(plan_of: Any) -> None:
     ]  # fmt: skip
     assert (p0.prefill_chunk, p0.threads, d0.prefill_chunk, d0.threads) == (64, 3, 512, 1)
     assert (d0.max_num_seqs, d0.max_num_batched_tokens) == (5, 777)
+    assert p0.quantization is None
     for config in (p0, p1, d0):
         assert (config.router, config.host, config.device) == ("tcp://router:1", "127.0.0.1", "cpu")
         assert (config.block_size, config.num_blocks, config.transport, config.max_model_len) == (32, 200, "zmq", 512)
@@ -312,3 +313,20 @@ def test_a_topology_written_and_read_again_is_the_same(
     assert topology.with_overrides({}).model_dump() == topology.model_dump()
     file.write_text(yaml.safe_dump(topology.model_dump(mode="json", exclude_none=True)))
     assert Topology.load(file).model_dump() == topology.model_dump()
+
+
+def test_every_worker_quantises_its_weights_where_the_topology_says_so(plan_of: Any) -> None:
+    plan = plan_of(quantization="fp8")
+    assert [worker.config.quantization for worker in plan.workers("tcp://router:1")] == ["fp8"]
+    with pytest.raises(TopologyError, match="quantization"):
+        plan_of(quantization="awq")
+
+
+def test_a_model_that_only_transformers_knows_is_planned_by_its_config(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 3, "n_head": 4, "n_embd": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    plan = make_plan(Topology.parse({"model": str(tmp_path), "pools": COLOCATED, "dtype": "float32"}))
+    assert not plan.model_config.native
+    layout = plan.layout(plan.topology.pools[0])
+    assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (3, 4, 16)

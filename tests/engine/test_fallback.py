@@ -16,9 +16,10 @@ from engine.engine import Engine
 from engine.models.config import ModelConfig
 from messages.sampling import SamplingParams
 from tests.engine.ranks import ParallelEngine, Ranks
-from tests.relay_cases import NEAR_TIE, OUTPUT_TOKENS, transformers_answer
+from tests.relay_cases import OUTPUT_TOKENS, cases_of, transformers_answer
 
 GREEDY = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
+LENGTHS = (1, 7, 20, 90, 200)
 TOKENS: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 SMALL: dict[str, Any] = TOKENS | {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -69,29 +70,14 @@ def save(config: Any, folder: Path, spread: float = 0.2) -> Any:
     return model
 
 
-def prompts(model: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts at whose answers no two tokens nearly tie, and transformers' answers."""
-    asked, answers = [], []
-    for length in (1, 7, 20, 90, 200):
-        for seed in range(length, length + 50):
-            prompt = [(seed * 31 + place * 17) % 297 + 3 for place in range(length)]
-            answer, gap = transformers_answer(model, prompt, OUTPUT_TOKENS)
-            if gap > NEAR_TIE:
-                break
-        else:
-            raise AssertionError(f"every prompt of {length} tokens has a near tie")
-        asked.append(prompt)
-        answers.append(answer)
-    return asked, answers
-
-
 @pytest.mark.parametrize("shape", CONFIGS)
 def test_any_shape_is_answered_as_by_transformers(tmp_path: Path, shape: str) -> None:
     model = save(CONFIGS[shape](), tmp_path)
     assert not ModelConfig.from_folder(tmp_path).native
     engine = Engine(tmp_path, dtype="float32", prefill_chunk=24, kv_bytes=8 << 20)
-    asked, answers = prompts(model)
-    assert [completion.token_ids for completion in engine.generate(asked, GREEDY)] == answers
+    cases = cases_of(model, LENGTHS)
+    made = engine.generate([case.prompt for case in cases], GREEDY)
+    assert [completion.token_ids for completion in made] == [case.answer for case in cases]
     engine.pool.check_integrity()
 
 
@@ -105,9 +91,10 @@ def ranks() -> Iterator[Ranks]:
 @pytest.mark.parametrize("shape", ["gpt 2", "gemma", "gemma 2, windows and soft caps", "phi", "opt"])
 def test_on_two_ranks_the_answers_are_the_same(ranks: Ranks, tmp_path: Path, shape: str) -> None:
     model = save(CONFIGS[shape](), tmp_path)
-    asked, answers = prompts(model)
+    cases = cases_of(model, LENGTHS)
     with ParallelEngine(ranks, 2, tmp_path, dtype="float32", num_blocks=64, prefill_chunk=24) as engine:
-        assert [completion.token_ids for completion in engine.generate(asked, GREEDY)] == answers
+        made = engine.generate([case.prompt for case in cases], GREEDY)
+    assert [completion.token_ids for completion in made] == [case.answer for case in cases]
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
