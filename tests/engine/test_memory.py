@@ -58,7 +58,7 @@ def tokens(completions: list[Completion]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 48, 100])
-@pytest.mark.parametrize("chunk", [8, 512])
+@pytest.mark.parametrize("chunk", [24, 512])
 def test_a_prompt_that_is_cached_gets_the_same_answer_and_computes_only_what_is_not(
     tiny_llama: Path, length: int, chunk: int
 ) -> None:
@@ -119,7 +119,7 @@ def test_eight_samples_share_the_prompt_and_answer_as_eight_requests(
 
 
 def pressed(model: Path, how: str) -> Engine:
-    """A pool of 20 blocks: five sequences of 13 blocks each do not fit, and each one's room is underestimated."""
+    """A pool of 12 blocks: five sequences of 8 blocks each do not fit, and each one's room is underestimated."""
     ways = {
         "recompute": {},
         "recompute, nothing cached": {"enable_prefix_caching": False},
@@ -130,7 +130,7 @@ def pressed(model: Path, how: str) -> Engine:
         },
         "swap, little room": {"preemption": Preemption.SWAP, "swap_space": 8 * BLOCK},
     }  # fmt: skip
-    return engine_of(model, 20, expected_output=1, **ways[how])
+    return engine_of(model, 12, expected_output=1, **ways[how])
 
 
 WAYS = [
@@ -141,7 +141,7 @@ WAYS = [
 
 @pytest.mark.parametrize("how", WAYS)
 def test_preempted_sequences_answer_as_without_pressure(tiny_llama: Path, how: str) -> None:
-    long = [replace(DRAWN, max_tokens=180, seed=seed) for seed in range(5)]
+    long = [replace(DRAWN, max_tokens=100, seed=seed) for seed in range(5)]
     prompts = [prompt(20, seed) for seed in range(5)]
     expected = tokens(generate(engine_of(tiny_llama, enable_prefix_caching=False), prompts, long))
     engine = pressed(tiny_llama, how)
@@ -158,7 +158,7 @@ def test_preempted_sequences_answer_as_without_pressure(tiny_llama: Path, how: s
 
 @pytest.mark.parametrize("how", WAYS)
 def test_samples_under_pressure_answer_as_without(tiny_llama: Path, how: str) -> None:
-    params = replace(DRAWN, max_tokens=90)
+    params = replace(DRAWN, max_tokens=50)
     expected = tokens(generate(engine_of(tiny_llama), [prompt(40), prompt(33)], params, 8))
     engine = pressed(tiny_llama, how)
     assert tokens(generate(engine, [prompt(40), prompt(33)], params, 8)) == expected

@@ -42,6 +42,8 @@ class FakeCluster:
         self.on_placement: Callable[[PlacementWanted], Any] | None = None
         """Answers ``PlacementWanted`` instead of a ``Placed``; None: does not answer."""
         self.ready = True
+        self.cached_tokens = 0
+        """That it says it had of each prompt."""
         self.received: list[Any] = []
         """In order of arrival; of requests that were placed since ``reset`` only."""
         self.chunk_size = 3
@@ -63,7 +65,7 @@ class FakeCluster:
     def reset(self) -> None:
         with self._changed:
             self.script, self.hold_after, self.on_placement, self.ready = counting, None, None, True
-            self.chunk_size = 3
+            self.chunk_size, self.cached_tokens = 3, 0
             self.received.clear()
             self._requests.clear()
             self._held.clear()
@@ -183,6 +185,7 @@ class FakeCluster:
             prompt_logprobs=prompt_logprobs,
             finish=finish,
             kv_bytes=KV_BYTES if index == start + 1 else 0,
+            cached_tokens=self.cached_tokens if index == start else 0,
         )
         worker = PREFILL if index == start and isinstance(order, Prefill) else DECODE
         self._mailbox.send(order.gateway, TokenBatch(worker, (chunk,)))

@@ -245,12 +245,16 @@ def test_logits_that_are_no_numbers_fail_their_own_request_only(tiny_llama: Path
 
 
 def test_blocks_that_held_no_numbers_do_no_harm_to_their_next_owner(tiny_llama: Path, tmp_path: Path) -> None:
-    """Poison written over many chunks and pushed before it shows; the next request gets the same blocks."""
+    """Poison in the middle of a prompt of many chunks; the next request gets the same blocks."""
     folder = poisoned(tiny_llama, tmp_path / "model")
     with relay_of(folder, Role.PREFILL, Role.DECODE, transport="shm", prefill_chunk=16, num_blocks=64) as relay:
-        (bad,) = relay.finish(relay.send([7, *[5] * 201], GREEDY, **PAIR))
-        assert bad.failed is not None
+        poison = [*[5] * 40, 7, *[5] * 161]
+        for _ in range(2):
+            (bad,) = relay.finish(relay.send(poison, GREEDY, **PAIR))
+            assert bad.failed is not None and bad.failed.reason is FailReason.ENGINE
         relay.wait_until_idle()
+        for worker in relay.workers.values():  # nor can any of it be found
+            assert (worker.inspect()["cached"], worker.inspect()["prefix_cache_hits"]) == (0, 0)
         long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
         (good,) = relay.finish(relay.send([5] * 10, long, **PAIR))
         assert good.failed is None and len(good.tokens) == 40
