@@ -37,15 +37,16 @@ class Attention(Protocol):
         """What all layers of a step have in common."""
 
 
-def make_attention(kv_cache: KVCache, num_heads: int) -> Attention:
+def make_attention(kv_cache: KVCache, num_heads: int, computed: torch.dtype) -> Attention:
     """The fastest attention that this machine and this cache allow; says so where it is torch's operators.
+    ``computed``: the dtype of queries, keys and values.
 
     ``ModelError`` where there is none.
     """
     reason = unsupported(kv_cache)
     if not reason:
         prompts = None if kv_cache.layout.quantized else PagedAttention(kv_cache, num_heads)
-        return CpuAttention(kv_cache, num_heads, prompts)
+        return CpuAttention(kv_cache, num_heads, computed, prompts)
     if kv_cache.layout.quantized:
         raise ModelError(f"a KV cache of {kv_cache.layout.dtype} cannot be served: {reason}; set kv_dtype to auto")
     log.warning("attention runs as torch's operators: %s", reason)

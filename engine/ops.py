@@ -1,7 +1,9 @@
-"""What lies between a model's products: as torch computes it on a CPU, and as one kernel each on a GPU."""
+"""What lies between a model's products: one kernel each on a CPU and on a GPU; torch's operators where none fits."""
 
 import torch
 import torch.nn.functional as F
+
+from engine.cpu import elementwise
 
 INTERPRET = False
 """Set by tests that run the GPU's kernels on CPU tensors, in Triton's interpreter."""
@@ -13,14 +15,13 @@ def fused(x: torch.Tensor) -> bool:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), computed in fp32; ``weight`` is fp32.
-
-    On a CPU ``F.rms_norm`` runs half precision through a path that is ten times slower for a prompt's chunk.
-    """
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019), computed in fp32; ``weight`` is fp32."""
     if fused(x) and x.dim() == 2:
         from engine.kernels.norm import rms_norm as kernel
 
         return kernel(x, weight, eps)
+    if x.dim() == 2 and elementwise.fits(x):
+        return elementwise.rms_norm(x, weight, eps)
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     normed: torch.Tensor = wide * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
@@ -66,9 +67,7 @@ class Rotation:
     def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
         self._rope = rope
         self._positions = positions
-        if not fused(positions):
-            # Cosines, and sines with the sign of their half, [tokens, 1, head_dim].
-            self._cos, self._sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+        self._in_kernel = positions.dtype is torch.int64 and elementwise.fits(rope.cos, elementwise.MAX_DIM)
 
     def apply_(
         self,
@@ -87,10 +86,15 @@ class Rotation:
             cos, sin = self._rope.cos[:, :half], self._rope.sin[:, half:]
             rope_(qkv, self._positions, cos, sin, heads, kv_heads, norms, eps)
             return
+        if self._in_kernel and elementwise.fits(qkv, elementwise.MAX_DIM) and qkv.stride(1) == qkv.shape[2]:
+            rope = self._rope
+            elementwise.rotate_(qkv, self._positions, rope.cos, rope.sin, heads, kv_heads, norms, eps)
+            return
+        cos, sin = self._rope.cos[self._positions].unsqueeze(1), self._rope.sin[self._positions].unsqueeze(1)
         if norms is not None:
             for part, weight in zip((qkv[:, :heads], qkv[:, heads : heads + kv_heads]), norms, strict=True):
                 part.copy_(rms_norm(part, weight, eps))
         x = qkv[:, : heads + kv_heads]
         half = x.shape[-1] // 2
         swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-        x.mul_(self._cos).addcmul_(swapped, self._sin)
+        x.mul_(cos).addcmul_(swapped, sin)

@@ -51,7 +51,7 @@ class RankModel:
             with torch.device(device):
                 self._model = load_model(folder, config, group, compute, max_positions, quantization)
             if device == "cpu":
-                self._attention = make_attention(self.kv_cache, len(heads.query))
+                self._attention = make_attention(self.kv_cache, len(heads.query), compute)
             else:
                 from engine.kernels.backend import gpu_backend  # Triton, which a machine without a GPU need not have
 

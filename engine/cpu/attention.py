@@ -1,6 +1,5 @@
 """The attention of CPUs: hands the rows of a step to kernels. ``engine.models.interface.Attend`` is its contract."""
 
-import ctypes
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +8,11 @@ from numpy.typing import NDArray
 
 from engine.core.step_input import StepInput
 from engine.cpu import jit, paged_attention
+from engine.cpu.elementwise import bits
 from engine.cpu.kv import KINDS
 from engine.cpu.paged_attention import ARGUMENTS, CHUNK, MAX_DIM
+from engine.cpu.prompt_attention import PANEL, ROWS
+from engine.cpu.simd import HAS_BF16_DOT
 from engine.kv_cache import KVCache
 from engine.models.interface import Attend
 
@@ -43,22 +45,35 @@ class CpuStepAttention:
         counts = step.num_tokens.astype(np.int64)
         computed = step.num_computed.astype(np.int64)
         spans = _spans(counts, computed, layout.block_size)
-        chunks, room = _chunks(counts, computed, owner.num_heads * (layout.head_dim + 2))
+        group = owner.num_heads // layout.num_kv_heads
+        prompt = (counts > SHORT_QUERY) & owner.packs
+        long, short = np.flatnonzero(prompt), np.flatnonzero(~prompt)
+        chunks, room = _chunks(short, counts, computed, owner.num_heads * (layout.head_dim + 2))
+        panels, prompts = _prompts(long, counts, computed, max(1, ROWS // group))
         self._partial = torch.empty(room, dtype=torch.float32)
+        self._scales = torch.empty(2 * layout.num_kv_heads * len(panels) * PANEL if layout.quantized else 0)
+        self._packed = owner.room(len(panels) * 2 * layout.num_kv_heads * PANEL * layout.head_dim)
         # Held here as long as kernels are given their addresses.
         tables, starts = np.ascontiguousarray(step.block_tables), step.starts
         before = np.ascontiguousarray(step.num_computed)
-        self._held: list[NDArray[np.int32] | NDArray[np.int64]] = [tables, starts, before, spans, chunks]
-        named = {
-            "block_stride": layout.block_bytes, "record_bytes": layout.record_bytes, "block_size": layout.block_size,
-            "dim": layout.head_dim, "kv_heads": layout.num_kv_heads, "group": owner.num_heads // layout.num_kv_heads,
-            "tables": tables.ctypes.data, "table_width": tables.shape[1], "starts": starts.ctypes.data,
-            "computed": before.ctypes.data, "spans": spans.ctypes.data, "num_spans": len(spans),
-            "chunks": chunks.ctypes.data, "num_chunks": len(chunks), "partial": self._partial.data_ptr(),
-            "stored": KINDS[layout.dtype],
-        }  # fmt: skip
-        for name, value in named.items():
-            arguments[ARGUMENTS.index(name)] = value
+        self._held: list[NDArray[np.int32] | NDArray[np.int64]] = [
+            tables,
+            starts,
+            before,
+            spans,
+            chunks,
+            panels,
+            prompts,
+        ]
+        # In the order of ARGUMENTS; the zeros are each layer's own.
+        arguments[paged_attention.BLOCK_STRIDE : paged_attention.WINDOW] = (
+            layout.block_bytes, layout.record_bytes, layout.block_size, layout.head_dim, layout.num_kv_heads, group,
+            _address(tables), tables.shape[1], _address(starts), _address(before), _address(spans), len(spans),
+            _address(chunks), len(chunks), self._partial.data_ptr(), _address(panels), len(panels), _address(prompts),
+            len(prompts), self._packed.data_ptr(), self._scales.data_ptr(),
+        )  # fmt: skip
+        arguments[paged_attention.STORED] = KINDS[layout.dtype]
+        self._pointer = _address(arguments)
 
     def __call__(
         self,
@@ -83,10 +98,10 @@ class CpuStepAttention:
         a[6], a[7] = out.data_ptr(), out.stride(0) * size
         a[paged_attention.LAYER] = self._base + layer * self._layer_bytes
         a[paged_attention.WINDOW] = window or 0
-        a[paged_attention.SCALE] = _bits(dim**-0.5 if scale is None else scale)
-        a[paged_attention.SOFTCAP] = _bits(softcap or 0.0)
+        a[paged_attention.SCALE] = bits(dim**-0.5 if scale is None else scale)
+        a[paged_attention.SOFTCAP] = bits(softcap or 0.0)
         a[paged_attention.GIVEN] = KINDS[_DTYPES[query.dtype]]
-        self._owner.kernel.launch(a.ctypes.data)
+        self._owner.kernel.launch(self._pointer)
         return out
 
 
@@ -97,20 +112,35 @@ class Prompts(Protocol):
 
 
 class CpuAttention:
-    """One rank's KV cache and how to attend to it. ``prompts`` serves steps with rows of many tokens, where given."""
+    """One rank's KV cache and how to attend to it. ``computed``: the model's dtype.
 
-    def __init__(self, kv_cache: KVCache, num_heads: int, prompts: Prompts | None = None) -> None:
+    Rows of many tokens go through bf16 products where the model computes in bf16 and the processor has them; else
+    through ``prompts``, where it is given.
+    """
+
+    def __init__(
+        self, kv_cache: KVCache, num_heads: int, computed: torch.dtype, prompts: Prompts | None = None
+    ) -> None:
         if reason := unsupported(kv_cache):
             raise ValueError(reason)
         self.cache = kv_cache
         self.layout = kv_cache.layout
         self.num_heads = num_heads
+        group = num_heads // kv_cache.layout.num_kv_heads
+        self.packs = HAS_BF16_DOT and computed is torch.bfloat16 and group <= ROWS
         self._prompts = prompts
+        self._room = torch.empty(0, dtype=torch.bfloat16)
         self.kernel = paged_attention.attention()
+
+    def room(self, values: int) -> torch.Tensor:
+        """For so many bf16, the same in all layers and steps."""
+        if len(self._room) < values:
+            self._room = torch.empty(values, dtype=torch.bfloat16)
+        return self._room
 
     def prepare(self, step: StepInput) -> Attend:
         """What all layers of a step have in common."""
-        if self._prompts is not None and int(step.num_tokens.max()) > SHORT_QUERY:
+        if not self.packs and self._prompts is not None and int(step.num_tokens.max()) > SHORT_QUERY:
             return self._prompts.prepare(step)
         return CpuStepAttention(self, step)
 
@@ -120,8 +150,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _bits(number: float) -> int:
-    return ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value
+def _address(array: NDArray[np.int32] | NDArray[np.int64]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _spans(counts: NDArray[np.int64], computed: NDArray[np.int64], block_size: int) -> NDArray[np.int32]:
@@ -134,14 +164,32 @@ def _spans(counts: NDArray[np.int64], computed: NDArray[np.int64], block_size: i
     return np.stack([rows, begin, end - begin, np.zeros_like(rows)], 1).astype(np.int32)
 
 
-def _chunks(counts: NDArray[np.int64], computed: NDArray[np.int64], floats: int) -> tuple[NDArray[np.int64], int]:
+def _chunks(
+    rows: NDArray[np.int64], counts: NDArray[np.int64], computed: NDArray[np.int64], floats: int
+) -> tuple[NDArray[np.int64], int]:
     """``[n, 4]``: row, chunk, its first float in ``partial``, chunks of the row; and the floats needed. A token takes
     ``floats`` a chunk, of rows that have several chunks."""
-    parts = -(-(computed + counts) // CHUNK)
-    rows, place = _expand(parts)
-    each = np.where(parts > 1, counts * floats, 0)[rows]
+    parts = -(-(computed + counts)[rows] // CHUNK)
+    which, place = _expand(parts)
+    each = np.where(parts > 1, counts[rows] * floats, 0)[which]
     ends = np.cumsum(each)
-    return np.stack([rows, place, ends - each, parts[rows]], 1), int(ends[-1])
+    return np.stack([rows[which], place, ends - each, parts[which]], 1), int(each.sum())
+
+
+def _prompts(
+    rows: NDArray[np.int64], counts: NDArray[np.int64], computed: NDArray[np.int64], queries: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``panels`` and ``prompts`` (see ``paged_attention``) of rows of many tokens, ``queries`` a ticket."""
+    panels = -(-(computed + counts)[rows] // PANEL)
+    first = np.cumsum(panels) - panels
+    which, place = _expand(panels)
+    tickets, turn = _expand(-(-counts[rows] // queries))
+    begin = turn * queries
+    count = np.minimum(queries, counts[rows][tickets] - begin)
+    return (
+        np.stack([rows[which], place * PANEL, first[which], panels[which]], 1),
+        np.stack([rows[tickets], begin, count, first[tickets]], 1),
+    )
 
 
 def _expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

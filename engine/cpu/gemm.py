@@ -23,7 +23,7 @@ _ROW_BLOCK = 48
 """Rows that a thread takes a panel through before the next thread may: many enough that the panel comes from L2."""
 _FEW = 2 * _ROW_BLOCK
 
-_product = panel_product(6)
+_product = panel_product((1, 2, 3, 4, 5, 6), (2, 4))
 _tile = scratch(2 * 6 * PANEL * 4)
 
 
@@ -63,17 +63,16 @@ def _rows_by_columns(first, last, wide, column, a):
         rows = min(6, last - row)
         source = x + row * x_stride
         shape = 8 * rows + (4 if wide else 2)
-        if mode == SILU_MUL:
-            _product(shape, source, x_stride, w + place, 256, pairs, gates, 256, 0)
-            _product(shape, source, x_stride, w + place + columns * pairs * 4, 256, pairs, sums, 256, 0)
-            if bias != 0:
-                added = f32_at(bias + 4 * column)
-                for r in range(rows):
-                    gate = f32_at(gates + r * 256)
-                    for i in range(width):
-                        gate[i] += added[i]
-        else:
-            _product(shape, source, x_stride, w + place, 256, pairs, sums, 256, 0)
+        # The gates' panel comes first, where there is one.
+        for part in range(2 if mode == SILU_MUL else 1):
+            to = gates if mode == SILU_MUL and part == 0 else sums
+            _product(shape, source, x_stride, w + place + part * columns * pairs * 4, 256, pairs, to, 256, 0)
+        if mode == SILU_MUL and bias != 0:
+            added = f32_at(bias + 4 * column)
+            for r in range(rows):
+                gate = f32_at(gates + r * 256)
+                for i in range(width):
+                    gate[i] += added[i]
         behind = bias + 4 * columns if bias != 0 and mode == SILU_MUL else bias
         for r in range(rows):
             _finish(mode, sums + r * 256, gates + r * 256, behind, out + (row + r) * out_stride, column, width)

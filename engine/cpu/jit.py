@@ -118,10 +118,13 @@ class Kernel:
         self._pack = ctypes.c_int64 * num_arguments
         self._single = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
-    def __call__(self, *arguments: int) -> None:
-        """Run it on as many threads as torch computes with; returns when all are done."""
+    def __call__(self, *arguments: int, alone: bool = False) -> None:
+        """Run it on as many threads as torch computes with, or on this one alone; returns when all are done."""
         packed = self._pack(*arguments)
-        self.launch(ctypes.addressof(packed))
+        if alone:
+            self._single(ctypes.addressof(packed))
+        else:
+            self.launch(ctypes.addressof(packed))
 
     def launch(self, arguments: int) -> None:
         """The same with the address of the int64 arguments."""

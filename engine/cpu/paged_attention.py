@@ -8,6 +8,9 @@ One parallel region a layer:
 3. What the chunks of a longer sequence came to is put together by their largest scores and sums (as in Flash-Decoding,
    Dao et al. 2023).
 
+Rows of many tokens, as a prompt has them, are ``prompt_attention``'s: their tokens are put in order between 1 and 2,
+and their tickets come first.
+
 Chunks begin at multiples of 128 tokens, so the result of a sequence depends on neither its neighbours nor on threads.
 Scores and sums are in fp32; ``engine.kernels.reference.paged_attention`` is what this must equal.
 """
@@ -17,6 +20,8 @@ from numba import njit
 
 from engine.cpu.jit import barrier, kernel, thread, threads
 from engine.cpu.kv import BF16, F32, INT8, narrow, widen, write_record
+from engine.cpu.prompt_attention import PANEL, clear_tokens, pack_tokens, shape_scores
+from engine.cpu.prompt_attention import attend as attend_prompt
 from engine.cpu.simd import (
     address_of,
     as_float,
@@ -44,18 +49,21 @@ ARGUMENTS = [
     "query", "query_stride", "key", "key_stride", "value", "value_stride", "out", "out_stride",
     "layer", "block_stride", "record_bytes", "block_size", "dim", "kv_heads", "group",
     "tables", "table_width", "starts", "computed", "spans", "num_spans", "chunks", "num_chunks", "partial",
+    "panels", "num_panels", "prompts", "num_prompts", "packed", "scales",
     "window", "scale", "softcap", "given", "stored", "ticket",
 ]  # fmt: skip
 (
     QUERY, QUERY_STRIDE, KEY, KEY_STRIDE, VALUE, VALUE_STRIDE, OUT, OUT_STRIDE,
     LAYER, BLOCK_STRIDE, RECORD_BYTES, BLOCK_SIZE, DIM, KV_HEADS, GROUP,
     TABLES, TABLE_WIDTH, STARTS, COMPUTED, SPANS, NUM_SPANS, CHUNKS, NUM_CHUNKS, PARTIAL,
-    WINDOW, SCALE, SOFTCAP, GIVEN, STORED, TICKET,
+    PANELS, NUM_PANELS, PROMPTS, NUM_PROMPTS, PACKED, SCALES, WINDOW, SCALE, SOFTCAP, GIVEN, STORED, TICKET,
 ) = range(len(ARGUMENTS))  # fmt: skip
 """Places of the arguments. Strides are in bytes; scale and softcap are the bits of fp32, softcap 0 for none.
 
 ``spans [num_spans, 4]`` int32: row, first position, tokens: tokens of a row that lie in one record, to be written.
 ``chunks [num_chunks, 4]`` int64: row, chunk, its first float in ``partial``, chunks of the row.
+``panels [num_panels, 4]`` int64: row, first token, the row's first panel of all, the row's panels.
+``prompts [num_prompts, 4]`` int64: row, first query, queries, the row's first panel of all.
 """
 
 _INFINITY = np.float32(np.inf)
@@ -127,16 +135,7 @@ def _softmax(a, scores, tiles, first, last, totals):
     scale, cap = as_float(np.uint32(a[SCALE])), as_float(np.uint32(a[SOFTCAP]))
     p = f32_at(scores)
     count = tiles * TILE
-    for i in range(count):
-        p[i] *= scale
-    if cap > np.float32(0.0):
-        for i in range(count):
-            # tanh(x) = 1 - 2 / (e^2x + 1)
-            p[i] = cap * (np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * p[i] / cap) + np.float32(1.0)))
-    for i in range(first):
-        p[i] = -_INFINITY
-    for i in range(last, count):
-        p[i] = -_INFINITY
+    shape_scores(scores, count, first, last, scale, cap)
     largest = vector_max(scores, tiles)
     if largest == -_INFINITY:  # each score is -inf, or no number
         largest = np.float32(0.0)
@@ -274,19 +273,101 @@ def _combine(a, item, head):
             narrow(given, room, dim, to)
 
 
+@njit(fastmath={"contract"})
+def _panel_at(a, side, row_first, row_panels, head):
+    """Address of a row's panels of one head: keys of all rows come before values."""
+    heads = a[KV_HEADS]
+    place = (side * a[NUM_PANELS] + row_first) * heads + head * row_panels
+    return a[PACKED] + place * PANEL * a[DIM] * 2
+
+
+@njit(fastmath={"contract"})
+def _scales_at(a, side, row_first, row_panels, head):
+    """Address of the scales of a row's tokens, one fp32 each; 0 where there are none."""
+    if a[STORED] < INT8:
+        return np.int64(0)
+    place = (side * a[NUM_PANELS] + row_first) * a[KV_HEADS] + head * row_panels
+    return a[SCALES] + place * PANEL * 4
+
+
+@njit(fastmath={"contract"})
+def _pack_panels(a):
+    heads, dim, size, stored = a[KV_HEADS], a[DIM], a[BLOCK_SIZE], a[STORED]
+    item_bytes = np.int64(4 if stored == F32 else 1 if stored >= INT8 else 2)
+    starts, computed = i64_at(a[STARTS]), i32_at(a[COMPUTED])
+    items = a[NUM_PANELS] * heads
+    me, all_ = np.int64(thread()), np.int64(threads())
+    for item in range(items * me // all_, items * (me + 1) // all_):
+        head = item % heads
+        panel = i64_at(a[PANELS] + item // heads * 32)
+        row, first = panel[0], panel[1]
+        before = np.int64(computed[row])
+        if a[WINDOW] > 0 and first + PANEL <= before - a[WINDOW] + 1:  # no query of the step sees it
+            continue
+        last = min(first + PANEL, before + starts[row + 1] - starts[row])
+        offset = first // PANEL * PANEL * dim * 2
+        keys = _panel_at(a, 0, panel[2], panel[3], head) + offset
+        values = _panel_at(a, 1, panel[2], panel[3], head) + offset
+        token = first
+        while token < last:
+            some = min(last - token, size - token % size)
+            record, other = _record(a, row, token, head, 0), _record(a, row, token, head, 1)
+            pack_tokens(stored, item_bytes, dim, record, other, token % size, token - first, some, keys, values)
+            if stored >= INT8:
+                key_scales = f32_at(_scales_at(a, 0, panel[2], panel[3], head) + token * 4)
+                value_scales = f32_at(_scales_at(a, 1, panel[2], panel[3], head) + token * 4)
+                for i in range(some):
+                    key_scales[i] = f32_at(record + size * dim)[0]
+                    value_scales[i] = f32_at(other + size * dim)[0]
+            token += some
+        clear_tokens(dim, last - first, keys, values)
+        if stored >= INT8:
+            key_scales = f32_at(_scales_at(a, 0, panel[2], panel[3], head))
+            value_scales = f32_at(_scales_at(a, 1, panel[2], panel[3], head))
+            for i in range(last, first + PANEL):
+                key_scales[i] = value_scales[i] = np.float32(0.0)
+
+
+@njit(fastmath={"contract"})
+def _prompt(a, item, head):
+    """Some queries of a row over all that they see."""
+    prompt = i64_at(a[PROMPTS] + item * 32)
+    row, first, count = prompt[0], prompt[1], prompt[2]
+    panel = i64_at(a[PANELS] + prompt[3] * 32)
+    starts, dim, group = i64_at(a[STARTS]), a[DIM], a[GROUP]
+    token = starts[row] + first
+    offset = head * group * dim * 2
+    attend_prompt(
+        a[QUERY] + token * a[QUERY_STRIDE] + offset, a[QUERY_STRIDE], count, group, dim,
+        np.int64(i32_at(a[COMPUTED])[row]) + first, a[WINDOW], as_float(np.uint32(a[SCALE])),
+        as_float(np.uint32(a[SOFTCAP])), _panel_at(a, 0, panel[2], panel[3], head),
+        _panel_at(a, 1, panel[2], panel[3], head), _scales_at(a, 0, panel[2], panel[3], head),
+        _scales_at(a, 1, panel[2], panel[3], head), a[OUT] + token * a[OUT_STRIDE] + offset, a[OUT_STRIDE],
+    )  # fmt: skip
+
+
 @kernel(len(ARGUMENTS))
 def attention(a):
     """See the module and ``ARGUMENTS``."""
     _write_spans(a)
     barrier()
+    if a[NUM_PANELS] > 0:
+        _pack_panels(a)
+        barrier()
     heads = a[KV_HEADS]
-    items = a[NUM_CHUNKS] * heads
+    prompts = a[NUM_PROMPTS] * heads
+    items = prompts + a[NUM_CHUNKS] * heads
     ticket = address_of(a) + 8 * TICKET
     item = take_ticket(ticket)
     while item < items:
-        _chunk(a, item // heads, item % heads)
+        if item < prompts:
+            last = prompts - 1 - item  # a prompt's later queries see more: longest first
+            _prompt(a, last // heads, last % heads)
+        else:
+            _chunk(a, (item - prompts) // heads, (item - prompts) % heads)
         item = take_ticket(ticket)
     barrier()
+    items = a[NUM_CHUNKS] * heads
     me, all_ = np.int64(thread()), np.int64(threads())
     if me == 0:
         a[TICKET] = 0

@@ -410,11 +410,11 @@ def _emit_panel_product(rows: int, vectors: int) -> Callable[[Any, tuple[Any, ..
     return panel
 
 
-def panel_product(max_rows: int) -> Any:
+def panel_product(rows: tuple[int, ...], vectors: tuple[int, ...]) -> Any:
     """``(8 * rows + vectors, x, x_stride, w, w_stride, pairs, out, out_stride, add)``: ``out[r, n] = sum_k x[r, k] *
-    w[k, n]`` for ``rows`` rows and 16 times 1, 2 or 4 ``vectors`` columns, in registers.
+    w[k, n]`` for so many rows and 16 times so many vectors' columns, in registers.
 
     x is bf16, a pair of k a word; w is ``[pairs, columns, 2]`` bf16; out is fp32, added to where ``add`` is not 0.
     Strides, between rows and between pairs, are in bytes.
     """
-    return choice(8, {8 * r + v: _emit_panel_product(r, v) for r in range(1, max_rows + 1) for v in (1, 2, 4)})
+    return choice(8, {8 * r + v: _emit_panel_product(r, v) for r in rows for v in vectors})

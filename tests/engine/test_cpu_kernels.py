@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine import ops
 from engine.core.kv_layout import KVLayout
 from engine.core.step_input import StepInput
-from engine.cpu import gemm, jit
+from engine.cpu import elementwise, gemm, jit
 from engine.cpu.attention import CpuAttention
 from engine.kernels import reference
 from engine.kv_cache import KVCache
@@ -54,8 +55,8 @@ class Case:
             self._write(tables[row], np.arange(computed[row]))
         none = np.empty(0, np.int32)
         self.step = StepInput(np.zeros(counts.sum(), np.int32), counts, computed, tables, none, 0)
-        kind = getattr(torch, self.dtype)
-        qkv = torch.randn(int(counts.sum()), (self.group + 2) * heads, self.dim).mul_(pick(1, 1, 3)).to(kind)
+        kind, self.magnitude = getattr(torch, self.dtype), pick(1, 1, 3)
+        qkv = torch.randn(int(counts.sum()), (self.group + 2) * heads, self.dim).mul_(self.magnitude).to(kind)
         self.qkv = torch.split(qkv, [self.group * heads, heads, heads], 1)
 
     def _slots(self, tables: np.ndarray, positions: np.ndarray) -> torch.Tensor:
@@ -98,11 +99,11 @@ def layer_of(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
 def test_attention_writes_and_answers_what_the_reference_does(seed: int, threads: int) -> None:
     case = Case(seed)
     written, expected = case.expected()
-    attend = CpuAttention(case.cache, case.qkv[0].shape[1]).prepare(case.step)
+    attend = CpuAttention(case.cache, case.qkv[0].shape[1], case.qkv[0].dtype).prepare(case.step)
     out = attend(1, *case.qkv, window=case.window, scale=case.scale, softcap=case.softcap)
     assert torch.equal(case.cache.bytes, written)
     bound = TOLERANCE[case.dtype]
-    torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound * 0.5)
+    torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound * case.magnitude / 2)
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,39 @@ def test_products_equal_those_in_fp64(columns: int, depth: int, rows: int, threa
         gemm.linear(x, packed, bias, gated, gemm.SILU_MUL)
         gate, up = exact.chunk(2, 1)
         torch.testing.assert_close(gated.double(), gate * torch.sigmoid(gate) * up, rtol=2e-2, atol=4e-3 * depth**0.5)
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+
+
+@KINDS
+@pytest.mark.parametrize(("tokens", "width"), [(1, 576), (7, 100), (130, 4096)])
+def test_norms_equal_the_reference(kind: torch.dtype, bound: float, tokens: int, width: int, threads: int) -> None:
+    torch.manual_seed(width)
+    x, weight = torch.randn(tokens, width + 3).to(kind)[:, :width], torch.randn(width)
+    assert elementwise.fits(x)
+    torch.testing.assert_close(
+        ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), rtol=bound, atol=bound
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "q and k normed"])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "dim"), [(1, 9, 3, 64), (133, 4, 2, 128), (5, 2, 1, 80)])
+def test_rotation_equals_the_reference(
+    kind: torch.dtype, bound: float, normed: bool, tokens: int, heads: int, kv_heads: int, dim: int, threads: int
+) -> None:
+    torch.manual_seed(dim)
+    rope = ops.Rope(1e4 ** -(torch.arange(0, dim, 2) / dim), 500, kind)
+    positions, qkv = torch.randint(0, 500, (tokens,)), torch.randn(tokens, heads + 2 * kv_heads, dim).to(kind)
+    norms = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5) if normed else None
+    expected = qkv.double()
+    if norms is not None:
+        for part, weight in zip(expected.split([heads, kv_heads, kv_heads], 1)[:2], norms, strict=True):
+            part.copy_(reference.rms_norm(part, weight, 1e-6))
+    rotated = expected[:, : heads + kv_heads]
+    rotated.copy_(reference.rope(rotated, rope.cos[:, : dim // 2], rope.sin[:, dim // 2 :], positions))
+    rope.at(positions).apply_(qkv, heads, kv_heads, norms, 1e-6)
+    torch.testing.assert_close(qkv.double(), expected, rtol=bound, atol=bound * 2)
