@@ -18,7 +18,7 @@ from engine.ops import silu_mul
 MAKES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TILE_BYTES = 4 << 20
-"""Of widened weights at once; measured as best of 256 KiB to 4 MiB (benchmarks/engine.md)."""
+"""Of widened weights at once; measured as best of 256 KiB to 4 MiB (benchmarks/quantized.md)."""
 QUANTIZED_AT_ONCE = 1 << 18
 """Values, in fp32 and several copies: few, so that loading takes little memory."""
 FEW_ROWS = 8
