@@ -109,3 +109,18 @@ def test_a_pool_that_is_too_small_for_all_answers_all(tiny_llama: Path, changes:
         requests = [relay.send(each, long, **PAIR) for each in prompts]
         assert [stream.token_ids() for stream in relay.finish(*requests)] == expected
         assert relay.workers["decode-0"].inspect()["preemptions"] > 0
+
+
+def test_every_rank_moves_the_blocks_that_rank_0_has_planned_to(tiny_llama: Path) -> None:
+    """Two ranks under pressure: preempted by swap, and a cached prompt whose last block is copied."""
+    long = replace(GREEDY, max_tokens=150, temperature=1.0, seed=9)
+    orders = [([*range(100, 132 + 16 * (seed % 2))], replace(long, seed=seed)) for seed in range(4)]
+    with relay_of(tiny_llama, Role.COLOCATED) as relay:
+        requests = [relay.send(each, params, colocated="colocated-0") for each, params in orders]
+        expected = [stream.token_ids() for stream in relay.finish(*requests)]
+    small = {"num_blocks": 16, "swap_blocks": 64, "expected_output": 1, "preemption": Preemption.SWAP}
+    with relay_of(tiny_llama, Role.COLOCATED, tensor_parallel=2, **small) as relay:
+        requests = [relay.send(each, params, colocated="colocated-0") for each, params in orders]
+        assert [stream.token_ids() for stream in relay.finish(*requests)] == expected
+        seen = relay.workers["colocated-0"].inspect()
+        assert seen["preemptions"] > 0 and seen["prefix_cache_hits"] > 0
