@@ -146,8 +146,9 @@ class DecodeMachine:
         """The next step. Sequences already here come first; what they leave is promised to those that knock."""
         plan = self._scheduler.schedule(self._pace.budget)
         self._begun = now
-        # What the plan is to copy away stands in blocks that are free by now: a landing must not write there before.
-        if self._scheduler.num_waiting or (plan is not None and plan.moves):
+        # What the plan is to copy away may stand in blocks that are free by now: a landing must not write there before.
+        leaving = plan is not None and self._pool.num_unheld(plan.moves.swap_out[:, 0])
+        if self._scheduler.num_waiting or leaving:
             return plan, []
         room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
         return plan, self._settle(self._reservations.admit(room, self._scheduler.has_room, now))

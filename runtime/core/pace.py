@@ -2,17 +2,22 @@
 report for long is taken for lost.
 """
 
+from math import ceil
+
 STEP_SECONDS = 1.0
 """Well below ``router.liveness_timeout``, and little to wait for one's next token beside a long prompt."""
 MEASURED = 32
 """Steps of fewer tokens mostly read weights, and say nothing about the pace of prompts."""
+PATIENCE = 1.25
+"""Where no step ends in time: how much longer than the shortest one a step may take."""
 
 
 class StepPace:
     """Learns the pace of steps, and bounds the next one to about ``target`` seconds, at most ``most`` tokens.
 
     A single slow step (another process had the machine) costs little: the budget falls to a quarter at the least, and
-    doubles with each step that went well.
+    doubles with each step that went well. Where even the shortest step takes longer than ``target``, since it reads all
+    weights, fewer tokens would not shorten it: then there may be as many as cost little more than one does.
     """
 
     def __init__(self, target: float, most: int) -> None:
@@ -20,15 +25,21 @@ class StepPace:
         self._target = target
         self._most = most
         self._known = False
+        self._shortest = float("inf")
+        """Seconds of the shortest step, whatever was in it."""
         self.budget = min(most, MEASURED)
         """Tokens that the next step may have."""
 
     def took(self, tokens: int, seconds: float) -> None:
         """A step of ``tokens`` took so long; the first one sets the pace."""
-        if tokens < min(MEASURED, self.budget) or seconds <= 0:
+        if seconds <= 0:
             return
-        fits = tokens / seconds * self._target
+        self._shortest = min(self._shortest, seconds)
+        if tokens < min(MEASURED, self.budget):
+            return
+        hopeless = self._known and self._shortest > self._target
+        fits = tokens / seconds * (PATIENCE * self._shortest if hopeless else self._target)
         if self._known:
             fits = min(max(fits, self.budget / 4), self.budget * 2)
         self._known = True
-        self.budget = int(min(max(fits, 1), self._most))
+        self.budget = min(ceil(fits), self._most)
