@@ -2,8 +2,8 @@
 
 There are no phases. A step gives each sequence some tokens until ``num_computed_tokens`` has caught up with
 ``num_tokens``, and one that catches up samples its next token. Chunked prefill, prefix hits, landed KV, recomputation
-and decoding are all that. Sequences that run come first, in order of arrival, so decoding is never held up by prompts;
-what is left of the token budget goes to those that wait.
+and decoding are all that. Sequences that run come first, in order of arrival, each with one token at least, so decoding
+is never held up by prompts; what is left of the token budget goes to those that wait.
 
 One that waits starts when all of it fits and what is expected of the running ones too (``growth.py``). When blocks run
 out all the same, the youngest gives up its own, to be computed again (``recompute``) or copied back (``swap``) later;
@@ -181,8 +181,12 @@ class Scheduler:
             self._queue(seq)
 
     def schedule(self, budget: int | None = None) -> StepPlan | None:
-        """The next step, of at most ``budget`` tokens, or None where there is nothing to compute."""
-        budget = min(budget or self._limits.max_num_batched_tokens, self._limits.max_num_batched_tokens)
+        """The next step, or None where there is nothing to compute.
+
+        At most ``budget`` tokens, but at least one for each running sequence.
+        """
+        most = self._limits.max_num_batched_tokens
+        budget = most if budget is None else min(max(budget, len(self._running)), most)
         planned: list[tuple[Sequence, int]] = []
         preemptions = self.stats.preemptions
         budget = self._continue(planned, budget)
@@ -263,7 +267,8 @@ class Scheduler:
         place = 0
         while place < len(self._running) and budget > 0:
             seq = self._running[place]
-            count = min(seq.num_uncomputed_tokens, self._limits.prefill_chunk, budget)
+            behind = len(self._running) - place - 1  # each of which is to have a token
+            count = min(seq.num_uncomputed_tokens, self._limits.prefill_chunk, max(1, budget - behind))
             if not self._make_room(seq, seq.num_computed_tokens + count):
                 break  # it was preempted itself, and so was everything younger
             planned.append((seq, count))

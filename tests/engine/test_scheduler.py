@@ -60,6 +60,27 @@ def test_decoding_comes_before_prompts_within_the_budget() -> None:
     assert counts(scheduler.schedule()) == {"a": 1, "b": 9}
 
 
+def test_a_budget_that_shrinks_leaves_a_token_for_everyone_who_runs() -> None:
+    scheduler, _ = scheduler_of()
+    scheduler.add(sequence("long", 60, salt=b"long"))
+    for name in "bcd":
+        scheduler.add(sequence(name, 3, max_tokens=20, salt=name.encode()))
+    run(scheduler, scheduler.schedule())  # type: ignore[arg-type]
+    assert counts(scheduler.schedule(10)) == {"long": 7, "b": 1, "c": 1, "d": 1}
+    assert counts(scheduler.schedule(2)) == {"long": 1, "b": 1, "c": 1, "d": 1}
+
+
+def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
+    scheduler, _ = scheduler_of(max_num_seqs=8, max_num_batched_tokens=4)
+    sequences = [sequence(str(each), 1, max_tokens=20, salt=bytes([each])) for each in range(8)]
+    for seq in sequences:
+        scheduler.add(seq)
+    for _ in range(3):
+        run(scheduler, scheduler.schedule())  # type: ignore[arg-type]
+    assert [seq.num_output_tokens for seq in sequences] == [3] * 4 + [0] * 4
+    assert (scheduler.num_running, scheduler.num_waiting) == (4, 4)
+
+
 @pytest.mark.parametrize(
     ("token", "ignore_eos", "reason"),
     [(EOS, False, FinishReason.STOP), (EOS, True, None), (9, True, FinishReason.STOP), (50, False, None)],
