@@ -1,9 +1,9 @@
 """What lies between a model's products: one kernel each on a CPU and on a GPU; torch's operators where none fits."""
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
-
-from engine.cpu import elementwise
 
 INTERPRET = False
 """Set by tests that run the GPU's kernels on CPU tensors, in Triton's interpreter."""
@@ -14,14 +14,25 @@ def fused(x: torch.Tensor) -> bool:
     return x.is_cuda or INTERPRET
 
 
+def _kernels(x: torch.Tensor, heads: bool = False) -> ModuleType | None:
+    """The CPU's kernels, where they can take ``x``, or its last dimension as a head. Imported for CPUs only: they need
+    numba."""
+    if x.device.type != "cpu":
+        return None
+    from engine.cpu import elementwise
+
+    return elementwise if elementwise.fits(x, elementwise.MAX_DIM if heads else elementwise.MAX_WIDTH) else None
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019), computed in fp32; ``weight`` is fp32."""
     if fused(x) and x.dim() == 2:
         from engine.kernels.norm import rms_norm as kernel
 
         return kernel(x, weight, eps)
-    if x.dim() == 2 and elementwise.fits(x):
-        return elementwise.rms_norm(x, weight, eps)
+    if x.dim() == 2 and (kernels := _kernels(x)) is not None:
+        made: torch.Tensor = kernels.rms_norm(x, weight, eps)
+        return made
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     normed: torch.Tensor = wide * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
@@ -67,7 +78,9 @@ class Rotation:
     def __init__(self, rope: Rope, positions: torch.Tensor) -> None:
         self._rope = rope
         self._positions = positions
-        self._in_kernel = positions.dtype is torch.int64 and elementwise.fits(rope.cos, elementwise.MAX_DIM)
+        self._kernels = (
+            None if fused(positions) or positions.dtype is not torch.int64 else _kernels(rope.cos, heads=True)
+        )
 
     def apply_(
         self,
@@ -86,9 +99,9 @@ class Rotation:
             cos, sin = self._rope.cos[:, :half], self._rope.sin[:, half:]
             rope_(qkv, self._positions, cos, sin, heads, kv_heads, norms, eps)
             return
-        if self._in_kernel and elementwise.fits(qkv, elementwise.MAX_DIM) and qkv.stride(1) == qkv.shape[2]:
+        if self._kernels is not None and qkv.stride()[1:] == (qkv.shape[2], 1):
             rope = self._rope
-            elementwise.rotate_(qkv, self._positions, rope.cos, rope.sin, heads, kv_heads, norms, eps)
+            self._kernels.rotate_(qkv, self._positions, rope.cos, rope.sin, heads, kv_heads, norms, eps)
             return
         cos, sin = self._rope.cos[self._positions].unsqueeze(1), self._rope.sin[self._positions].unsqueeze(1)
         if norms is not None:

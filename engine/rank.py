@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.attention import make_attention
 from engine.core.kv_layout import KVLayout
 from engine.core.step_input import StepInput
 from engine.host_blocks import HostBlocks
@@ -51,6 +50,8 @@ class RankModel:
             with torch.device(device):
                 self._model = load_model(folder, config, group, compute, max_positions, quantization)
             if device == "cpu":
+                from engine.attention import make_attention  # and numba, which a GPU does not need
+
                 self._attention = make_attention(self.kv_cache, len(heads.query), compute)
             else:
                 from engine.kernels.backend import gpu_backend  # Triton, which a machine without a GPU need not have
