@@ -61,6 +61,8 @@ class ModelRunner:
         self.config = ModelConfig.from_folder(folder)
         group = group or ParallelGroup()
         self.layout = kv_layout(self.config, dtype, block_size, kv_dtype=kv_dtype, group=group)
+        if kv_memory is not None and kv_memory.device.type != torch.device(device).type:
+            raise ModelError(f"the KV cache's memory is on {kv_memory.device}, but the model is to run on {device}")
         if kv_memory is None and device != "cpu":
             kv_memory = torch.zeros(num_blocks * self.layout.block_bytes, dtype=torch.uint8, device=device)
         elif kv_memory is None:

@@ -30,7 +30,7 @@ def _split_of(length, split, window, WINDOWED: tl.constexpr, SPLITS: tl.constexp
     return first, tl.minimum(first + size, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])  # which changes from step to step
 def decode_kernel(
     query, data, scales, tables, query_rows, lengths, out, partial, peaks,
     factor, softcap, window,

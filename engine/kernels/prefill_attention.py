@@ -15,7 +15,7 @@ from engine.kernels.common import is_quantized, scale_arguments
 from engine.kernels.decode_attention import tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])  # which changes from step to step
 def prefill_kernel(
     query, data, scales, tables, tiles, starts, computed, out,
     factor, softcap, window,
