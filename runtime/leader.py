@@ -125,9 +125,8 @@ class Leader:
     def _tell(self, message: LeaderMessage, *ranks: int) -> None:
         sealed = seal(self._key, message)
         for rank in ranks:
-            self._mailbox.send(self._ranks[rank], sealed)
-        if self._mailbox.outbox.dropped:
-            raise GroupLost("a rank takes no messages any more")
+            if not self._mailbox.send(self._ranks[rank], sealed):
+                raise GroupLost(f"rank {rank} of {self.size} takes no messages any more")
 
     def _expect(self, kind: Any, within: float) -> Iterator[Any]:
         """Genuine messages of one kind, until the time is over."""

@@ -42,16 +42,18 @@ class Outbox:
         self.unreachable = 0
         """Messages to what is no address, or for which there was no socket; dropped."""
 
-    def send(self, to: Address, message: msgspec.Struct) -> None:
-        """Queue ``message`` for the process that listens at ``to``."""
+    def send(self, to: Address, message: msgspec.Struct) -> bool:
+        """Queue ``message`` for the process that listens at ``to``; False where it was dropped."""
         peer = self._peers.get(to) or self._connect(to)
         if peer is None:
-            return
+            return False
         self._peers.move_to_end(to)
         try:
             peer.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
+            return False
+        return True
 
     def _connect(self, to: Address) -> zmq.Socket[bytes] | None:
         """A new socket to ``to``; None where there can be none, for many an address comes from a message."""
@@ -114,8 +116,9 @@ class Mailbox:
         with self._waker_lock, contextlib.suppress(zmq.Again, zmq.ZMQError):  # closed: nobody listens any more
             self._waker.send(b"", zmq.NOBLOCK)
 
-    def send(self, to: Address, message: msgspec.Struct) -> None:
-        self.outbox.send(to, message)
+    def send(self, to: Address, message: msgspec.Struct) -> bool:
+        """See ``Outbox.send``."""
+        return self.outbox.send(to, message)
 
     def receive(self, timeout: float | None) -> list[Any]:
         """Messages and posted events in order of arrival; waits ``timeout`` seconds (None: for ever) for the first."""
