@@ -74,7 +74,7 @@ class Notes:
     def __init__(self, what: str, config: ModelConfig) -> None:
         self._what = what
         self._config = config
-        self._masks: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self._masks: dict[int, tuple[torch.Tensor, int | ModelError | None]] = {}
         self._seen: dict[int, _Seen] = {}
         self._entered: Token[Notes] | None = None
 
@@ -90,7 +90,11 @@ class Notes:
         return ModelError(f"{self._what} is not supported: {why}")
 
     def add_mask(self, mask: torch.Tensor, visible: Callable[[int, int, torch.Tensor, torch.Tensor], Any]) -> None:
-        self._masks[mask.data_ptr()] = (mask, self._window(visible))
+        """Know ``mask`` again by where it lies. What is wrong with it matters only to a layer that uses it."""
+        try:
+            self._masks[mask.data_ptr()] = (mask, self._window(visible))
+        except ModelError as error:
+            self._masks[mask.data_ptr()] = (mask, error)
 
     def call(
         self,
@@ -114,6 +118,8 @@ class Notes:
         if mask is not None and mask.data_ptr() not in self._masks:
             raise self.refuse("it makes attention masks or biases of its own")
         window = None if mask is None else self._masks[mask.data_ptr()][1]
+        if isinstance(window, ModelError):
+            raise window
         dims = (query.shape[-1], key.shape[-1], value.shape[-1])
         self._seen[layer] = _Seen(query.shape[1], key.shape[1], dims, window)
         return query.new_zeros(1, query.shape[2], query.shape[1], dims[2])

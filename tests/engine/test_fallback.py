@@ -48,6 +48,17 @@ CONFIGS: dict[str, Any] = {
         topk_group=1, n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=16,
         qk_rope_head_dim=8, v_head_dim=20,
     ),
+    "qwen 2 moe, a mask that no layer uses": lambda: transformers.Qwen2MoeConfig(
+        **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+    ),
+    "gemma 3, of which only the text is served": lambda: transformers.Gemma3Config(
+        text_config=GROUPED | {"head_dim": 16, "sliding_window": 24},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        image_token_index=299, boi_token_index=297, eoi_token_index=298, mm_tokens_per_image=4,
+    ),
     "llama with yarn": lambda: transformers.LlamaConfig(
         **GROUPED,
         rope_parameters={
@@ -116,7 +127,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "chunked_attention",
     ),
     "lfm 2, convolutions": (lambda: transformers.Lfm2Config(**GROUPED, full_attn_idxs=[1]), "conv"),
-    "bert": (lambda: transformers.BertConfig(**SMALL), "what its tokens see is neither"),
+    "bert": (lambda: transformers.BertConfig(**SMALL), "what its tokens see is neither|attention is not causal"),
 }
 
 
