@@ -1,10 +1,14 @@
 """One rank's part of the host tier: KV blocks in host memory, copied from and to the cache as wholes."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from engine.core.moves import Pairs
 from engine.kv_cache import KVCache
+
+BYTES_AT_ONCE = 8 << 20
 
 
 class HostBlocks:
@@ -15,18 +19,18 @@ class HostBlocks:
 
     def swap_out(self, cache: KVCache, moves: Pairs) -> None:
         """Block ``moves[i, 0]`` of the cache -> block ``moves[i, 1]`` here."""
-        if len(moves):
-            blocks, slots = _indices(moves)
+        for blocks, slots in self._pieces(moves):
             self._memory.index_copy_(0, slots, cache.bytes.index_select(0, blocks.to(cache.bytes.device)).cpu())
 
     def swap_in(self, cache: KVCache, moves: Pairs) -> None:
         """Block ``moves[i, 0]`` here -> block ``moves[i, 1]`` of the cache."""
-        if len(moves):
-            slots, blocks = _indices(moves)
-            device = cache.bytes.device
+        device = cache.bytes.device
+        for slots, blocks in self._pieces(moves):
             cache.bytes.index_copy_(0, blocks.to(device), self._memory.index_select(0, slots).to(device))
 
-
-def _indices(moves: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    indices = torch.from_numpy(moves.T.astype(np.int64))
-    return indices[0], indices[1]
+    def _pieces(self, moves: Pairs) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """From and to, of so many blocks at once that what stands between the two stays small."""
+        step = max(1, BYTES_AT_ONCE // self._memory.shape[1])
+        for first in range(0, len(moves), step):
+            indices = torch.from_numpy(moves[first : first + step].T.astype(np.int64))
+            yield indices[0], indices[1]

@@ -134,6 +134,7 @@ class AsyncLLM:
         running = self._backend.open(zip(orders, samples, strict=True))
         try:
             finished = False
+            scored = None
             while not finished:
                 await changed.wait()
                 changed.clear()
@@ -142,8 +143,7 @@ class AsyncLLM:
                         raise sample.error
                 finished = all(sample.over for sample in samples)
                 scores = samples[0].prompt_logprobs
-                scored = None
-                if scores is not None:
+                if scored is None and scores is not None:
                     scored = [None, *by_position(prompt.tokens[1:], scores, self._decoded)]
                 outputs = [sample.output() for sample in samples]
                 yield RequestOutput(prompt.text, prompt.tokens, scored, outputs, finished)

@@ -4,11 +4,13 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from baton import LLM, AsyncLLM, ModelError, RequestOutput, SamplingParams
 from messages.sampling import SamplingParams as EngineParams
+from offline.outputs import by_position
 from tests.relay_cases import OUTPUT_TOKENS, relay_cases
 
 GREEDY = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
@@ -163,3 +165,16 @@ def test_a_failing_step_fails_its_own_sequences_and_the_engine_goes_on(
 def test_its_parameters_are_those_of_the_engine() -> None:
     engine = {name for name in EngineParams.__dataclass_fields__ if name != "seed"}
     assert engine <= set(SamplingParams.__dataclass_fields__)
+
+
+def test_a_prompts_scores_are_made_into_words_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+
+    def counted(tokens: list[int], *rest: Any) -> Any:
+        lengths.append(len(tokens))
+        return by_position(tokens, *rest)
+
+    monkeypatch.setattr("offline.llm.by_position", counted)
+    (output,) = llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=6, ignore_eos=True, prompt_logprobs=1))
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 4
+    assert lengths == [3]
