@@ -103,6 +103,15 @@ class Promise(NamedTuple):
     """That it holds."""
 
 
+class _Growing(NamedTuple):
+    """A sequence in the projection of ``growth``."""
+
+    remaining: int
+    """Tokens that it is expected to add."""
+    missing: int
+    owned: int
+
+
 @dataclass(slots=True)
 class SchedulerStats:
     """Counted since the start."""
@@ -202,18 +211,18 @@ class Scheduler:
         self._kv.moved(plan.moves)
         progress: list[Progress] = []
         sampled = iter(output.tokens.tolist())
-        counts = plan.num_tokens.tolist()
+        counts, lost, size = plan.num_tokens.tolist(), output.not_numbers, self._pool.block_size
         for row, (seq, samples) in enumerate(zip(plan.sequences, plan.samples.tolist(), strict=True)):
             token = next(sampled) if samples else None
             if seq.status is not SequenceStatus.RUNNING:
                 continue
-            if row in output.not_numbers or (token is not None and token < 0):
+            if row in lost or (token is not None and token < 0):
                 self._kv.discard(seq)
                 self._leave(seq, FinishReason.ABORT)
                 progress.append(Progress(seq, seq.num_computed_tokens, finish_reason=seq.finish_reason))
                 continue
             seq.num_computed_tokens += counts[row]
-            if seq.num_computed_tokens // self._pool.block_size > seq.num_final_blocks:
+            if seq.num_computed_tokens >= (seq.num_final_blocks + 1) * size:
                 self._settle(self._kv.computed(seq))
             if seq.params.prompt_logprobs is not None:
                 seq.prompt_logprobs += output.prompt_logprobs.get(row, [])
@@ -264,12 +273,13 @@ class Scheduler:
 
     def _continue(self, planned: list[tuple[Sequence, int]], budget: int) -> int:
         """Plan the running sequences; returns what is left of the budget."""
-        place = 0
+        place, size, chunk = 0, self._pool.block_size, self._limits.prefill_chunk
         while place < len(self._running) and budget > 0:
             seq = self._running[place]
             behind = len(self._running) - place - 1  # each of which is to have a token
-            count = min(seq.num_uncomputed_tokens, self._limits.prefill_chunk, max(1, budget - behind))
-            if not self._make_room(seq, seq.num_computed_tokens + count):
+            count = min(seq.num_tokens - seq.num_computed_tokens, chunk, max(1, budget - behind))
+            end = seq.num_computed_tokens + count
+            if (seq.shared_tail or end > seq.num_blocks * size) and not self._make_room(seq, end):
                 break  # it was preempted itself, and so was everything younger
             planned.append((seq, count))
             budget -= count
@@ -278,6 +288,7 @@ class Scheduler:
 
     def _start(self, planned: list[tuple[Sequence, int]], budget: int) -> None:
         """Plan those that wait, in order, as far as budget and blocks go."""
+        batch: list[_Growing] | None = None
         while self._waiting and budget > 0 and len(self._running) < self._limits.max_num_seqs:
             if self._running and self._pool.num_free <= self._lacking:
                 return
@@ -287,7 +298,8 @@ class Scheduler:
                 self._take_first()
                 self._in_flight.park(seq, awaited)
                 continue
-            if not self._fits(seq, self._kv.needed(seq, hit)):
+            batch = batch if batch is not None or not self._running else [*map(self._growing, self._running)]
+            if not self._fits(self._growing(seq)._replace(missing=self._kv.needed(seq, hit)), batch or []):
                 if self._running:
                     self._lacking = self._pool.num_free
                     return
@@ -298,6 +310,8 @@ class Scheduler:
             count = self._begin(seq, hit, budget)
             planned.append((seq, count))
             budget -= count
+            if batch is not None:
+                batch.append(self._growing(seq))
 
     def _begin(self, seq: Sequence, hit: Hit | None, budget: int) -> int:
         """Let ``seq`` run; returns how many tokens it computes now."""
@@ -321,27 +335,26 @@ class Scheduler:
             return None
         return self._in_flight.last_in_flight(self._kv.names(seq), len(hit.blocks) + len(hit.slots))
 
-    def _fits(self, seq: Sequence, needed: int) -> bool:
-        """Whether ``needed`` blocks for ``seq`` are there, and those that it and the running ones will need to grow."""
-        remaining = 0 if seq.hand_over else self._remaining(seq.params, seq.num_output_tokens)
-        return self._has_room(needed, seq.num_blocks, remaining, [])
-
     def has_room(self, needed: int, coming: Promise, promised: Iterable[Promise]) -> bool:
         """Whether ``needed`` blocks can be promised to KV that will land, beside what runs and other promises."""
-        others = [(self._remaining(each.params, each.num_output_tokens), each.num_blocks) for each in promised]
-        return self._has_room(needed, 0, self._remaining(coming.params, coming.num_output_tokens), others)
+        others = [
+            _Growing(self._remaining(each.params, each.num_output_tokens), 0, each.num_blocks) for each in promised
+        ]
+        candidate = _Growing(self._remaining(coming.params, coming.num_output_tokens), needed, 0)
+        return self._fits(candidate, [*map(self._growing, self._running), *others])
 
-    def _has_room(self, needed: int, owned: int, remaining: int, others: list[tuple[int, int]]) -> bool:
-        """``others``: expected tokens and blocks of what will run, and does not yet."""
-        free, size = self._pool.num_free, self._pool.block_size
-        if needed > free or not (self._running or others):
-            return needed <= free
-        rows = [(remaining, needed, owned), *((expected, 0, blocks) for expected, blocks in others)]
-        for seq in self._running:
-            expected = 0 if seq.hand_over else self._remaining(seq.params, seq.num_output_tokens)
-            rows.append((expected, max(0, -(-seq.num_tokens // size) - seq.num_blocks), seq.num_blocks))
-        columns = np.array(rows, np.int64).T
-        return peak_growth(columns[0], columns[1], columns[2], size) <= free
+    def _fits(self, candidate: _Growing, batch: list[_Growing]) -> bool:
+        """Whether the blocks that ``candidate`` misses are there, and those that it and ``batch`` will need to grow."""
+        free = self._pool.num_free
+        if candidate.missing > free or not batch:
+            return candidate.missing <= free
+        columns = np.array([*batch, candidate], np.int64).T
+        return peak_growth(columns[0], columns[1], columns[2], self._pool.block_size) <= free
+
+    def _growing(self, seq: Sequence) -> _Growing:
+        missing = -(-seq.num_tokens // self._pool.block_size) - seq.num_blocks
+        remaining = 0 if seq.hand_over else self._remaining(seq.params, seq.num_output_tokens)
+        return _Growing(remaining, max(0, missing), seq.num_blocks)
 
     def _remaining(self, params: SamplingParams, num_output_tokens: int) -> int:
         """Tokens to come, as far as one can expect: always a block's, that none is preempted as soon as it starts."""
@@ -377,9 +390,10 @@ class Scheduler:
             self._kv.release(seq)
 
     def _sampled(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> Progress:
-        if seq.num_output_tokens == 0:
+        prompt_logprobs = None
+        if seq.num_tokens == seq.num_prompt_tokens:
             self._fork(seq)
-        prompt_logprobs = seq.prompt_logprobs if seq.scores_prompt else None
+            prompt_logprobs = seq.prompt_logprobs if seq.scores_prompt else None
         if seq.num_output_tokens >= seq.params.max_tokens:  # only the prompt was to be scored
             self._leave(seq, FinishReason.LENGTH)
             return Progress(seq, seq.num_computed_tokens, None, None, prompt_logprobs, seq.finish_reason)
