@@ -2,6 +2,9 @@
 
     python benchmarks/engine.py --shape 135m          # a Llama of 135 M parameters, random weights
     python benchmarks/engine.py --model DIR           # any folder that the engine loads
+    python benchmarks/engine.py --model DIR --profile # where a step's time goes, by part
+    python benchmarks/engine.py --model DIR --peer PEER_PYTHON openvino OV_DIR
+                                                      # in turn with benchmarks/peers.py, run by another Python
 
 Greedy, end-of-sequence ignored. Every figure is the median of ``--repeat`` runs. The floors are this machine's own: the
 time in which the weights can be read once (decode at batch 1), and the rate at which it multiplies the model's widest
@@ -178,6 +181,113 @@ def measure(model: Path, dtype: str, threads: int, repeat: int) -> dict[str, Any
     return {**figures, **floors(model, dtype)}
 
 
+def profile(model: Path, dtype: str, threads: int) -> dict[str, Any]:
+    """Microseconds of a step by part, beside the floor of the products: what weights and operations cost at best."""
+    bench = Bench(model, dtype, threads)
+    at_best = floors(model, dtype)
+    parts = Parts()
+    made: dict[str, Any] = {"bandwidth_gb_s": round(at_best["bandwidth_gb_s"], 1)}
+    made["matmul_gflop_s"] = round(at_best["matmul_gflop_s"])
+    for name, lengths in {
+        "decode 1": [(128, 128)], "decode 16": [(128, 128)] * 16, "decode 32": [(400, 64)] * 32,
+        "prefill 512": [(512, 1)], "prefill 2048": [(2048, 1)],
+    }.items():  # fmt: skip
+        bench.run([(length, 2) for length, _ in lengths])
+        decode = lengths[0][1] > 1
+        steps, seconds, exclusive = parts.measure(bench, lengths, skip_prompts=decode)
+        each = {part: round(spent / steps * 1e6) for part, spent in exclusive.items()}
+        tokens = sum(length for length, _ in lengths) / steps
+        floor = 1 / at_best["decode_1_floor_tokens_per_s"]
+        if not decode:
+            floor = tokens / at_best["prefill_floor_tokens_per_s"]
+        whole = {"steps": steps, "step_us": round(seconds / steps * 1e6), "floor_us": round(floor * 1e6)}
+        made[name] = {**whole, **each, "rest": whole["step_us"] - sum(each.values())}
+    return made
+
+
+class Parts:
+    """Times of a step's parts, each without those of the parts within it."""
+
+    def __init__(self) -> None:
+        import engine.models.llama as llama
+        from engine import ops, runner
+        from engine.attention import CpuAttention, PagedAttention
+        from engine.core.scheduler import Scheduler
+        from engine.cpu.attention import CpuStepAttention
+        from engine.linear import Linear
+
+        self._open: list[float] = []
+        self._spent: dict[str, float] = {}
+        for part, owner, names in (
+            ("linear", Linear, ["__call__", "add_to", "silu_mul"]),
+            ("attention", CpuStepAttention, ["__call__"]),
+            ("attention, per step", CpuAttention, ["prepare"]),
+            ("attention, per step", PagedAttention, ["prepare"]),
+            ("norm", llama, ["rms_norm"]),
+            ("rope", ops.Rotation, ["apply_"]),
+            ("embedding", llama.Llama, ["_embed"]),
+            ("sampling", runner.ModelRunner, ["_sample"]),
+            ("scheduling", Scheduler, ["schedule", "update"]),
+            ("step's arrays", runner, ["step_input"]),
+        ):
+            for name in names:
+                setattr(owner, name, self._timed(part, getattr(owner, name)))
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._open.append(0.0)
+            start = time.perf_counter()
+            made = call(*args, **kwargs)
+            spent = time.perf_counter() - start
+            self._spent[part] = self._spent.get(part, 0.0) + spent - self._open.pop()
+            if self._open:
+                self._open[-1] += spent
+            return made
+
+        return timed
+
+    def measure(
+        self, bench: Bench, lengths: list[tuple[int, int]], *, skip_prompts: bool
+    ) -> tuple[int, float, dict[str, float]]:
+        """Steps, their seconds, and seconds by part; without the steps that compute prompts, where asked."""
+        params = [bench._params(max_tokens=output, temperature=0, ignore_eos=True) for _, output in lengths]
+        for (length, _), param in zip(lengths, params, strict=True):
+            bench.engine.add(bench.prompt(length), param)
+        begun = finished = steps = 0
+        start = time.perf_counter()
+        self._spent = {}
+        while finished < len(lengths):
+            made = bench.engine.step()
+            steps += 1
+            finished += sum(progress.finish_reason is not None for progress in made)
+            if begun < len(lengths):
+                begun += sum(progress.token is not None for progress in made)
+                if skip_prompts and begun >= len(lengths):
+                    start, steps, self._spent = time.perf_counter(), 0, {}
+        return steps, time.perf_counter() - start, dict(self._spent)
+
+
+def beside(model: Path, peer: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """This engine and a peer in turn, a process each, ``repeat`` rounds: medians, and what ours is of the peer's."""
+    python, name, peer_model = peer
+    common = ["--threads", str(options.threads), "--repeat", "1"]
+    commands = {
+        "ours": [sys.executable, __file__, "--model", str(model), "--dtype", options.dtype, *common],
+        name: [python, str(Path(__file__).with_name("peers.py")), name, peer_model, *common],
+    }
+    rounds: dict[str, list[dict[str, Any]]] = {each: [] for each in commands}
+    for _ in range(options.repeat):
+        for each, command in commands.items():
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rounds[each].append(json.loads(output.strip().splitlines()[-1]))
+    table = {}
+    for figure, value in rounds[name][0].items():
+        if isinstance(value, float) and figure in rounds["ours"][0]:
+            ours, theirs = (statistics.median(made[figure] for made in rounds[each]) for each in ("ours", name))
+            table[figure] = {"ours": ours, name: theirs, "ratio": round(ours / theirs, 3)}
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -186,6 +296,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
+    parser.add_argument("--peer", nargs=3, metavar=("PYTHON", "NAME", "DIR"), help="in turn with benchmarks/peers.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model
@@ -193,6 +305,12 @@ def main() -> None:
             model = Path(scratch)
             # In a process of its own, so that transformers does not count in our memory.
             subprocess.run([sys.executable, __file__, "--make", options.shape, scratch], check=True)
+        if options.profile:
+            print(json.dumps(profile(model, options.dtype, options.threads), indent=1))
+            return
+        if options.peer:
+            print(json.dumps(beside(model, options.peer, options), indent=1))
+            return
         figures = measure(model, options.dtype, options.threads, options.repeat)
     head = {"model": options.shape or str(options.model), "dtype": options.dtype, "threads": options.threads}
     print(json.dumps({**head, **{name: round(value, 3) for name, value in figures.items()}}))
