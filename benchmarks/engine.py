@@ -5,6 +5,8 @@
     python benchmarks/engine.py --model DIR --profile # where a step's time goes, by part
     python benchmarks/engine.py --model DIR --peer PEER_PYTHON openvino OV_DIR
                                                       # in turn with benchmarks/peers.py, run by another Python
+    python benchmarks/engine.py --shape 135m --tensor-parallel 2
+        # two ranks of one thread each against one rank of two threads, turn by turn: decoding 16 at once, prefill
 
 Greedy, end-of-sequence ignored. Every figure is the median of ``--repeat`` runs. The floors are this machine's own: the
 time in which the weights can be read once (decode at batch 1), and the rate at which it multiplies the model's widest
@@ -28,6 +30,7 @@ from typing import Any
 # This file must not stand in for the package of the same name.
 sys.path[0] = str(Path(__file__).parents[1])
 
+KV_BYTES = 512 << 20
 SHAPES = {
     "135m": {
         "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -58,7 +61,7 @@ def make_model(shape: str, folder: Path) -> None:
 class Bench:
     """One loaded engine and what is measured on it."""
 
-    def __init__(self, model: Path, dtype: str, threads: int) -> None:
+    def __init__(self, model: Path, dtype: str, threads: int, **options: Any) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -66,7 +69,8 @@ class Bench:
         from messages.sampling import SamplingParams
 
         self._params = SamplingParams
-        self.engine = Engine(model, dtype=dtype, kv_bytes=512 << 20, max_num_seqs=64, max_num_batched_tokens=512)
+        options = {"kv_bytes": KV_BYTES, "max_num_seqs": 64, "max_num_batched_tokens": 512, **options}
+        self.engine = Engine(model, dtype=dtype, **options)
         self._rng = random.Random(0)
 
     def prompt(self, length: int) -> list[int]:
@@ -288,6 +292,56 @@ def beside(model: Path, peer: list[str], options: argparse.Namespace) -> dict[st
     return table
 
 
+def measure_ranks(model: Path, dtype: str, size: int, repeat: int) -> dict[str, Any]:
+    """``size`` ranks of one thread each, and one rank of ``size`` threads, by turns."""
+    import multiprocessing
+
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    ranks = multiprocessing.get_context("spawn").Process(target=lead_ranks, args=(theirs, model, dtype, size))
+    ranks.start()
+    alone = Bench(model, dtype, size)
+    cases = {"decode_16": (alone.decode, 16), "decode_1": (alone.decode, 1), "prefill_512": (alone.prefill, 512)}
+    figures: dict[str, Any] = {}
+    ours.recv()
+    for name, (run, argument) in cases.items():
+        pairs = []
+        for turn in range(repeat + 1):
+            here = run(argument)
+            ours.send((name.split("_")[0], argument))
+            if turn:  # the first warms both up
+                pairs.append((here, ours.recv()))
+            else:
+                ours.recv()
+        figures[f"{name}_one_rank_tokens_per_s"] = statistics.median(here for here, _ in pairs)
+        figures[f"{name}_{size}_ranks_tokens_per_s"] = statistics.median(there for _, there in pairs)
+        figures[f"{name}_ratio"] = statistics.median(there / here for here, there in pairs)
+    ours.send(None)
+    ranks.join()
+    return figures
+
+
+def lead_ranks(bench: Any, model: Path, dtype: str, size: int) -> None:
+    """Rank 0 of ``size``, in a process of its own: measures what it is told to."""
+    from engine.models.config import ModelConfig
+    from engine.runner import kv_layout
+    from runtime.local_ranks import LocalRanks, RankSettings
+
+    config = ModelConfig.from_folder(model)
+    blocks = KV_BYTES // kv_layout(config, dtype, 16).block_bytes
+    context = config.max_position_embeddings
+    settings = RankSettings(folder=model, dtype=dtype, num_blocks=blocks, block_size=16, max_model_len=context)
+    with LocalRanks(size, settings) as ranks:
+        mine = kv_layout(config, dtype, 16, group=ranks.group).block_bytes
+        measured = Bench(
+            model, dtype, 1, kv_bytes=blocks * mine, block_size=16, group=ranks.group, broadcast=ranks.broadcast
+        )
+        ranks.wait_until_ready()
+        bench.send("ready")
+        while (wanted := bench.recv()) is not None:
+            what, argument = wanted
+            bench.send(getattr(measured, what)(argument))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -298,6 +352,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--peer", nargs=3, metavar=("PYTHON", "NAME", "DIR"), help="in turn with benchmarks/peers.py")
+    parser.add_argument("--tensor-parallel", type=int, metavar="RANKS", help="measure ranks against threads instead")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model
@@ -311,7 +366,10 @@ def main() -> None:
         if options.peer:
             print(json.dumps(beside(model, options.peer, options), indent=1))
             return
-        figures = measure(model, options.dtype, options.threads, options.repeat)
+        if options.tensor_parallel:
+            figures = measure_ranks(model, options.dtype, options.tensor_parallel, options.repeat)
+        else:
+            figures = measure(model, options.dtype, options.threads, options.repeat)
     head = {"model": options.shape or str(options.model), "dtype": options.dtype, "threads": options.threads}
     print(json.dumps({**head, **{name: round(value, 3) for name, value in figures.items()}}))
 

@@ -33,7 +33,9 @@ _COUNTER, _FAILED, _PID = 0, 1, 2  # a rank's words, of 8 bytes
 _LEFT = (1 << 63) - 1  # in place of a step
 _ROUNDS = 1 << 32  # a counter is step * _ROUNDS + round
 _SPINS = 200  # turns before other processes are let in between
-_TURNS_A_LOOK = 2000  # of those that let others in, between two looks at whether the rank lives
+_YIELDS = 1000  # turns that let them in, about a millisecond, before this process sleeps between looks
+_NAP = 50e-6  # seconds
+_TURNS_A_LOOK = 500  # between two looks at whether the rank lives
 _libc = ctypes.CDLL(None)  # its calls let go of the GIL, which os.sched_yield does not before Python 3.12
 
 
@@ -189,7 +191,10 @@ class SharedMemoryGroup(ParallelGroup):
                 return
         began, turns = time.monotonic(), 0
         while words[word] < wanted:
-            _libc.sched_yield()
+            if turns < _YIELDS:
+                _libc.sched_yield()
+            else:  # whoever is waited for may need this core
+                time.sleep(_NAP)
             turns += 1
             if turns % _TURNS_A_LOOK == 0:
                 self.check()

@@ -10,7 +10,7 @@ Messages go over the worker's own mailbox and are sealed with the cluster's key.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,26 @@ class Leader:
     """Belongs to the thread that its mailbox belongs to."""
 
     def __init__(
-        self, mailbox: Mailbox, worker: WorkerId, epoch: Epoch, size: int, key: bytes, *, commands: Wire, events: Wire
+        self,
+        mailbox: Mailbox,
+        worker: WorkerId,
+        epoch: Epoch,
+        size: int,
+        key: bytes,
+        *,
+        commands: Wire,
+        events: Wire,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
-        """``commands`` and ``events``: what ``command`` may give to a rank, and what may come back."""
+        """``commands`` and ``events``: what ``command`` may give to a rank, and what may come back. ``look`` is called
+        now and then, and raises if a rank is known to be lost."""
         self.size = size
         self.group = ParallelGroup()
         self._mailbox = mailbox
         self._worker, self._epoch, self._key = worker, epoch, key
         self._commands, self._events = commands, events
         self._ranks: dict[int, Address] = {}
+        self._look = look
         self._steps = 0
         self._forged = 0
 
@@ -111,6 +122,7 @@ class Leader:
 
     def check(self) -> None:
         """``GroupLost`` if a rank is known to be dead."""
+        self._look()
         self.group.check()
 
     def close(self) -> None:
