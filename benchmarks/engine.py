@@ -300,7 +300,7 @@ def measure_ranks(model: Path, dtype: str, size: int, repeat: int) -> dict[str, 
     ranks = multiprocessing.get_context("spawn").Process(target=lead_ranks, args=(theirs, model, dtype, size))
     ranks.start()
     alone = Bench(model, dtype, size)
-    cases = {"decode_16": (alone.decode, 16), "decode_1": (alone.decode, 1), "prefill_512": (alone.prefill, 512)}
+    cases = {"decode_16": (alone.decode, 16), "prefill_512": (alone.prefill, 512)}
     figures: dict[str, Any] = {}
     ours.recv()
     for name, (run, argument) in cases.items():

@@ -5,14 +5,16 @@ import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.core.errors import GroupLost, StepLost
+from engine.core.errors import GroupLost, ModelError, StepLost
 from engine.core.shards import part
 from engine.parallel import ParallelGroup
+from engine.process_group import ProcessGroup
 from engine.shared_memory import Shared
 from engine.shared_memory_group import SLOT_BYTES, SharedMemoryGroup
 from tests.engine.ranks import Ranks
@@ -136,6 +138,46 @@ def test_steps_that_fail_on_one_rank_leave_nothing_for_the_next(ranks: Ranks, si
         else:
             assert "done" not in found and "ValueError" in found, step
     assert {"done", "ValueError", "StepLost"} <= {kind for found in each for kind in found}
+
+
+def meet_over_gloo(test: Connection, rank: int, size: int, rendezvous: Path, shapes: Any) -> list[torch.Tensor]:
+    group = ProcessGroup(rank, size, "gloo", rendezvous, timeout=60)
+    return over_gloo(group, shapes)
+
+
+def over_gloo(group: ParallelGroup, shapes: Any) -> list[torch.Tensor]:
+    found = []
+    try:
+        for shape, dtype in shapes:
+            with group.step():
+                found.append(group.all_reduce(numbers(group.rank, shape, dtype)))
+            found.append(group.gather(shard(group.rank, group.size, 5, 31), 31))
+        if group.rank == 0:
+            with pytest.raises(GroupLost, match="the others could not be told: mine"), group.step():
+                raise ValueError("mine")
+    finally:
+        group.close()
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo_gives_the_same_where_memory_is_not_shared(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    shapes = [(shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in ((7,), (16, 576))]
+    ranks.begin(size, meet_over_gloo, size, tmp_path / "rendezvous", shapes)
+    ours = over_gloo(ProcessGroup(0, size, "gloo", tmp_path / "rendezvous", timeout=60), shapes)
+    for theirs in ranks.results(size):
+        for (shape, dtype), here, there in zip(shapes, ours[::2], theirs[::2], strict=True):
+            assert torch.equal(here, there)
+            exact = sum(numbers(rank, shape, dtype).double() for rank in range(size))
+            torch.testing.assert_close(here.double(), exact, rtol=2e-2, atol=2e-2)
+    assert all(torch.equal(whole, numbers(7, (5, 31), torch.float32)) for whole in ours[1::2])
+
+
+def test_a_backend_that_is_not_there_is_said_before_anything_waits(tmp_path: Path) -> None:
+    if torch.distributed.is_nccl_available():
+        pytest.skip("NCCL is there")
+    with pytest.raises(ModelError, match="tensor_parallel > 1 needs nccl, which this build of torch has not"):
+        ProcessGroup(0, 2, "nccl", tmp_path / "rendezvous")
 
 
 def wait_for_ever(test: Connection, rank: int, size: int, address: str) -> str:
