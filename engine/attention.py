@@ -45,9 +45,9 @@ def make_attention(kv_cache: KVCache, num_heads: int, computed: torch.dtype) -> 
     """
     reason = unsupported(kv_cache)
     if not reason:
-        prompts = None if kv_cache.layout.quantized else PagedAttention(kv_cache, num_heads)
+        prompts = PagedAttention(kv_cache, num_heads) if kv_cache.dtype is computed else None
         return CpuAttention(kv_cache, num_heads, computed, prompts)
-    if kv_cache.layout.quantized:
+    if kv_cache.dtype is not computed:
         raise ModelError(f"a KV cache of {kv_cache.layout.dtype} cannot be served: {reason}; set kv_dtype to auto")
     log.warning("attention runs as torch's operators: %s", reason)
     return PagedAttention(kv_cache, num_heads)

@@ -16,14 +16,26 @@ from cluster import state
 from cluster.launch import Cluster
 from cluster.topology import Topology
 from cluster.validate import check
+from messages.common import CacheCounts
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "topologies"
 FP32 = {"dtype": "float32", "gateway.port": 0}
+
+
+def ranks_of(pool: int) -> dict[str, Any]:
+    """One prefill worker, two decode workers, and two ranks for each of this pool."""
+    return {"pools.0.replicas": 1, f"pools.{pool}.tensor_parallel": 2, f"pools.{pool}.resources.cpus": 0.1}
+
+
 CLUSTERS = {
     "shm": ("local.yaml", {**FP32, "kv.transport": "shm"}),
     "zmq": ("local.yaml", {**FP32, "kv.transport": "zmq"}),
+    "two-to-one": ("local.yaml", {**FP32, "kv.transport": "zmq", **ranks_of(0)}),
+    "one-to-two": ("local.yaml", {**FP32, "kv.transport": "shm", **ranks_of(1)}),
     "colocated": ("colocated.yaml", FP32),
 }
+
+NOT_HELD = ("free", "cached", "total")
 
 
 class Running:
@@ -116,7 +128,7 @@ def wait_until_idle(cluster: Running, within: float) -> float:
     def idle() -> bool:
         for figures in workers(cluster).values():
             assert figures["free"] + figures["held"] + figures["cached"] == figures["total"]
-            if any(count for kind, count in figures.items() if kind not in ("free", "cached", "total")):
+            if any(count for kind, count in figures.items() if kind not in (*NOT_HELD, *CacheCounts.__struct_fields__)):
                 return False
         return cluster.inspect()["router"]["placed"] == 0
 

@@ -47,7 +47,7 @@ async def answers(url: str, cases: list[Case]) -> list[tuple[list[int], dict[str
         return await asyncio.gather(*(one(number, case) for number, case in enumerate(cases)))
 
 
-@pytest.mark.parametrize("cluster", ["shm", "zmq", "colocated"], indirect=True)
+@pytest.mark.parametrize("cluster", ["shm", "zmq", "two-to-one", "one-to-two", "colocated"], indirect=True)
 def test_sixty_prompts_over_http_get_the_tokens_of_transformers(cluster: Running, tiny_llama: Path) -> None:
     cases = list(relay_cases(tiny_llama))
     got = asyncio.run(answers(cluster.url, cases))

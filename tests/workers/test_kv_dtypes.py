@@ -86,6 +86,14 @@ def test_a_float_may_become_another_float(tiny_llama: Path, cases: list[Case]) -
     assert min(agreement(widened, cases), agreement(narrowed, cases)) > 0.75
 
 
+def test_kv_of_another_float_than_the_models_is_stored_moved_and_read(tiny_llama: Path, cases: list[Case]) -> None:
+    half, sent, _ = handed_over(tiny_llama, cases, {}, {}, kv_dtype="bfloat16", transport="shm")
+    _, whole, _ = handed_over(tiny_llama, cases, {}, {}, transport="shm")
+    assert whole == 2 * sent > 0
+    assert half == colocated(tiny_llama, cases, kv_dtype="bfloat16")
+    assert agreement(half, cases) > 0.75
+
+
 def test_what_cannot_become_decodes_dtype_is_refused_with_the_reason(tiny_llama: Path, cases: list[Case]) -> None:
     with relay_of(tiny_llama) as relay:
         relay.start(config(relay, "prefill-0", Role.PREFILL, tiny_llama, kv_dtype="int8"))
