@@ -89,6 +89,7 @@ class FallbackModel:
         try:
             with torch.inference_mode():
                 self._take_apart(what, model)
+                _refuse_forgetting(what, folder, self._windows, max_positions)
                 if make_linear is not Linear:
                     _make_linears(self._layers, make_linear)
         except FOREIGN_ERRORS as error:
@@ -160,22 +161,26 @@ class FallbackModel:
 
     def _take_apart(self, what: str, model: Any) -> None:
         """Probe the model, and part its layers from its head."""
-        alone, both = probe.prompts(self._config.vocab_size)
-        name, output, expected = probe.transformers_logits(model, alone)
+        vocab = self._config.vocab_size
+        prompt = probe.prompt(vocab)
+        name, output, hidden, expected = probe.transformers_logits(model, prompt)
         self._layers = model.get_submodule(name)
+        probe.check_positions(what, self._layers, prompt, hidden)
         self._stand_in = _Body(output)
         model.set_submodule(name, self._stand_in)
         self._head = model
         notes = probe.Notes(what, self._config)
         _set_attention(self._layers, probe.ATTENTION)
         with notes:
-            self._run(notes.call, alone, torch.arange(len(alone)))
+            self._run(notes.call, prompt, torch.arange(len(prompt)))
         self._windows = notes.windows()
         _set_attention(self._layers, ATTENTION)
-        counts = [len(both) - len(alone), len(alone)]
-        positions = torch.cat([torch.arange(count) for count in counts])
-        hidden = self.forward(both, positions, probe.dense_attention(counts))
-        probe.compare(what, self.logits(hidden[counts[0] :]), expected)
+        probe.compare(what, expected, *(self._probe(batch) for batch in (probe.alone(vocab), probe.shuffled(vocab))))
+
+    def _probe(self, batch: probe.Batch) -> torch.Tensor:
+        """The logits of the batch's tokens that are wanted."""
+        hidden = self.forward(batch.tokens, batch.positions, probe.dense_attention(batch))
+        return self.logits(hidden[batch.wanted])
 
 
 def _load(what: str, folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -246,6 +251,18 @@ def _refuse_changing_rope(what: str, folder: Path, max_positions: int) -> None:
             raise ModelError(
                 f"{what}: RoPE of type longrope changes with the length of a batch beyond {original} tokens; set "
                 f"max_model_len to {original} or less"
+            )
+
+
+def _refuse_forgetting(what: str, folder: Path, windows: dict[int, int | None], max_positions: int) -> None:
+    """Refuse a model whose masks let tokens see further than transformers' cache keeps: then its answers depend on how
+    they are computed."""
+    for layer, kept in enumerate(transformers.DynamicCache(config=load_config(folder)).layers):
+        size = getattr(kept, "sliding_window", None)
+        if size is not None and min(windows.get(layer) or max_positions, max_positions) > size:
+            raise ModelError(
+                f"{what}: its cache keeps {size} tokens, but its masks hide none before them; set max_model_len to "
+                f"{size} or less"
             )
 
 

@@ -89,8 +89,10 @@ def _problem(config: Any, text: Any, architecture: str) -> str | None:
 
 def _number(folder: Path, text: Any, name: str) -> int:
     value = _optional(text, name)
-    if value is None:
-        raise ModelError(f"{folder}/config.json does not say {name} as one number, and the KV cache depends on it")
+    if value is None or value < 1:
+        raise ModelError(
+            f"{folder}/config.json does not say {name} as one positive number, and the KV cache depends on it"
+        )
     return value
 
 

@@ -160,7 +160,8 @@ def _experts(family: Family, config: dict[str, Any]) -> ExpertsConfig | None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    """As transformers 5 reads it: whoever adds ``rope_scaling`` to a config.json means it, whatever else stands there."""
+    return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
 
 
 def _rope_type(rope: dict[str, Any]) -> str:

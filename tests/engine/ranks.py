@@ -113,4 +113,4 @@ class ParallelEngine:
         self._send(None)
         results = self._ranks.results(self._size)
         self._group.close()
-        assert results == ["done"] * (self._size - 1)
+        assert results == ["done"] * (self._size - 1), results

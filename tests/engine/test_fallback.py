@@ -128,7 +128,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "lfm 2, convolutions": (lambda: transformers.Lfm2Config(**GROUPED, full_attn_idxs=[1]), "conv"),
     "bert": (lambda: transformers.BertConfig(**SMALL), "what its tokens see is neither|attention is not causal"),
-}
+    "camembert, positions from 2 on": (
+        lambda: transformers.CamembertConfig(**SMALL, is_decoder=True), "positions do not count from 0"
+    ),
+    "moshi, a window in its cache alone": (
+        lambda: transformers.MoshiConfig(**GROUPED, head_dim=16, ffn_dim=96, sliding_window=20, audio_vocab_size=32),
+        "set max_model_len to 20 or less",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", REFUSED)
@@ -137,6 +144,32 @@ def test_what_cannot_be_paged_is_refused_with_the_reason(tmp_path: Path, shape: 
     save(config(), tmp_path)
     with pytest.raises(ModelError, match=reason):
         Engine(tmp_path, dtype="float32", kv_bytes=8 << 20)
+
+
+def test_positions_that_do_not_count_from_0_are_found_in_16_bits_too(tmp_path: Path) -> None:
+    save(REFUSED["camembert, positions from 2 on"][0](), tmp_path)
+    with pytest.raises(ModelError, match="positions do not count from 0"):
+        Engine(tmp_path, dtype="bfloat16", kv_bytes=8 << 20)
+
+
+def test_a_model_that_rotates_by_positions_of_its_own_count_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(CONFIGS["gpt-neox"](), tmp_path)
+    forward = transformers.GPTNeoXModel.forward
+    monkeypatch.setattr(
+        transformers.GPTNeoXModel, "forward", lambda self, position_ids=None, **options: forward(self, **options)
+    )
+    with pytest.raises(ModelError, match="does not follow the positions given"):
+        Engine(tmp_path, dtype="float32", kv_bytes=8 << 20)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_that_chooses_other_experts_refuses_no_model(tmp_path: Path, dtype: str) -> None:
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    save(transformers.PhimoeConfig(**GROUPED | {"num_hidden_layers": 4}, **experts), tmp_path)
+    engine = Engine(tmp_path, dtype=dtype, kv_bytes=8 << 20)
+    assert len(engine.generate([[5, 6, 7]], GREEDY)[0].token_ids) == OUTPUT_TOKENS
 
 
 def write_config(folder: Path, **config: Any) -> None:
@@ -158,6 +191,10 @@ def write_config(folder: Path, **config: Any) -> None:
             "never run",
         ),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_head": "many"}, "config.json: "),
+        (
+            {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]},
+            "max_position_embeddings as one positive number",
+        ),
         (
             {
                 "model_type": "gpt2",

@@ -14,6 +14,7 @@ from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
 from engine.engine import Engine
 from engine.models.config import ModelConfig
+from engine.models.llama_config import LlamaConfig
 from engine.runner import ModelRunner
 from engine.weights import resolve_model
 from messages.sampling import SamplingParams
@@ -133,3 +134,40 @@ def test_config_needs_no_torch(tiny_llama: Path) -> None:
     assert config.resolve_dtype("auto") == "bfloat16"
     with pytest.raises(ModelError, match="dtype must be auto"):
         config.resolve_dtype("int4")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_parameters": PLAIN},
+        {"rope_parameters": PLAIN, "rope_scaling": LLAMA3},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "default"}},
+        {},
+    ],
+    ids=["4", "5", "scaling added to 5", "scaling taken from 5", "none"],
+)
+def test_rope_is_read_from_either_form_of_config_as_by_transformers(folder: Path, rope: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    path = folder / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("rope")}
+    path.write_text(json.dumps(config | rope))
+    read = ModelConfig.from_folder(folder)
+    assert isinstance(read, LlamaConfig)
+    expected = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
+    assert read.inverse_frequencies() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_yarn_that_a_user_adds_to_a_config_is_not_passed_over(folder: Path) -> None:
+    edit(folder, rope_parameters=PLAIN, rope_scaling=YARN)
+    assert not ModelConfig.from_folder(folder).native  # transformers' own code does it
