@@ -40,6 +40,13 @@ class Linear:
             return y
         return F.linear(x, self._weight, self._bias)
 
+    def rows(self, places: torch.Tensor) -> torch.Tensor:
+        """``places [n]`` -> those rows of the weight, ``[n, in]``: a tied embedding."""
+        if self._gemm is not None:
+            found: torch.Tensor = self._gemm.rows(self._weight, places)
+            return found
+        return F.embedding(places, self._weight)
+
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """``residual += y``, in place."""
         if self._gemm is not None:

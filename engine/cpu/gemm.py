@@ -122,6 +122,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def rows(packed: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``places [n]`` int64 of a packed weight's rows -> those rows as they were, ``[n, in]``."""
+    words = packed.view(torch.int32)[..., 0]
+    return words[places // PANEL, :, places % PANEL].contiguous().view(packed.dtype)
+
+
 def linear(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, mode: int = STORE
 ) -> None:

@@ -117,20 +117,23 @@ class Llama:
         self._vocabulary = group.part(config.vocab_size)
         with Checkpoint(folder) as checkpoint:
             table = (config.vocab_size, config.hidden_size)
-            self._embedding = checkpoint.take("model.embed_tokens.weight", table, dtype, rows=self._vocabulary)
+            embedding = checkpoint.take("model.embed_tokens.weight", table, dtype, rows=self._vocabulary)
+            tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
+            if tied and not config.tie_word_embeddings:
+                raise ModelError(f"{folder}: no lm_head.weight, and config.json does not tie the embeddings")
+            # A tied table is held once, in the head's form. Before the layers: the plain one is gone when they come.
+            self._embedding = None if tied else embedding
+            head = embedding if tied else checkpoint.take("lm_head.weight", table, dtype, rows=self._vocabulary)
+            self._head = Linear(head)
+            del embedding, head
             self._layers = [
                 Layer(checkpoint, config, group, layer, dtype, make_linear) for layer in range(config.num_layers)
             ]
             self._norm = checkpoint.take("model.norm.weight", (config.hidden_size,), torch.float32)
-            tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
-            if tied and not config.tie_word_embeddings:
-                raise ModelError(f"{folder}: no lm_head.weight, and config.json does not tie the embeddings")
-            head = self._embedding if tied else checkpoint.take("lm_head.weight", table, dtype, rows=self._vocabulary)
             unread = [name for name in checkpoint.unread() if not (tied and name == "lm_head.weight")]
             if unread:
                 count = len(unread)
                 raise ModelError(f"{folder}: {count} tensors have no place in {config.architecture}: {unread[:3]}")
-        self._head = Linear(head)
         self._rope = Rope(torch.tensor(config.inverse_frequencies(), dtype=torch.float32), max_positions, dtype)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -148,11 +151,14 @@ class Llama:
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         if self._group.size == 1:
-            return F.embedding(tokens, self._embedding)
+            return self._looked_up(tokens)
         mine = (tokens >= self._vocabulary.start) & (tokens < self._vocabulary.stop)
-        x = F.embedding(torch.where(mine, tokens - self._vocabulary.start, 0), self._embedding)
+        x = self._looked_up(torch.where(mine, tokens - self._vocabulary.start, 0))
         x.masked_fill_(~mine.unsqueeze(1), 0)
         return self._group.all_reduce(x)
+
+    def _looked_up(self, places: torch.Tensor) -> torch.Tensor:
+        return self._head.rows(places) if self._embedding is None else F.embedding(places, self._embedding)
 
 
 def _column_parallel(

@@ -83,6 +83,7 @@ def _follow(test: Connection, group: ParallelGroup, folder: Path, dtype: str, nu
     memory = torch.from_numpy(np.zeros(num_blocks * layout.block_bytes, np.uint8))
     positions = config.max_position_embeddings
     model = RankModel(folder, config, group, layout, dtype=dtype, kv_memory=memory, max_positions=positions)
+    test.send("loaded")
     while (step := test.recv()) is not None:
         with contextlib.suppress(*STEP_ERRORS):  # told to the others already
             model.follow(step)
@@ -101,6 +102,9 @@ class ParallelEngine:
             folder, dtype=dtype, kv_bytes=num_blocks * layout.block_bytes, group=self._group, broadcast=self._send,
             **options,
         )  # fmt: skip
+        # A rank that is still loading, after all of its imports, may be silent for longer than a step allows.
+        loaded = ranks.results(size)
+        assert loaded == ["loaded"] * (size - 1), loaded
 
     def _send(self, step: Any) -> None:
         for connection in self._ranks.connections[: self._size - 1]:

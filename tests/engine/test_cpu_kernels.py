@@ -117,6 +117,8 @@ def test_products_equal_those_in_fp64(columns: int, depth: int, rows: int, threa
     bias, residual = torch.randn(columns), torch.randn(rows, columns).bfloat16()
     packed, exact = gemm.pack(weight), x.double() @ weight.double().T + bias.double()
     bounds = {"rtol": 1e-2, "atol": 2e-3 * depth**0.5}
+    places = torch.randint(0, columns, (rows,))
+    assert torch.equal(gemm.rows(packed, places), weight[places])
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     gemm.linear(x, packed, bias, out)
     torch.testing.assert_close(out.double(), exact, **bounds)

@@ -157,9 +157,11 @@ def test_a_model_that_rotates_by_positions_of_its_own_count_is_refused(
 ) -> None:
     save(CONFIGS["gpt-neox"](), tmp_path)
     forward = transformers.GPTNeoXModel.forward
-    monkeypatch.setattr(
-        transformers.GPTNeoXModel, "forward", lambda self, position_ids=None, **options: forward(self, **options)
-    )
+
+    def counting(self: Any, *given: Any, position_ids: torch.Tensor | None = None, **options: Any) -> Any:
+        return forward(self, *given, **options)
+
+    monkeypatch.setattr(transformers.GPTNeoXModel, "forward", counting)
     with pytest.raises(ModelError, match="does not follow the positions given"):
         Engine(tmp_path, dtype="float32", kv_bytes=8 << 20)
 

@@ -47,6 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for kind, config in (
         ("llama", transformers.LlamaConfig),
+        ("tied llama", transformers.LlamaConfig),
         ("gemma", transformers.GemmaConfig),
         ("qwen3_moe", transformers.Qwen3MoeConfig),
     ):
@@ -55,6 +56,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 vocab_size=4000, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
                 num_attention_heads=8, num_key_value_heads=8, head_dim=hidden // 8, max_position_embeddings=64,
             )  # fmt: skip
+            if name == "tied llama":
+                shape.vocab_size, shape.tie_word_embeddings = 40_000, True
             if kind == "qwen3_moe":
                 shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size = 8, 2, hidden // 2
             made[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
@@ -66,6 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("kind", "size", "quantization", "bound"),
     [
         ("llama", 1, "none", 1.0),
+        ("tied llama", 1, "none", 1.0),
         ("llama", 1, "int8", 0.55),  # embeddings and head stay as they are
         ("qwen3_moe", 2, "none", 0.5),
         ("gemma", 1, "none", 1.0),
