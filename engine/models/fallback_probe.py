@@ -24,7 +24,7 @@ from engine.models.interface import Attend
 ATTENTION = "baton_probe"
 LENGTHS = (5, 11)
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
-"""Of the logits' difference to transformers', relative to their spread. In 16 bits rounding may choose other experts."""
+"""Of the logits' difference to transformers', relative to their spread. In 16 bits rounding may pick other experts."""
 SHUFFLED = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
 """The same, of the logits' difference between one batch and another: there only the shapes of products differ."""
 _HARMLESS = {
@@ -93,7 +93,7 @@ def transformers_logits(model: Any, tokens: torch.Tensor) -> tuple[str, type, to
 
 
 def check_positions(what: str, layers: Any, tokens: torch.Tensor, expected: torch.Tensor) -> None:
-    """``ModelError`` where positions that count from 0 give other hidden states than ``expected``, without positions."""
+    """``ModelError`` where positions from 0 on give other hidden states than ``expected``, those without positions."""
     made = layers(input_ids=tokens[None], position_ids=torch.arange(len(tokens))[None], use_cache=False)
     error = _difference(made.last_hidden_state, expected)
     # The very same products on a CPU; on a GPU sums may come in any order.

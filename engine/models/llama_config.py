@@ -160,7 +160,7 @@ def _experts(family: Family, config: dict[str, Any]) -> ExpertsConfig | None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """As transformers 5 reads it: whoever adds ``rope_scaling`` to a config.json means it, whatever else stands there."""
+    """As transformers 5 reads it: whoever adds ``rope_scaling`` to a config.json means it, whatever else is there."""
     return dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
 
 
