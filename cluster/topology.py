@@ -237,7 +237,7 @@ class Topology(Section):
         if gateway.replicas > 1:
             yield ("gateway", "replicas"), f"gateway.replicas is {gateway.replicas}: more than one comes later; write 1"
         if self.device == "cuda":
-            yield ("device",), "device cuda comes next; write cpu"
+            yield ("device",), "pools on GPUs come next; write cpu"
 
     def _impossible_pools(self) -> Iterator[tuple[Loc, str]]:
         roles = {pool.role for pool in self.pools}

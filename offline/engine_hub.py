@@ -17,6 +17,7 @@ import torch
 from engine.core.errors import CapacityError
 from engine.core.scheduler import Progress
 from engine.engine import Engine
+from engine.rank import STEP_ERRORS
 from gateway.core.errors import ContextExceeded, GatewayError, InternalError, Unavailable
 from gateway.core.salts import cache_salt
 from gateway.core.session import Deliver
@@ -143,7 +144,7 @@ class EngineHub:
             return
         try:
             output = self._engine.runner.run(plan)
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # torch raises these
+        except STEP_ERRORS as error:
             log.exception("a step of %d sequences failed", len(plan.sequences))
             failed = [self._by_id.pop(seq.seq_id) for seq in plan.sequences]
             self._engine.scheduler.failed(plan)

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -73,20 +74,28 @@ def cache_folder() -> Path:
     digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    home = (
-        os.environ.get("BATON_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
-    )
+    home = os.environ.get("BATON_CACHE_DIR")
+    home = home or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "baton")
     for folder in (Path(home), Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"):
         made = folder / "kernels" / digest.hexdigest()[:16]
         try:
-            made.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for each in (folder, made.parent, made):
+                each.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             log.warning("compiled kernels cannot be kept in %s: %s", made, error)
             continue
-        if os.access(made, os.W_OK) and made.stat().st_uid == os.getuid():
+        if all(_only_ours(each) for each in (folder, made.parent, made)):
             return made
-        log.warning("compiled kernels cannot be kept in %s: it is not ours to write", made)
+        log.warning("compiled kernels cannot be kept in %s: others can write there", made)
     raise OSError("no folder to keep compiled kernels in: set BATON_CACHE_DIR to one that can be written")
+
+
+def _only_ours(folder: Path) -> bool:
+    """Whether nobody else can put files there: what numba keeps is code, and pickles."""
+    status = folder.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return ours and os.access(folder, os.W_OK)
 
 
 @contextmanager
