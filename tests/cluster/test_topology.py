@@ -186,7 +186,7 @@ WRONG = {
         "  - {name: a, role: decode, resources: {gpus: 1}}\n"
         "kv: {block_size: 12, memory: 1GiB, num_blocks: 5}\ngateway: {replicas: 2}\n",
         [
-            "2: device cuda comes next; write cpu",
+            "2: pools on GPUs come next; write cpu",
             "4: prefill_chunk 4096 can never fit max_num_batched_tokens 2048; lower it, or raise the other",
             "5: pool 'a' is there twice; give each pool a name of its own",
             "6: kv.block_size must be a power of two up to 1024, got 12",
