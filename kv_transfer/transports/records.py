@@ -29,12 +29,12 @@ _STORED = {
 }  # fmt: skip
 
 
-def records(pool: Pool, shard: KVShard, heads: Heads | None = None) -> Records:
-    """The records of ``heads`` in ``pool``, whose blocks are those of ``shard``; of all heads without ``heads``."""
+def records(pool: Pool, shard: KVShard, heads: Heads) -> Records:
+    """The records of ``heads`` in ``pool``, whose blocks are those of ``shard``; raises ``CannotPair``."""
     layout = layout_of(shard)
     if pool.shape[1] != layout.block_bytes:
         raise CannotPair(f"blocks of {pool.shape[1]} bytes are not those of {shard}")
-    first, num = heads or heads_of(shard)
+    first, num = heads
     begin = first - shard.first_head
     if begin < 0 or num < 1 or begin + num > shard.num_heads:
         raise CannotPair(f"KV heads {first} to {first + num - 1} are not all in {shard}")
