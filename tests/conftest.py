@@ -11,9 +11,17 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter then. Triton settles this when it is first imported, and transformers does
+    # that too: hence here, before all others.
+    assert "triton" not in sys.modules, "Triton was imported before TRITON_INTERPRET could be set"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.core.errors import ModelError
 from engine.engine import Engine
 from engine.models.config import ModelConfig
-from engine.models.fallback_probe import dense_attention
+from engine.models.fallback_probe import alone, dense_attention
 from engine.models.registry import load_model
 from engine.parallel import ParallelGroup
 from engine.quantized import LARGEST, QuantizedLinear, linear_maker, quantize, widen
@@ -108,10 +108,10 @@ def test_linear_layers_of_transformers_are_quantised_too(tmp_path: Path, config:
     model = transformers.AutoModelForCausalLM.from_config(config(**small, bos_token_id=0, eos_token_id=2))
     model.save_pretrained(tmp_path)
     parsed = ModelConfig.from_folder(tmp_path)
-    prompt = torch.arange(12)
+    batch = alone(300)
     with torch.inference_mode():
         exact, made = (
-            fallback.logits(fallback.forward(prompt, prompt, dense_attention([12])))
+            fallback.logits(fallback.forward(batch.tokens, batch.positions, dense_attention(batch)))
             for fallback in (
                 load_model(tmp_path, parsed, ParallelGroup(), torch.float32, 64, method)
                 for method in (None, quantization)
