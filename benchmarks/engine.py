@@ -257,16 +257,17 @@ class Parts:
         params = [bench._params(max_tokens=output, temperature=0, ignore_eos=True) for _, output in lengths]
         for (length, _), param in zip(lengths, params, strict=True):
             bench.engine.add(bench.prompt(length), param)
-        begun = finished = steps = 0
+        begun: set[int] = set()
+        finished = steps = 0
         start = time.perf_counter()
         self._spent = {}
         while finished < len(lengths):
             made = bench.engine.step()
             steps += 1
             finished += sum(progress.finish_reason is not None for progress in made)
-            if begun < len(lengths):
-                begun += sum(progress.token is not None for progress in made)
-                if skip_prompts and begun >= len(lengths):
+            if len(begun) < len(lengths):
+                begun.update(progress.seq.seq_id for progress in made if progress.token is not None)
+                if skip_prompts and len(begun) == len(lengths):
                     start, steps, self._spent = time.perf_counter(), 0, {}
         return steps, time.perf_counter() - start, dict(self._spent)
 

@@ -31,7 +31,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2), (2, 4), (4, 2)])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_is_handed_over_between_pools_of_any_degree(
     tmp_path: Path, family: str, prefill: int, decode: int
