@@ -11,12 +11,12 @@ from numba import njit
 
 from engine.cpu import jit
 from engine.cpu.jit import kernel, thread, threads
-from engine.cpu.kv import F32, KINDS, narrow, widen
-from engine.cpu.simd import as_float, f32_at, i64_at, scratch, vector_sum
+from engine.cpu.kv import BF16, F32, KINDS, narrow, widen
+from engine.cpu.simd import LANES, as_float, f32_at, i64_at, scale_bf16, scratch, vector_sum, widen_bf16
 
 MAX_WIDTH = 32768
 """Widest row of a norm."""
-WORTH_SHARING = 1 << 13
+WORTH_SHARING = 1 << 15
 """Fewer values than this are done before another thread has begun."""
 MAX_DIM = 512
 """Widest head."""
@@ -53,6 +53,11 @@ def _rms_norm(a):
     me, all_ = np.int64(thread()), np.int64(threads())
     room = _row_room()
     for row in range(rows * me // all_, rows * (me + 1) // all_):
+        if kind == BF16 and width % LANES == 0:
+            squares = widen_bf16(x + row * x_stride, width // LANES, room)
+            factor = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+            scale_bf16(room, width // LANES, factor, weight, out + row * out_stride)
+            continue
         widen(kind, x + row * x_stride, width, np.float32(1.0), room)
         _normalize(room, width, weight, eps)
         narrow(kind, room, width, out + row * out_stride)

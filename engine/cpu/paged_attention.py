@@ -26,14 +26,15 @@ from engine.cpu.simd import (
     address_of,
     as_float,
     exp,
+    exp_minus,
     f32_at,
     i32_at,
     i64_at,
+    prefetch,
     scratch,
     take_ticket,
     token_scores,
     vector_max,
-    vector_sum,
     weighted_sum,
 )
 
@@ -133,17 +134,13 @@ def _softmax(a, scores, tiles, first, last, totals):
     ``totals`` gets the largest score and the sum of the weights.
     """
     scale, cap = as_float(np.uint32(a[SCALE])), as_float(np.uint32(a[SOFTCAP]))
-    p = f32_at(scores)
-    count = tiles * TILE
-    shape_scores(scores, count, first, last, scale, cap)
+    shape_scores(scores, tiles * TILE, first, last, scale, cap)
     largest = vector_max(scores, tiles)
     if largest == -_INFINITY:  # each score is -inf, or no number
         largest = np.float32(0.0)
-    for i in range(count):
-        p[i] = exp(p[i] - largest)
     to = f32_at(totals)
     to[0] = largest
-    to[1] = vector_sum(scores, tiles)
+    to[1] = exp_minus(scores, tiles, largest)
 
 
 @njit(fastmath={"contract"})
@@ -188,8 +185,12 @@ def _attend(a, row, chunk, head, first_query, queries, query, wide_query, out):
     begin = first // TILE * TILE
     tiles = (last - begin + TILE - 1) // TILE
     scores, room = _score_room(), _tile_room()
+    tile_bytes = TILE * dim * (4 if stored == F32 else 2)
     for tile in range(tiles):
         start = begin + tile * TILE
+        if direct and head + 1 < a[KV_HEADS]:  # which this thread takes next
+            for side in range(2):
+                prefetch(_tile(a, row, head + 1, side, start, TILE, direct, room), tile_bytes)
         keys = _tile(a, row, head, 0, start, min(TILE, last - start), direct, room)
         for q in range(queries):
             place = scores + (q * CHUNK + tile * TILE) * 4
@@ -356,7 +357,9 @@ def attention(a):
         barrier()
     heads = a[KV_HEADS]
     prompts = a[NUM_PROMPTS] * heads
-    items = prompts + a[NUM_CHUNKS] * heads
+    # One thread takes a chunk's heads one after the other, for they lie side by side; but all threads have some.
+    share = heads if a[NUM_CHUNKS] >= 8 * threads() else np.int64(1)
+    items = prompts + a[NUM_CHUNKS] * heads // share
     ticket = address_of(a) + 8 * TICKET
     item = take_ticket(ticket)
     while item < items:
@@ -364,7 +367,9 @@ def attention(a):
             last = prompts - 1 - item  # a prompt's later queries see more: longest first
             _prompt(a, last // heads, last % heads)
         else:
-            _chunk(a, (item - prompts) // heads, (item - prompts) % heads)
+            first = (item - prompts) * share
+            for place in range(first, first + share):
+                _chunk(a, place // heads, place % heads)
         item = take_ticket(ticket)
     barrier()
     items = a[NUM_CHUNKS] * heads

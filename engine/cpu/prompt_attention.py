@@ -12,13 +12,14 @@ from numba import njit
 from engine.cpu.kv import BF16, narrow, widen
 from engine.cpu.simd import (
     exp,
+    exp_minus,
     f32_at,
     panel_product,
     scratch,
-    to_bf16,
+    soft_cap,
+    store_bf16,
     u16_at,
     vector_max,
-    vector_sum,
 )
 
 PANEL = 64
@@ -95,14 +96,13 @@ def _multiply(rows, columns, x, x_stride, w, w_stride, pairs, out, out_stride, a
 
 @njit(fastmath={"contract"})
 def shape_scores(scores, columns, first, last, scale, cap):
-    """Products -> scores of the keys from ``first`` to ``last``; of others -inf."""
+    """Products -> scores of the keys from ``first`` to ``last``; of others -inf. ``columns`` are a multiple of 16."""
     p = f32_at(scores)
-    for i in range(columns):
-        p[i] *= scale
     if cap > np.float32(0.0):
+        soft_cap(scores, columns // 16, scale, cap)
+    else:
         for i in range(columns):
-            # tanh(x) = 1 - 2 / (e^2x + 1)
-            p[i] = cap * (np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * p[i] / cap) + np.float32(1.0)))
+            p[i] *= scale
     for i in range(first):
         p[i] = -_INFINITY
     for i in range(last, columns):
@@ -113,7 +113,7 @@ def shape_scores(scores, columns, first, last, scale, cap):
 def _weigh(scores, weights, sums, totals, dim, columns, first, last, scale, cap, key_scales, value_scales):
     """One row's scores of ``columns`` keys, of which ``first`` to ``last`` are seen -> weights in bf16; its sums so far
     and ``totals`` (largest score, sum of weights) follow the largest score."""
-    p, w, total, out = f32_at(scores), u16_at(weights), f32_at(totals), f32_at(sums)
+    p, total, out = f32_at(scores), f32_at(totals), f32_at(sums)
     if key_scales != 0:
         each = f32_at(key_scales)
         for i in range(columns):
@@ -124,22 +124,19 @@ def _weigh(scores, weights, sums, totals, dim, columns, first, last, scale, cap,
     largest = before if before > largest else largest
     if largest == -_INFINITY:
         largest = np.float32(0.0)
-    for i in range(columns):
-        p[i] = exp(p[i] - largest)
+    seen = exp_minus(scores, columns // 16, largest)
     if value_scales != 0:
         each = f32_at(value_scales)
         for i in range(columns):
-            w[i] = to_bf16(p[i] * each[i])
-    else:
-        for i in range(columns):
-            w[i] = to_bf16(p[i])
+            p[i] *= each[i]
+    store_bf16(scores, columns // 16, weights)
     if largest != before:
         fade = exp(before - largest)
         total[0] = largest
         total[1] *= fade
         for d in range(dim):
             out[d] *= fade
-    total[1] += vector_sum(scores, columns // 16)
+    total[1] += seen
 
 
 @njit(fastmath={"contract"})

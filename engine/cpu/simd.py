@@ -189,6 +189,21 @@ def take_ticket(builder: Any, values: Any) -> Any:
     return builder.atomic_rmw("add", pointer(builder, values[0]), ir.Constant(_i64, 1), "monotonic")
 
 
+@operation(types.void, I64, I64)
+def prefetch(builder: Any, values: Any) -> None:
+    """Ask for ``num_bytes`` from an address on, which will be read once."""
+    address, num_bytes = values
+    function = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _i32, _i32, _i32])
+    made = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+
+    def body(index: Any, _: list[Any]) -> list[Any]:
+        place = pointer(builder, builder.add(address, builder.shl(index, ir.Constant(_i64, 6))))
+        builder.call(made, [place, ir.Constant(_i32, 0), ir.Constant(_i32, 2), ir.Constant(_i32, 1)])
+        return []
+
+    counted_loop(builder, builder.lshr(builder.add(num_bytes, ir.Constant(_i64, 63)), ir.Constant(_i64, 6)), [], body)
+
+
 def scratch(num_bytes: int) -> Any:
     """An operation without arguments: the address of so many bytes on the thread's stack, the same for each call."""
 
@@ -212,28 +227,6 @@ def to_bf16(x):
 @njit(fastmath={"contract"})
 def from_bf16(bits):
     return as_float(np.uint32(bits) << np.uint32(16))
-
-
-@njit(fastmath={"contract"})
-def exp(x):
-    """Of fp32, to 2 units in the last place; 0 below -87, and above 88 what it is there; NaN stays. Plain arithmetic,
-    so that loops become vectors. Cephes' polynomial (Moshier 1992)."""
-    given = x
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    x = np.float32(88.0) if x > np.float32(88.0) else x
-    shifted = x * np.float32(1.4426950408889634) + np.float32(12582912.0)  # 1.5 * 2^23: the integer is in the low bits
-    whole = shifted - np.float32(12582912.0)
-    r = x - whole * np.float32(0.693359375)
-    r = r + whole * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * (r * r) + r + np.float32(1.0)
-    made = p * as_float((as_bits(shifted) << np.uint32(23)) + np.uint32(0x3F800000))
-    return np.float32(0.0) if given < np.float32(-87.0) else made
 
 
 @operation(I64, types.CPointer(types.int64))
@@ -312,6 +305,173 @@ def vector_sum(builder: Any, values: Any) -> Any:
     return _across(builder, counted_loop(builder, count, [start], body)[0], builder.fadd)
 
 
+def _constant(number: float) -> Any:
+    return ir.Constant(VECTOR, [float(np.float32(number))] * LANES)
+
+
+_SHIFT = 12582912.0  # 1.5 * 2^23: a sum with it has the integer in its low bits
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """Of 16 lanes, to 2 units in the last place; 0 below -87, and above 88 what it is there; NaN stays. Cephes'
+    polynomial (Moshier 1992). Vectors from the first: of loops over a scalar function LLVM made none."""
+    below = builder.fcmp_ordered("<", x, _constant(-87.0))
+    clamped = builder.select(below, _constant(-87.0), x)
+    clamped = builder.select(builder.fcmp_ordered(">", clamped, _constant(88.0)), _constant(88.0), clamped)
+    shifted = fma(builder, clamped, _constant(1.4426950408889634), _constant(_SHIFT))
+    whole = builder.fsub(shifted, _constant(_SHIFT))
+    r = fma(builder, whole, _constant(-0.693359375), clamped)
+    r = fma(builder, whole, _constant(2.12194440e-4), r)
+    p = _constant(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(builder, p, r, _constant(factor))
+    p = fma(builder, p, builder.fmul(r, r), builder.fadd(r, _constant(1.0)))
+    power = builder.shl(builder.bitcast(shifted, WORDS), ir.Constant(WORDS, [23] * LANES))
+    power = builder.add(power, ir.Constant(WORDS, [0x3F800000] * LANES))
+    return builder.select(below, _constant(0.0), builder.fmul(p, builder.bitcast(power, VECTOR)))
+
+
+_HALVES = ir.VectorType(_i16, LANES)
+
+
+def _widened(builder: Any, address: Any) -> Any:
+    """16 values of bf16."""
+    words = builder.zext(load(builder, address, _HALVES, align=2), WORDS)
+    return builder.bitcast(builder.shl(words, ir.Constant(WORDS, [16] * LANES)), VECTOR)
+
+
+def _store_bf16(builder: Any, value: Any, address: Any) -> None:
+    """The nearest bf16 of 16 lanes, ties to even."""
+    if HAS_BF16_DOT:
+        kind = ir.VectorType(_BFloat(), LANES)
+        store(builder, call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [value]), address, align=2)
+        return
+    words, shift = builder.bitcast(value, WORDS), ir.Constant(WORDS, [16] * LANES)
+    odd = builder.and_(builder.lshr(words, shift), ir.Constant(WORDS, [1] * LANES))
+    words = builder.add(builder.add(words, ir.Constant(WORDS, [0x7FFF] * LANES)), odd)
+    store(builder, builder.trunc(builder.lshr(words, shift), _HALVES), address, align=2)
+
+
+def _each(builder: Any, count: Any, body: Callable[[Any], None]) -> None:
+    """``body(i)`` for each of ``count`` vectors."""
+
+    def once(index: Any, _: list[Any]) -> list[Any]:
+        body(index)
+        return []
+
+    counted_loop(builder, count, [], once)
+
+
+def _place(builder: Any, address: Any, index: Any, num_bytes: int) -> Any:
+    """Of the ``index``-th vector of values of ``num_bytes``."""
+    return builder.add(address, builder.mul(index, ir.Constant(_i64, LANES * num_bytes)))
+
+
+@operation(types.float32, types.float32)
+def exp(builder: Any, values: Any) -> Any:
+    """Of one fp32."""
+    return builder.extract_element(_exp(builder, splat(builder, values[0], VECTOR)), ir.Constant(_i32, 0))
+
+
+@operation(types.void, I64, I64, types.float32, types.float32)
+def soft_cap(builder: Any, values: Any) -> None:
+    """``cap * tanh(scale * x / cap)``, in place, of ``16 * count`` fp32."""
+    address, count, scale, cap = values
+    caps = splat(builder, cap, VECTOR)
+    twice = splat(builder, builder.fdiv(builder.fmul(scale, ir.Constant(_f32, 2.0)), cap), VECTOR)
+
+    def body(index: Any) -> None:
+        place = _place(builder, address, index, 4)
+        bottom = builder.fadd(_exp(builder, builder.fmul(load(builder, place, VECTOR), twice)), _constant(1.0))
+        # tanh(x) = 1 - 2 / (e^2x + 1)
+        made = builder.fsub(_constant(1.0), builder.fdiv(_constant(2.0), bottom))
+        store(builder, builder.fmul(caps, made), place)
+
+    _each(builder, count, body)
+
+
+@operation(types.float32, I64, I64, types.float32)
+def exp_minus(builder: Any, values: Any) -> Any:
+    """``exp(x - largest)``, in place, of ``16 * count`` fp32; and their sum."""
+    address, count, largest = values
+    taken = splat(builder, largest, VECTOR)
+
+    def body(index: Any, carried: list[Any]) -> list[Any]:
+        place = _place(builder, address, index, 4)
+        made = _exp(builder, builder.fsub(load(builder, place, VECTOR), taken))
+        store(builder, made, place)
+        return [builder.fadd(carried[0], made)]
+
+    return _across(builder, counted_loop(builder, count, [_constant(0.0)], body)[0], builder.fadd)
+
+
+@operation(types.void, I64, I64, I64)
+def store_bf16(builder: Any, values: Any) -> None:
+    """``16 * count`` fp32 from ``source`` on, rounded to ``out``."""
+    source, count, out = values
+
+    def body(index: Any) -> None:
+        made = load(builder, _place(builder, source, index, 4), VECTOR)
+        _store_bf16(builder, made, _place(builder, out, index, 2))
+
+    _each(builder, count, body)
+
+
+@operation(types.void, I64, I64, I64)
+def add_bf16(builder: Any, values: Any) -> None:
+    """``16 * count`` fp32 from ``source`` on are added to the bf16 at ``out``."""
+    source, count, out = values
+
+    def body(index: Any) -> None:
+        to = _place(builder, out, index, 2)
+        made = load(builder, _place(builder, source, index, 4), VECTOR)
+        _store_bf16(builder, builder.fadd(_widened(builder, to), made), to)
+
+    _each(builder, count, body)
+
+
+@operation(types.void, I64, I64, I64, I64)
+def silu_mul_bf16(builder: Any, values: Any) -> None:
+    """``silu(gate) * up`` of ``16 * count`` fp32 each, rounded to ``out``."""
+    gates, ups, count, out = values
+
+    def body(index: Any) -> None:
+        gate = load(builder, _place(builder, gates, index, 4), VECTOR)
+        up = load(builder, _place(builder, ups, index, 4), VECTOR)
+        bottom = builder.fadd(_constant(1.0), _exp(builder, builder.fneg(gate)))
+        made = builder.fmul(builder.fdiv(gate, bottom), up)
+        _store_bf16(builder, made, _place(builder, out, index, 2))
+
+    _each(builder, count, body)
+
+
+@operation(types.float32, I64, I64, I64)
+def widen_bf16(builder: Any, values: Any) -> Any:
+    """``16 * count`` bf16 from ``source`` on as fp32 to ``out``; and the sum of their squares."""
+    source, count, out = values
+
+    def body(index: Any, carried: list[Any]) -> list[Any]:
+        value = _widened(builder, _place(builder, source, index, 2))
+        store(builder, value, _place(builder, out, index, 4))
+        return [fma(builder, value, value, carried[0])]
+
+    return _across(builder, counted_loop(builder, count, [_constant(0.0)], body)[0], builder.fadd)
+
+
+@operation(types.void, I64, I64, types.float32, I64, I64)
+def scale_bf16(builder: Any, values: Any) -> None:
+    """``x * factor * weight`` of ``16 * count`` fp32, rounded to ``out``."""
+    source, count, factor, weights, out = values
+    factors = splat(builder, factor, VECTOR)
+
+    def body(index: Any) -> None:
+        made = builder.fmul(load(builder, _place(builder, source, index, 4), VECTOR), factors)
+        made = builder.fmul(made, load(builder, _place(builder, weights, index, 4), VECTOR))
+        _store_bf16(builder, made, _place(builder, out, index, 2))
+
+    _each(builder, count, body)
+
+
 def token_scores(bf16: bool) -> Any:
     """``out[t] = q . k[t]`` for 16 tokens t, ``k_stride`` bytes apart. fp32, or bf16 in whole words of pairs; the head
     dimension is ``16 * steps`` values of fp32 or ``32 * steps`` of bf16."""
@@ -345,10 +505,7 @@ def _emit_weighted_sum(rows: int, vectors: int, bf16: bool) -> Callable[[Any, tu
         places = [at(builder, row, 64 * n) for row in out_rows for n in range(vectors)]
 
         def value(address: Any) -> Any:
-            if not bf16:
-                return load(builder, address, VECTOR)
-            halves = builder.zext(load(builder, address, ir.VectorType(_i16, LANES), align=2), WORDS)
-            return builder.bitcast(builder.shl(halves, ir.Constant(WORDS, [16] * LANES)), VECTOR)
+            return _widened(builder, address) if bf16 else load(builder, address, VECTOR)
 
         def body(index: Any, totals: list[Any]) -> list[Any]:
             base = builder.add(v, builder.mul(index, v_stride))
