@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from engine.cpu import pieces
 from kv_transfer.core.lanes import Heads
 from kv_transfer.transports.base import (
     Blocks,
@@ -92,6 +93,7 @@ class BackgroundSender(ABC):
         self._lanes: dict[tuple[KVShard, Heads], LaneCopy] = {}
         self._on_event = on_event
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        pieces.prepare()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:

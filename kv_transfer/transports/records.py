@@ -1,7 +1,7 @@
 """A lane's copies: a range of heads out of one pool's blocks into another's, in the other's dtype.
 
-Runs of blocks are copied as one strided piece, straight from view to view: faster than gathering with index arrays,
-which makes an array in between. What has to be quantised passes through a scratch that stays in the cache.
+Records of one dtype are copied by ``engine.cpu.pieces``. What has to be quantised passes through a scratch that stays
+in the cache.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from engine.core.kv_layout import QUANTIZED_MAX, KVLayout
+from engine.cpu.pieces import copy_blocks
 from kv_transfer.core.events import Blocks, Pool
 from kv_transfer.core.lanes import CannotPair, Heads, check_pair, heads_of, layout_of
-from kv_transfer.core.plan import plan
 from messages.common import KVShard
 
 Records = NDArray[np.uint8]
@@ -87,13 +87,6 @@ def unpack(rows: Pool, pool: Pool, shard: KVShard, heads: Heads, target: Blocks)
     else:
         there = records(pool, shard, heads)
         copy_blocks(there, target, rows.reshape(len(rows), *there.shape[1:]), source)
-
-
-def copy_blocks(into: NDArray[np.uint8], target: Blocks, out_of: NDArray[np.uint8], source: Blocks) -> None:
-    """``into[target] = out_of[source]`` piece by piece, with no array in between; lets go of the GIL in each."""
-    pieces = plan(source, target, max_blocks=len(source) or 1)
-    for begin, to, count in zip(*(column.tolist() for column in pieces), strict=True):
-        into[to : to + count] = out_of[begin : begin + count]
 
 
 def _conversion(source: KVLayout, target: KVLayout) -> "_Cast | _Quantize":

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zmq
 
+from engine.cpu import pieces
 from kv_transfer.core.frames import (
     MAX_PART_BYTES,
     MAX_PARTS,
@@ -330,6 +331,7 @@ class ZmqReceiver:
         if block_bytes > MAX_PART_BYTES:
             raise ValueError(f"transport zmq takes blocks of up to {MAX_PART_BYTES} bytes, not {block_bytes}")
         _keep_freed_memory()
+        pieces.prepare()
         self._pool = pool
         self._on_event = on_event
         self._landings = Landings(pool)
