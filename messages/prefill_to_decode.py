@@ -59,6 +59,10 @@ class EndTransfer(AttemptMessage, frozen=True):
     """8 bytes a block, in the order of the sequence; see ``kv_transfer.core.digest``."""
 
 
+class TransferProgress(AttemptMessage, frozen=True):
+    """More has been pushed: the blocks stay reserved. A one-sided receiver does not see it by itself."""
+
+
 class TransferClosed(AttemptMessage, frozen=True):
     """The sender will write no more for this attempt (and all older ones), whoever ended it."""
 

@@ -26,7 +26,7 @@ from messages.codec import count_tokens
 from messages.common import FailReason, Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
 from messages.ids import Address, Attempt, RequestId
-from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed
+from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed, TransferProgress
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
 from messages.seals import genuine
@@ -40,14 +40,14 @@ from runtime.core.pace import STEP_SECONDS, StepPace
 from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
-    Generate, Abort, EndAck, TokensWanted, OpenTransfer, EndTransfer, TransferClosed, RegisterWanted, PeerLost,
+    Generate, Abort, EndAck, TokensWanted,
+    OpenTransfer, TransferProgress, EndTransfer, TransferClosed,
+    RegisterWanted, PeerLost,
 )  # fmt: skip
 """What a decode worker's mailbox takes."""
 
-Event = (
-    Generate | Abort | EndAck | TokensWanted | OpenTransfer | EndTransfer | TransferClosed
-    | RegisterWanted | PeerLost | LandingOpened | Landed | Digested | WritersGone
-)  # fmt: skip
+TransferEvent = TransferProgress | EndTransfer | TransferClosed | LandingOpened | Landed | Digested | WritersGone
+Event = Generate | Abort | EndAck | TokensWanted | OpenTransfer | TransferEvent | RegisterWanted | PeerLost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +114,6 @@ class DecodeMachine:
             case EndTransfer() if event.mailbox not in self._peers:
                 self.forged += 1
                 return []
-            case EndTransfer() | TransferClosed() | LandingOpened() | Landed() | Digested() | WritersGone():
-                return self._settle(self._reservations.handle(event, now))
             case Abort():
                 return self._stop(event.request, event.attempt, "the gateway wants no more of it", now)
             case EndAck():
@@ -127,6 +125,8 @@ class DecodeMachine:
                 return [*self.membership.wanted(event)]
             case PeerLost():
                 return self._peer_lost(event, now)
+            case _:
+                return self._settle(self._reservations.handle(event, now))
 
     def tick(self, now: float) -> list[Action]:
         """What is due by the clock."""
@@ -183,6 +183,7 @@ class DecodeMachine:
         """Every held block belongs to a run or to a reservation."""
         self._pool.check_integrity()
         self._scheduler.check_integrity()
+        self._reservations.check_integrity()
         held = sum(len(run.seq.block_table) for run in self._runs.values()) + self._reservations.blocks_held
         assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"
 

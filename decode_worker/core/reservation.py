@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.blocks import BlockPool
+from engine.core.ownership import BlockState
 from engine.core.prefix import BlockHashes
 from engine.core.scheduler import Promise
 from kv_transfer.core.events import Blocks, Landed, TransferKey
@@ -28,6 +29,7 @@ from kv_transfer.core.session import (
     OpenLanding,
     Outcome,
     ReceiveSession,
+    ReceiveState,
     TakeDigests,
     TransferTimeouts,
     WritersGone,
@@ -36,9 +38,17 @@ from messages.codec import count_tokens, unpack_tokens
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
+from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
 from runtime.core.actions import ForgetPeer, Send
 
+BLOCKS_OF = {
+    ReceiveState.PROMISED: BlockState.PROMISED,
+    ReceiveState.LANDING: BlockState.LANDING,
+    ReceiveState.VERIFYING: BlockState.LANDED,
+    ReceiveState.QUARANTINED: BlockState.QUARANTINED,
+    ReceiveState.CLOSED: BlockState.HELD,
+}
+"""What the blocks of a transfer are while it is in a state."""
 MAX_WAITING = 4096
 """Opens that wait for blocks; further ones are refused."""
 SHARE_WITHIN = 1.0
@@ -71,6 +81,7 @@ class _Reservation:
     cached: Blocks
     """Leading blocks of the sequence that were here already, and are held for it."""
     hashes: BlockHashes
+    blocks_are: BlockState = BlockState.HELD
 
     @property
     def num_blocks(self) -> int:
@@ -120,6 +131,15 @@ class Reservations:
     @property
     def blocks_held(self) -> int:
         return sum(reservation.num_blocks for reservation in self._open.values())
+
+    def check_integrity(self) -> None:
+        """Every block into which KV is on its way belongs to a transfer, and is what that one says."""
+        for key, reservation in self._open.items():
+            states = self._pool.states(reservation.session.blocks)
+            assert (states == BLOCKS_OF[reservation.session.state]).all(), f"the blocks of {key} are {states.tolist()}"
+        promised = sum(len(reservation.session.blocks) for reservation in self._open.values())
+        _, incoming = self._pool.num_claimed()
+        assert incoming == promised, f"{incoming} blocks are promised, {promised} of them to a transfer"
 
     @property
     def wake_at(self) -> float:
@@ -195,7 +215,9 @@ class Reservations:
         return Route(self._kv, plan_lanes(order.shards, [endpoint.shard for endpoint in self._kv]))
 
     def handle(
-        self, event: EndTransfer | TransferClosed | LandingOpened | Landed | Digested | WritersGone, now: float
+        self,
+        event: TransferProgress | EndTransfer | TransferClosed | LandingOpened | Landed | Digested | WritersGone,
+        now: float,
     ) -> list[Step]:
         """A message of the sender, or an answer of the transport."""
         if isinstance(event, LandingOpened | Landed | Digested | WritersGone):
@@ -268,6 +290,10 @@ class Reservations:
 
     def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
         reservation = self._open[key]
+        state = BLOCKS_OF[reservation.session.state]
+        if state is not reservation.blocks_are:
+            self._pool.move(reservation.session.blocks, state)
+            reservation.blocks_are = state
         steps: list[Step] = []
         for action in actions:
             match action:

@@ -2,6 +2,7 @@
 
 A block is free, held by one or more owners, or cached: owned by nobody and kept for its content. Content is known by
 the hash of all tokens up to the block's end (``engine.core.prefix``); a block is registered once its KV is written.
+What is held may be claimed for a hand-over, on its way out (``pin``) or in (``move``): see ``engine.core.ownership``.
 """
 
 from collections import OrderedDict
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine.core.ownership import BlockState, check_moves
 
 Blocks = NDArray[np.int32]
 NO_BLOCKS: Blocks = np.empty(0, np.int32)
@@ -47,6 +50,10 @@ class BlockPool:
         self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._free = num_blocks
         self._refs = np.zeros(num_blocks, np.int32)
+        self._pins = np.zeros(num_blocks, np.int32)
+        """Hand-overs that read it; each of them is an owner too."""
+        self._incoming = np.zeros(num_blocks, np.int8)
+        """PROMISED, LANDING, LANDED or QUARANTINED, else 0."""
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._registered = np.zeros(num_blocks, np.bool_)
         self._by_hash: dict[bytes, int] = {}
@@ -81,7 +88,8 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Blocks) -> None:
-        """One owner more for each of these, which are held or cached."""
+        """One owner more for each of these, which are held or cached, and no KV is on its way into them."""
+        assert not self._incoming[blocks].any(), f"nobody may read {self._described(blocks)}"
         for block in blocks[self._refs[blocks] == 0].tolist():
             del self._unused[block]
         self._refs[blocks] += 1
@@ -95,7 +103,9 @@ class BlockPool:
         if not len(blocks):
             return
         refs = self._refs[blocks]
-        assert (refs > 0).all(), f"freed blocks that nobody held: {blocks[refs <= 0].tolist()}"
+        assert (refs > self._pins[blocks]).all() and not self._incoming[blocks].any(), (
+            f"nobody may give up {self._described(blocks)}"
+        )
         self._refs[blocks] = refs - 1
         self.num_references -= len(blocks)
         idle = blocks[refs == 1]
@@ -107,10 +117,35 @@ class BlockPool:
         self._stack[self._free : self._free + len(gone)] = gone
         self._free += len(gone)
 
+    def pin(self, blocks: Blocks) -> None:
+        """A hand-over that owns these reads them from now on, whoever else does."""
+        check_moves(blocks, self.states(blocks), BlockState.PINNED)
+        self._pins[blocks] += 1
+
+    def unpin(self, blocks: Blocks) -> None:
+        """The hand-over reads them no more, and can give them up."""
+        assert (self._pins[blocks] > 0).all(), f"no hand-over reads {self._described(blocks)}"
+        self._pins[blocks] -= 1
+
+    def move(self, blocks: Blocks, state: BlockState) -> None:
+        """KV is on its way into these, which have one owner: PROMISED, LANDING, LANDED or QUARANTINED. With HELD it is
+        so no more, and nobody else can write into them."""
+        check_moves(blocks, self.states(blocks), state)
+        assert (self._refs[blocks] == 1).all() and not self._registered[blocks].any(), "others may read what is to land"
+        self._incoming[blocks] = 0 if state is BlockState.HELD else state
+
+    def states(self, blocks: Blocks) -> NDArray[np.int8]:
+        """The ``BlockState`` of each of these, int8."""
+        idle = np.where(self._registered[blocks], BlockState.CACHED, BlockState.FREE)
+        claimed = np.where(self._pins[blocks] > 0, BlockState.PINNED, BlockState.HELD)
+        states = np.where(self._refs[blocks] > 0, claimed, idle).astype(np.int8)
+        incoming = self._incoming[blocks]
+        return np.where(incoming > 0, incoming, states)
+
     def register(self, block: int, digest: bytes) -> None:
         """The KV of ``block``, which is held, is final and has this hash. If another block has it too, that one stays
         the one to be found."""
-        assert self._refs[block] > 0, f"block {block} is registered, and held by nobody"
+        assert self._refs[block] > 0 and not self._incoming[block], f"block {block} is registered, and held by nobody"
         if self.caching and not self._registered[block] and digest not in self._by_hash:
             self._by_hash[digest] = block
             self._hashes[block] = digest
@@ -154,6 +189,10 @@ class BlockPool:
         """Whether ``block`` may not be written to: somebody else reads it, or may find it."""
         return bool(self._refs[block] > 1 or self._registered[block])
 
+    def num_claimed(self) -> tuple[int, int]:
+        """Pins, summed over all blocks, and blocks into which KV is on its way."""
+        return int(self._pins.sum()), int(np.count_nonzero(self._incoming))
+
     def counts(self) -> BlockCounts:
         cached = len(self._unused)
         return BlockCounts(
@@ -167,11 +206,21 @@ class BlockPool:
         assert len(np.unique(free)) == len(free), "a block is free twice"
         assert not self._refs[free].any() and not self._registered[free].any(), "a block is free and held, or known"
         assert not self._refs[unused].any() and self._registered[unused].all(), "a block is cached and held, or unknown"
+        assert (self._refs >= self._pins).all() and (self._pins >= 0).all(), "a hand-over reads what it does not own"
+        incoming = self._incoming > 0
+        assert (self._refs[incoming] == 1).all() and not self._registered[incoming].any(), "a block lands into another"
+        assert not self._pins[incoming].any(), "a block is on its way in and out"
         assert (self._refs >= 0).all() and int(self._refs.sum()) == self.num_references, "owners are miscounted"
         held = int(np.count_nonzero(self._refs))
         assert held + self._free + len(unused) == self.num_blocks, "a block is lost"
         assert all(self._hashes[block] == digest for digest, block in self._by_hash.items()), "a hash leads astray"
         assert len(self._by_hash) == int(self._registered.sum()), "a registered block cannot be found"
+
+    def _described(self, blocks: Blocks) -> str:
+        return ", ".join(
+            f"block {block} ({BlockState(state).name})"
+            for block, state in zip(blocks.tolist(), self.states(blocks).tolist(), strict=True)
+        )
 
     def _forget(self, block: int) -> bytes:
         digest = self._hashes[block]

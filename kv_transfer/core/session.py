@@ -28,9 +28,12 @@ from messages.codec import pack_tokens, unpack_tokens
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.ids import Address
-from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
+from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
 
-Reply = OpenTransfer | EndTransfer | TransferClosed | TransferAccepted | TransferAcked | BlocksWanted | CancelTransfer
+Reply = (
+    OpenTransfer | TransferProgress | EndTransfer | TransferClosed
+    | TransferAccepted | TransferAcked | BlocksWanted | CancelTransfer
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class TransferTimeouts:
     lease: float = 120.0
     """A landing that hears nothing for this long is given up: the sender may be computing, but not for ever."""
     progress: float = 10.0
-    """After this long without progress the transfer has failed."""
+    """After this long without progress the transfer has failed. Half as often a sender that goes on says so."""
 
 
 # Actions beside Reply, which goes to the peer's mailbox.
@@ -182,6 +185,7 @@ class SendSession:
         self._round = 0
         self._resend_at = float("inf")
         self._deadline = float("inf")
+        self._tell_at = float("inf")
         self._detail = ""
         self._outcome = Outcome.CLOSED
 
@@ -229,7 +233,7 @@ class SendSession:
             case Pushed() if self.state is SendState.PUSHING:
                 self._unpushed -= event.count
                 self._deadline = now + self._timeouts.progress if self._unpushed else float("inf")
-                return self._end_if_pushed(now)
+                return self._end_if_pushed(now) or self._progressed(now)
             case PushFailed() if self.state is SendState.PUSHING:
                 return self.give_up(event.detail, Outcome.FAILED)
             case Digested() if self.state is SendState.PUSHING:
@@ -275,6 +279,7 @@ class SendSession:
         self._asked = self._digested = self._cached
         self._move(SendState.PUSHING)
         self._resend_at, self._deadline = float("inf"), float("inf")  # compute sets the pace until the end
+        self._tell_at = now + self._timeouts.progress / 2
         return self._push_ready(now) or self._end_if_pushed(now)
 
     def _push_ready(self, now: float) -> list[Action]:
@@ -312,6 +317,13 @@ class SendSession:
         self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.progress
         return [self._end_message()]
 
+    def _progressed(self, now: float) -> list[Action]:
+        """Renew the lease at the other end, now and then: a long prompt takes longer than that."""
+        if now < self._tell_at:
+            return []
+        self._tell_at = now + self._timeouts.progress / 2
+        return [TransferProgress(request=self.key.request, attempt=self.key.attempt)]
+
     def _end_message(self) -> EndTransfer:
         assert self._first is not None
         return EndTransfer(
@@ -340,16 +352,25 @@ class SendSession:
 
 
 class ReceiveState(Enum):
+    PROMISED = auto()
+    """Blocks are reserved, and nobody can write into them before every rank lets data land."""
     LANDING = auto()
     VERIFYING = auto()
+    """Nobody writes: a two-sided receiver has closed the landing, a one-sided one has the sender's word."""
     QUARANTINED = auto()
     """Given up; a one-sided writer could still write."""
     CLOSED = auto()
 
 
 _RECEIVE_MOVES = {
+    ReceiveState.PROMISED: {ReceiveState.LANDING, ReceiveState.CLOSED},
     ReceiveState.LANDING: {ReceiveState.VERIFYING, ReceiveState.QUARANTINED, ReceiveState.CLOSED},
-    ReceiveState.VERIFYING: {ReceiveState.LANDING, ReceiveState.QUARANTINED, ReceiveState.CLOSED},
+    ReceiveState.VERIFYING: {
+        ReceiveState.PROMISED,
+        ReceiveState.LANDING,
+        ReceiveState.QUARANTINED,
+        ReceiveState.CLOSED,
+    },
     ReceiveState.QUARANTINED: {ReceiveState.CLOSED},
     ReceiveState.CLOSED: set(),
 }
@@ -372,10 +393,11 @@ class ReceiveSession:
     timeouts: TransferTimeouts
     writers: tuple[KVEndpoint, ...] = ()
     """Where the blocks come from, as far as the sender has said it."""
-    state: ReceiveState = ReceiveState.LANDING
+    state: ReceiveState = ReceiveState.PROMISED
     first: FirstToken | None = None
     repairs: int = 0
-    _opened: bool = False
+    _writer_dead: bool = False
+    """Its supervisor says so; what is sent to it nobody reads."""
     _end: EndTransfer | None = None
     _wanted: BlocksWanted | None = None
     """The repair last asked for; ends of that round and before are answered by it and not believed."""
@@ -401,17 +423,26 @@ class ReceiveSession:
 
     def handle(
         self,
-        event: LandingOpened | OpenTransfer | EndTransfer | TransferClosed | Landed | Digested | WritersGone,
+        event: (
+            LandingOpened
+            | OpenTransfer
+            | TransferProgress
+            | EndTransfer
+            | TransferClosed
+            | Landed
+            | Digested
+            | WritersGone
+        ),
         now: float,
     ) -> list[Action]:
-        """One event of this transfer; whatever comes too late or twice changes nothing."""
-        if self.state in (ReceiveState.LANDING, ReceiveState.VERIFYING):
+        """One event of this transfer, which renews the lease; what comes too late or twice changes nothing else."""
+        if self.state not in (ReceiveState.QUARANTINED, ReceiveState.CLOSED):
             self._deadline = now + self.timeouts.lease
         match event:
-            case LandingOpened() if self.state is ReceiveState.LANDING:
-                self._opened = True
-                return [self._accepted()]
-            case OpenTransfer() if self.state is ReceiveState.LANDING and self._opened:
+            case LandingOpened() if self.state is ReceiveState.PROMISED:
+                self._move(ReceiveState.LANDING)
+                return [self._wanted or self._accepted()]
+            case OpenTransfer() if self.state is ReceiveState.LANDING:
                 return [self._accepted()]
             case Landed() if self.state is ReceiveState.LANDING:
                 self._landed[event.indices - self.cached] = True
@@ -424,26 +455,35 @@ class ReceiveSession:
                 if self.state is not ReceiveState.QUARANTINED:
                     self._outcome, self._detail = Outcome.CLOSED, event.reason
                 return self._close()
-            case WritersGone():
-                return self.peer_lost(dead=True, now=now)
+            case WritersGone() if self.state is ReceiveState.QUARANTINED:
+                return self._close()
         return []
 
     def peer_lost(self, *, dead: bool, now: float) -> list[Action]:
-        """The sender has left the membership. Only if it is ``dead`` can nothing write any more."""
+        """The sender has left the membership; if it is ``dead``, one of its processes at least has ended. Others may
+        still write, so ``writers`` are looked for where that can be done."""
         if not dead:
             return self.give_up("the prefill worker fell silent", Outcome.FAILED, now=now)
         if self.state is ReceiveState.CLOSED:
             return []
+        self._writer_dead = True
         if self.state is not ReceiveState.QUARANTINED:
             self._outcome, self._detail = Outcome.FAILED, "the prefill worker was lost"
-        return self._close()
+            if not self._writable or not self.writers:
+                return self._close()
+            self._move(ReceiveState.QUARANTINED)
+            self._deadline = float("inf")
+        elif not self.writers:
+            return self._close()
+        self._resend_at = now + self.timeouts.resend
+        return [CloseLanding(self.key), LookForWriters(self.key, self.writers)]
 
     def give_up(self, detail: str, outcome: Outcome = Outcome.CLOSED, *, now: float) -> list[Action]:
         """Stop, from whatever state; ``Ended`` follows at once, or when a one-sided sender has confirmed."""
         if self.state in (ReceiveState.QUARANTINED, ReceiveState.CLOSED):
             return []
         self._outcome, self._detail = outcome, detail
-        if not self.one_sided:
+        if not self._writable:
             return [*self._close(), self._cancel()]
         self._move(ReceiveState.QUARANTINED)
         self._resend_at, self._deadline = now + self.timeouts.resend, float("inf")
@@ -457,8 +497,8 @@ class ReceiveSession:
             return []
         if self.state is ReceiveState.QUARANTINED:
             self._resend_at = now + self.timeouts.resend
-            look = [LookForWriters(self.key, self.writers)] if self.writers else []
-            return [self._cancel(), *look]
+            look: list[Action] = [LookForWriters(self.key, self.writers)] if self.writers else []
+            return look if self._writer_dead else [self._cancel(), *look]
         self._resend_at = float("inf")
         missing = np.flatnonzero(~self._landed).astype(np.int32)
         return self._repair(missing, now) if len(missing) and self._end is not None else []
@@ -467,6 +507,11 @@ class ReceiveSession:
     def wake_at(self) -> float:
         """When ``tick`` has something to do at the latest."""
         return min(self._resend_at, self._deadline)
+
+    @property
+    def _writable(self) -> bool:
+        """Whether closing the landing would not keep the sender from writing: it was told the blocks."""
+        return self.one_sided and self.state is not ReceiveState.PROMISED
 
     def _ended_by_peer(self, event: EndTransfer, now: float) -> list[Action]:
         if event.num_blocks != len(self.blocks) or len(event.digests) != len(self.blocks) * DIGEST_BYTES:
@@ -486,17 +531,25 @@ class ReceiveSession:
             return []
         self._move(ReceiveState.VERIFYING)
         self._resend_at = float("inf")
-        return [TakeDigests(self.key, self.route, self.cached, self.blocks)]
+        digests = TakeDigests(self.key, self.route, self.cached, self.blocks)
+        # What lands late, or twice, must not land in what has been verified.
+        return [digests] if self.one_sided else [CloseLanding(self.key), digests]
 
     def _verified(self, digests: bytes, now: float) -> list[Action]:
         assert self._end is not None
         bad = mismatches(self._end.digests, digests)
-        if len(bad):
+        if not len(bad):
+            self.first, self._outcome = self._end.first, Outcome.DONE
+            acked = TransferAcked(request=self.key.request, attempt=self.key.attempt)
+            return [acked, *self._close()]
+        repair = self._repair(bad, now)
+        if self.state is not ReceiveState.VERIFYING:
+            return repair  # asked for often enough
+        if self.one_sided:
             self._move(ReceiveState.LANDING)
-            return self._repair(bad, now)
-        self.first, self._outcome = self._end.first, Outcome.DONE
-        acked = TransferAcked(request=self.key.request, attempt=self.key.attempt)
-        return [acked, *self._close()]
+            return repair
+        self._move(ReceiveState.PROMISED)  # the blocks are asked for when they can land
+        return [OpenLanding(self.key, self.route.lanes, self.cached, self.blocks)]
 
     def _repair(self, places: Blocks, now: float) -> list[Action]:
         if self.repairs == MAX_REPAIRS:

@@ -84,6 +84,11 @@ class Handoffs:
         """Blocks that wait for an ack or for the transport."""
         return sum(len(handoff.seq.block_table) for handoff in self._open.values())
 
+    def check_integrity(self) -> None:
+        """Every pin belongs to a hand-over."""
+        pins, _ = self._pool.num_claimed()
+        assert pins == self.blocks_held, f"{self.blocks_held} blocks are to be read, {pins} are pinned"
+
     @property
     def wake_at(self) -> float:
         return min((handoff.session.wake_at for handoff in self._open.values()), default=float("inf"))
@@ -114,6 +119,7 @@ class Handoffs:
             ticket=order.ticket,
         )
         session = SendSession(key, message, self._route(order.decode), self._timeouts)
+        self._pool.pin(seq.block_table)
         self._open[key] = _Handoff(order, seq, session)
         return self._steps(key, session.open(now))
 
@@ -159,6 +165,7 @@ class Handoffs:
             match action:
                 case Ended():
                     del self._open[key]
+                    self._pool.unpin(handoff.seq.block_table)
                     self._pool.free(handoff.seq.block_table)
                     steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable))
                 case Push() | CancelPushes() | TakeDigests():

@@ -209,6 +209,7 @@ class PrefillMachine:
         """Every held block belongs to a leg here or to a hand-over."""
         self._pool.check_integrity()
         self._scheduler.check_integrity()
+        self._handoffs.check_integrity()
         owned = [len(leg.seq.block_table) for leg in self._legs.values() if not leg.opened]
         held = sum(owned) + self._handoffs.blocks_held
         assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"

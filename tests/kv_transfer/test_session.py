@@ -36,7 +36,7 @@ from kv_transfer.core.session import (
 )
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferRefused
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
 from messages.sampling import SamplingParams
@@ -49,6 +49,13 @@ ENDPOINT = KVEndpoint("test", "nowhere", SHARD, 64)
 ROUTE = Route((ENDPOINT,), plan_lanes([SHARD], [SHARD]))
 TIMEOUTS = TransferTimeouts()
 BLOCK_BYTES = 32
+
+
+def landing(receiver: ReceiveSession) -> None:
+    """From here on the sender may write."""
+    receiver.accept(0.0)
+    (accepted,) = receiver.handle(LandingOpened(KEY), 0.0)
+    assert isinstance(accepted, TransferAccepted)
 
 
 def open_message() -> OpenTransfer:
@@ -224,7 +231,7 @@ def test_a_receiver_that_gives_up_frees_no_block_that_could_still_be_written(
 @pytest.mark.parametrize("release", ["confirmed", "dead", "process gone"])
 def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone(release: str) -> None:
     receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, ROUTE, True, TIMEOUTS, (ENDPOINT,))
-    receiver.accept(0.0)
+    landing(receiver)
     actions = receiver.give_up("the client is gone", now=1.0)
     assert [type(action) for action in actions] == [CloseLanding, CancelTransfer]
     assert [type(action) for action in receiver.tick(10.0)] == [CancelTransfer, LookForWriters]
@@ -232,7 +239,12 @@ def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone(release:
         case "confirmed":
             end = receiver.handle(TransferClosed(KEY.request, KEY.attempt, "stopped"), 11.0)
         case "dead":
-            end = receiver.peer_lost(dead=True, now=11.0)
+            assert [type(action) for action in receiver.peer_lost(dead=True, now=11.0)] == [
+                CloseLanding,
+                LookForWriters,
+            ]
+            assert [type(action) for action in receiver.tick(20.0)] == [LookForWriters], "no one hears a cancel"
+            end = receiver.handle(WritersGone(KEY), 21.0)
         case _:
             end = receiver.handle(WritersGone(KEY), 11.0)
     assert Ended in [type(action) for action in end]
@@ -242,7 +254,7 @@ def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone(release:
 def test_a_sender_that_is_only_silent_ends_no_quarantine(state: str) -> None:
     """It may be in the middle of a step, and push when it is over."""
     receiver = ReceiveSession(KEY, DECODE, np.arange(3, dtype=np.int32), 0, ROUTE, True, TIMEOUTS)
-    receiver.accept(0.0)
+    landing(receiver)
     if state == "quarantined":
         receiver.give_up("the client is gone", now=1.0)
     receiver.peer_lost(dead=False, now=5.0)
@@ -301,7 +313,7 @@ def test_a_repair_that_is_asked_for_twice_is_made_once() -> None:
 
 def test_an_end_from_before_a_repair_is_answered_with_the_repair() -> None:
     receiver = ReceiveSession(KEY, DECODE, np.arange(2, dtype=np.int32), 0, ROUTE, True, TIMEOUTS)
-    receiver.accept(0.0)
+    landing(receiver)
     end = EndTransfer(KEY.request, KEY.attempt, PREFILL, 1, FirstToken(1), 2, b"a" * 8 + b"b" * 8)
     receiver.handle(end, 0.0)
     (wanted,) = receiver.handle(Digested(KEY, 0, b"a" * 8 + b"X" * 8), 0.0)

@@ -12,7 +12,8 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from kv_transfer.core.digest import DIGEST_BYTES
-from kv_transfer.core.session import Digested, TransferTimeouts
+from kv_transfer.core.events import TransferKey
+from kv_transfer.core.session import Digested, LandingOpened, TransferTimeouts
 from messages.codec import pack_tokens
 from messages.common import FailReason, Generation, KVEndpoint, Role, Ticket, WorkerAddress
 from messages.decode_to_prefill import CancelTransfer
@@ -33,6 +34,7 @@ KEY = b"k" * 32
 ROUTER, GATEWAY = Address("tcp://127.0.0.1:1"), Address("tcp://127.0.0.1:2")
 VOCABULARY = 100
 REQUEST, ATTEMPT = RequestId("f" * 32), Attempt(1)
+KEY_OF_TRANSFER = TransferKey(REQUEST, ATTEMPT)
 SHARD = shard_of_bytes(64)
 ENDPOINT = KVEndpoint("zmq", "tcp://127.0.0.1:9", SHARD, 8)
 PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:3"))
@@ -157,6 +159,7 @@ def test_a_peer_that_is_only_silent_is_told_that_its_transfer_is_over_and_kept(
     assert [type(message) for message in sent(actions)] == [TransferClosed, AttemptFailed]
     decode.handle(OPEN, 0.0)
     decode.schedule(0.0)
+    decode.handle(LandingOpened(KEY_OF_TRANSFER), 0.0)
     actions = decode.handle(lost_peer(PREFILL, dead=False), 0.0)
     assert [type(message) for message in sent(actions)] == [CancelTransfer]
     assert decode.inspect()["held"] == 2
@@ -165,8 +168,9 @@ def test_a_peer_that_is_only_silent_is_told_that_its_transfer_is_over_and_kept(
 def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its_blocks(decode: DecodeMachine) -> None:
     decode.handle(OPEN, 0.0)
     decode.schedule(0.0)
+    decode.handle(LandingOpened(KEY_OF_TRANSFER), 0.0)
     decode.handle(replace(END, first=FirstToken(VOCABULARY)), 0.0)
-    failed = sent(decode.handle(Digested((REQUEST, ATTEMPT), 0, bytes(2 * DIGEST_BYTES)), 0.0))[-1]  # type: ignore[arg-type]
+    failed = sent(decode.handle(Digested(KEY_OF_TRANSFER, 0, bytes(2 * DIGEST_BYTES)), 0.0))[-1]
     assert isinstance(failed, AttemptFailed) and failed.reason is FailReason.TRANSFER
     decode.check_integrity()
     assert decode.inspect()["held"] == decode.inspect()["runs"] == 0

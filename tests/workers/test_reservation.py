@@ -7,7 +7,7 @@ import pytest
 from decode_worker.core.reservation import Reservations, Step
 from engine.core.blocks import BlockPool
 from kv_transfer.core.events import TransferKey
-from kv_transfer.core.session import OpenLanding, TransferTimeouts, WritersGone
+from kv_transfer.core.session import LandingOpened, LookForWriters, OpenLanding, TransferTimeouts, WritersGone
 from messages.codec import pack_tokens
 from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
 from messages.decode_to_prefill import TransferRefused
@@ -36,6 +36,9 @@ def order(number: int, attempt: int = 1) -> OpenTransfer:
     )
 
 
+KEY = TransferKey(order(1).request, Attempt(1))
+
+
 def made(*, one_sided: bool = True, num_blocks: int = 8) -> tuple[Reservations, BlockPool]:
     pool = BlockPool(num_blocks, 16)
     return (
@@ -48,20 +51,26 @@ def admit(reservations: Reservations, pool: BlockPool, room: int = 1, now: float
     return reservations.admit(room, lambda needed, *_: needed <= pool.num_free, now)
 
 
-@pytest.mark.parametrize("how", ["the writer says so", "its supervisor says so", "its process is not there"])
+@pytest.mark.parametrize(
+    "how", ["the writer says so", "its supervisor says so, and no process of it is left", "its process is not there"]
+)
 def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: str) -> None:
     reservations, pool = made()
     reservations.opened(order(1), 0.0)
     admit(reservations, pool)
+    reservations.handle(LandingOpened(KEY), 0.0)
     reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=5.0)
     assert pool.counts().held == reservations.blocks_held == 3
     match how:
         case "the writer says so":
             reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped"), 6.0)
-        case "its supervisor says so":
-            reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=6.0)
+        case "its supervisor says so, and no process of it is left":
+            (_, look) = reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=6.0)
+            assert look == LookForWriters(KEY, (SOURCE,)), "another rank of it may still write"
+            assert pool.counts().held == 3
+            reservations.handle(WritersGone(KEY), 6.0)
         case _:
-            reservations.handle(WritersGone(TransferKey(order(1).request, Attempt(1))), 6.0)
+            reservations.handle(WritersGone(KEY), 6.0)
     assert pool.counts().held == reservations.blocks_held == 0
 
 
