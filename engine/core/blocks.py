@@ -119,7 +119,8 @@ class BlockPool:
 
     def pin(self, blocks: Blocks) -> None:
         """A hand-over that owns these reads them from now on, whoever else does."""
-        check_moves(blocks, self.states(blocks), BlockState.PINNED)
+        if not self._refs[blocks].all() or self._incoming[blocks].any():
+            check_moves(blocks, self.states(blocks), BlockState.PINNED)
         self._pins[blocks] += 1
 
     def unpin(self, blocks: Blocks) -> None:
@@ -130,8 +131,13 @@ class BlockPool:
     def move(self, blocks: Blocks, state: BlockState) -> None:
         """KV is on its way into these, which have one owner: PROMISED, LANDING, LANDED or QUARANTINED. With HELD it is
         so no more, and nobody else can write into them."""
-        check_moves(blocks, self.states(blocks), state)
-        assert (self._refs[blocks] == 1).all() and not self._registered[blocks].any(), "others may read what is to land"
+        incoming = self._incoming[blocks]
+        if not incoming.all():  # the other moves keep what this one has seen
+            check_moves(blocks, self.states(blocks), state)
+            alone = (self._refs[blocks] == 1).all() and not self._registered[blocks].any()
+            assert alone, f"others may read {self._described(blocks)}"
+        else:
+            check_moves(blocks, incoming, state)
         self._incoming[blocks] = 0 if state is BlockState.HELD else state
 
     def states(self, blocks: Blocks) -> NDArray[np.int8]:
