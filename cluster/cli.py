@@ -1,4 +1,4 @@
-"""The command line: `baton up | down | status | validate | submit | chat | demo`.
+"""The command line: `baton up | down | status | validate | submit | chat | trace | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -167,6 +167,33 @@ def chat(
     if url is not None and name is not None:
         raise typer.BadParameter("name a cluster or a --url, not both")
     run_chat(_console(), _url(url, name), system=system, temperature=temperature, max_tokens=max_tokens)
+
+
+@app.command()
+def trace(
+    request: Annotated[
+        str | None, typer.Argument(metavar="REQUEST", help="The x-request-id of an answer, or its id.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="TRACE.JSON", help="For ui.perfetto.dev.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Run this, and show its trace.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer to --prompt.")] = 8,
+    url: Url = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="A cluster that runs here.")] = None,
+) -> None:
+    """Show who did what for one request, and when: placed, computed, handed over, decoded.
+
+    For example: `baton trace --prompt "Once upon a time" -o trace.json`, or `baton trace REQUEST` for one that was sent
+    with the header `X-Baton-Trace: timeline`; the gateway keeps the last ones.
+    """
+    from cluster.trace import trace as show_trace
+
+    if (request is None) == (prompt is None):
+        raise typer.BadParameter("name a REQUEST, or give a --prompt to run")
+    if url is not None and cluster is not None:
+        raise typer.BadParameter("name one of --url and --cluster")
+    show_trace(_console(), _url(url, cluster), request, prompt, max_tokens, output)
 
 
 @app.command()

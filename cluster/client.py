@@ -8,9 +8,11 @@ import httpx
 
 from cluster.errors import ClusterError
 
-_TIMEOUT = httpx.Timeout(connect=5.0, read=600.0, write=30.0, pool=None)
+TIMEOUT = httpx.Timeout(connect=5.0, read=600.0, write=30.0, pool=None)
 TRACE = {"X-Baton-Trace": "1"}
 """Asks the gateway to say, with the last chunk, who ran the request and how long it took."""
+TIMELINE = {"X-Baton-Trace": "timeline"}
+"""Asks everyone to note what is done for the request when."""
 
 
 def get(url: str, path: str) -> Any:
@@ -21,7 +23,7 @@ def get(url: str, path: str) -> Any:
         advice = "`baton status` lists the clusters that run here"
         raise ClusterError(f"{url} does not answer: {str(error) or type(error).__name__}; {advice}") from error
     if response.status_code != 200:
-        raise ClusterError(f"{url}{path}: {_problem(response.status_code, response.content)}")
+        raise ClusterError(f"{url}{path}: {problem(response.status_code, response.content)}")
     try:
         return response.json()
     except ValueError as error:
@@ -41,11 +43,11 @@ def stream(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]
     """The chunks of a streamed answer."""
     try:
         with (
-            httpx.Client(timeout=_TIMEOUT, trust_env=False) as client,
+            httpx.Client(timeout=TIMEOUT, trust_env=False) as client,
             client.stream("POST", url + path, json={**body, "stream": True}, headers=TRACE) as response,
         ):
             if response.status_code != 200:
-                raise ClusterError(_problem(response.status_code, response.read()))
+                raise ClusterError(problem(response.status_code, response.read()))
             for line in response.iter_lines():
                 yield from _chunk(line)
     except httpx.HTTPError as error:
@@ -57,7 +59,7 @@ async def astream(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
     try:
         async with client.stream("POST", path, json={**body, "stream": True}, headers=TRACE) as response:
             if response.status_code != 200:
-                raise ClusterError(_problem(response.status_code, await response.aread()))
+                raise ClusterError(problem(response.status_code, await response.aread()))
             async for line in response.aiter_lines():
                 for chunk in _chunk(line):
                     yield chunk
@@ -66,7 +68,7 @@ async def astream(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
 
 
 def async_client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, trust_env=False)
+    return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, trust_env=False)
 
 
 def text_of(chunk: dict[str, Any]) -> str:
@@ -99,7 +101,8 @@ def _chunk(line: str) -> Iterator[dict[str, Any]]:
     yield chunk
 
 
-def _problem(status: int, content: bytes) -> str:
+def problem(status: int, content: bytes) -> str:
+    """What an answer that is no success says."""
     try:
         return f"{status}: {json.loads(content)['error']['message']}"
     except (ValueError, KeyError, TypeError):

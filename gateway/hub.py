@@ -27,19 +27,21 @@ from gateway.core.session import (
     Tick,
     answer_to_unwanted,
 )
+from gateway.core.traces import Traces
 from gateway.metrics import Metrics
 from messages.common import WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished
 from messages.ids import Address, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import AttemptFailed, TokenBatch
+from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch
+from runtime.clock import clock_name
 from runtime.core.actions import Send, WakeAt
 from runtime.mailbox import AsyncMailbox
 
 log = logging.getLogger(__name__)
 
-Messages = (TokenBatch, AttemptFailed, Placed, Rejected, WorkerLost, ClusterState)
+Messages = (TokenBatch, AttemptFailed, Timeline, Placed, Rejected, WorkerLost, ClusterState)
 """What a gateway's mailbox takes."""
 MESSAGES_A_TURN = 64
 """Messages handled in a row before others get the loop."""
@@ -69,6 +71,8 @@ class Order:
     tenant: str = "default"
     cache_salt: str = ""
     """The client's own; see ``core/salts.py``."""
+    trace: str = ""
+    """The request whose trace it belongs to; empty where it is not traced."""
 
 
 @dataclass(slots=True)
@@ -108,6 +112,7 @@ class Hub:
     ) -> None:
         self.metrics = metrics
         self.cluster: ClusterState | None = None
+        self.traces = Traces(clock_name())
         self._mailbox = mailbox
         self._router = router
         self._limits = limits
@@ -145,14 +150,18 @@ class Hub:
         return [self._open(order, listener) for order, listener in wanted]
 
     def _open(self, order: Order, listener: Listener) -> Relay:
+        now = self._loop.time()
+        request = RequestId(secrets.token_hex(16))
+        traced = bool(order.trace) and self.traces.begin(order.trace, request, now, len(order.prompt) // 4)
         session = Session(
-            RequestId(secrets.token_hex(16)),
+            request,
             order.prompt,
             order.sampling,
             gateway=self._mailbox.address,
             router=self._router,
             tenant=order.tenant,
             cache_salt=order.cache_salt,
+            traced=traced,
             timeouts=self._timeouts,
             max_attempts=self._max_attempts,
         )
@@ -161,7 +170,6 @@ class Hub:
         self._idle.clear()
         self.metrics.in_flight.set(len(self._relays))
         self.metrics.prompt_tokens.inc(len(order.prompt) // 4)
-        now = self._loop.time()
         self._perform(relay, session.start(now), now)
         return relay
 
@@ -210,24 +218,29 @@ class Hub:
                     else:
                         self._unwanted(message.worker, Chunk(message.worker, chunk))
             case Placed():
-                for worker in (message.prefill, message.decode):
-                    if worker is not None:
-                        self._know(worker)
-                relay = self._relays.get(message.request)
-                if relay is None:  # the router must have missed the end
-                    self._mailbox.send(self._router, Finished(request=message.request, attempt=message.attempt))
-                else:
-                    self._feed(relay, message)
+                self._placed(message)
             case Rejected() | AttemptFailed():
                 relay = self._relays.get(message.request)
                 if relay is not None:
                     self._feed(relay, message)
             case WorkerLost():
                 self._worker_lost(message)
+            case Timeline():
+                self.traces.take(message, self._loop.time())
             case ClusterState():
                 self.cluster = self.metrics.cluster = message
                 self._cluster_heard = self._loop.time()
                 self.metrics.malformed.set(self._mailbox.malformed)
+
+    def _placed(self, placed: Placed) -> None:
+        for worker in (placed.prefill, placed.decode):
+            if worker is not None:
+                self._know(worker)
+        relay = self._relays.get(placed.request)
+        if relay is None:  # the router must have missed the end
+            self._mailbox.send(self._router, Finished(request=placed.request, attempt=placed.attempt))
+        else:
+            self._feed(relay, placed)
 
     def _unwanted(self, worker: WorkerId, event: Chunk) -> None:
         self.metrics.late_chunks.inc()
@@ -267,6 +280,7 @@ class Hub:
     def _feed(self, relay: Relay, event: Event) -> None:
         """One event to one session. A bug that one request hits fails that request, and no other."""
         now = self._loop.time()
+        self.traces.saw(relay.session.request, event, now)
         try:
             self._perform(relay, relay.session.handle(event, now), now)
         except Exception:
@@ -289,6 +303,7 @@ class Hub:
     def _perform(self, relay: Relay, actions: list[Action], now: float) -> None:
         complete = False
         for action in actions:
+            self.traces.did(relay.session.request, action, now)
             match action:
                 case Deliver():
                     self.metrics.generation_tokens.inc(len(action.tokens))

@@ -22,6 +22,7 @@ from gateway.answers import Answer, ErrorAnswer, EventStream, Exchange, WholeAns
 from gateway.body import Unread, read_body
 from gateway.choice import Choice, Echo
 from gateway.config import GatewayConfig
+from gateway.core.chrome_trace import chrome_trace
 from gateway.core.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, PathNotFound
 from gateway.core.stop_strings import StopStrings
 from gateway.hub import Hub, Order
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 SHORT_BODY = 4096
 """Bytes of a request that is planned on the event loop; longer ones are planned in a thread."""
 TRACE_HEADER = "x-baton-trace"
+"""1: say with the last chunk who ran the request."""
+TIMELINE = "timeline"
+"""The header's value that has everyone note what is done for the request when: ``/traces/{x-request-id}``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +77,16 @@ class Api:
 
         plan = planned() if len(body) <= SHORT_BODY else await loop.run_in_executor(self.executor, planned)
         exchange = Exchange(self.hub)
-        exchange.open(_orders(plan), self._choices(plan, exchange, arrived))
-        trace = request.headers.get(TRACE_HEADER) == "1"
-        rendered = renderer(request.state.request_id, self.config.served_model_name, plan, self.tokenizer, trace=trace)
+        trace = request.headers.get(TRACE_HEADER, "")
+        traced = request.state.request_id if trace == TIMELINE else ""
+        exchange.open(_orders(plan, traced), self._choices(plan, exchange, arrived))
+        rendered = renderer(
+            request.state.request_id,
+            self.config.served_model_name,
+            plan,
+            self.tokenizer,
+            trace=trace in ("1", TIMELINE),
+        )
         if plan.stream:
             return EventStream(exchange, rendered, plan.include_usage, stall=self.config.client_stall)
         return WholeAnswer(exchange, rendered)
@@ -121,6 +132,14 @@ class Api:
             "max_model_len": self.max_model_len,
         }
 
+    def trace(self, request_id: str) -> Response:
+        """Who did what when, in the format that Perfetto opens."""
+        found = self.hub.traces.find(request_id)
+        if found is None:
+            text = f"no trace of {request_id[:100]!r} is kept; send {TRACE_HEADER}: {TIMELINE} with a request"
+            raise PathNotFound(text, code="trace_not_found")
+        return _json(chrome_trace(found, self.hub.traces.clock))
+
     def ready(self) -> Response:
         ready = self.hub.ready
         return _json({"ready": ready}, 200 if ready else 503)
@@ -162,6 +181,10 @@ def create_app(api: Api) -> ASGIApp:
     @app.get("/v1/models/{name:path}", response_model=None)
     async def model(name: str) -> Response:
         return api.model(name)
+
+    @app.get("/traces/{request_id}", response_model=None)
+    async def trace(request_id: str) -> Response:
+        return api.trace(request_id)
 
     _add_error_handlers(app)
     return Envelope(app, api.metrics, {getattr(route, "path", "") for route in app.routes})
@@ -216,9 +239,9 @@ class Envelope:
         await self._app(scope, receive, labelled)
 
 
-def _orders(plan: Plan) -> list[Order]:
+def _orders(plan: Plan, trace: str) -> list[Order]:
     return [
-        Order(prompt=plan.prompts[i // plan.n].packed, sampling=sampling, cache_salt=plan.cache_salt)
+        Order(prompt=plan.prompts[i // plan.n].packed, sampling=sampling, cache_salt=plan.cache_salt, trace=trace)
         for i, sampling in enumerate(plan.sampling)
     ]
 

@@ -95,6 +95,8 @@ class Generation(Part, frozen=True):
     """Tokens that earlier attempts delivered; they count as output, not as prompt."""
     cache_salt: Annotated[bytes, Meta(max_length=32)] = b""
     """KV is shared only between requests of the same salt: the gateway makes it, so that no two tenants have one."""
+    traced: bool = False
+    """Whether who works on it tells the gateway what it did when: ``Timeline``."""
 
     def __post_init__(self) -> None:
         if not self.prompt:

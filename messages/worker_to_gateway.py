@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from messages.codec import check_packed
-from messages.common import AttemptMessage, Count, Detail, FailReason, Logprobs, Message, PackedTokens, Part
+from messages.common import AttemptMessage, Count, Detail, FailReason, Logprobs, Message, Name, PackedTokens, Part
 from messages.ids import Attempt, RequestId, WorkerId
 from messages.sampling import FinishReason
 
@@ -45,3 +45,35 @@ class AttemptFailed(AttemptMessage, frozen=True):
     worker: WorkerId
     reason: FailReason
     detail: Detail
+
+
+MAX_MARKS = 1024
+"""Of one worker about one attempt."""
+
+Fact = Annotated[str, Meta(max_length=256)] | int | float
+
+
+class Mark(Part, frozen=True):
+    """Something that was done for one attempt, or happened to it."""
+
+    track: Name
+    """What it belongs to: steps, transfer, digests, tokens."""
+    name: Name
+    begin: float
+    """Seconds of the process's monotonic clock."""
+    end: float
+    """The same as ``begin`` for what takes no time."""
+    facts: Annotated[dict[Name, Fact], Meta(max_length=16)]
+
+
+class Timeline(AttemptMessage, frozen=True):
+    """All that a worker did for an attempt that is traced, once its part is over. Sent once: a trace may lack it."""
+
+    worker: WorkerId
+    clock: Name
+    """Processes that name the same clock have one: a host's, since its boot."""
+    sent: float
+    """By that clock, like every mark."""
+    marks: Annotated[tuple[Mark, ...], Meta(max_length=MAX_MARKS)]
+    dropped: Count = 0
+    """Marks that were too many."""

@@ -28,7 +28,9 @@ from kv_transfer.transports.build import allocate_pool
 from messages.codec import decoder_for
 from messages.common import KVShard, WorkerAddress
 from messages.ids import Address, Epoch, WorkerId
+from runtime.clock import clock_name
 from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
+from runtime.core.timeline import Timelines
 from runtime.follower import FOLLOWER_MESSAGES, Follower, FollowerLoop, RemoteRank
 from runtime.kv_port import KVPort, RankPort
 from runtime.leader import RANK_MESSAGES, Leader
@@ -133,7 +135,7 @@ class WorkerActor(ABC):
             worker=WorkerId(config.worker), epoch=self._epoch, mailbox=mailbox.address, kv=port.endpoints
         )
         machine = self._make_machine(address, scheduler, pool, runner, port)
-        return WorkerLoop(machine, runner, mailbox, port, leader)
+        return WorkerLoop(machine, runner, mailbox, port, Timelines(address.worker, clock_name()), leader)
 
     def _follow(self, mailbox: Mailbox) -> FollowerLoop:
         """Another rank, which does what rank 0 has decided."""

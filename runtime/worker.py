@@ -27,6 +27,7 @@ from kv_transfer.core.session import (
 from messages.rank_to_leader import Join, RankEvent, RankMessage
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
+from runtime.core.timeline import Timelines
 from runtime.kv_port import FromRank, KVPort, PortFailed
 from runtime.leader import Leader
 from runtime.mailbox import Mailbox
@@ -63,13 +64,20 @@ class WorkerLoop:
     """Runs one machine until it is stopped; made and run in one thread, stopped from another."""
 
     def __init__(
-        self, machine: Machine, runner: Runner, mailbox: Mailbox, port: KVPort, leader: Leader | None = None
+        self,
+        machine: Machine,
+        runner: Runner,
+        mailbox: Mailbox,
+        port: KVPort,
+        timelines: Timelines,
+        leader: Leader | None = None,
     ) -> None:
         """``leader`` of the worker's other ranks, if it has any."""
         self._machine = machine
         self._runner = runner
         self._mailbox = mailbox
         self._port = port
+        self._timelines = timelines
         self._leader = leader
         self._stopping = threading.Event()
 
@@ -92,6 +100,7 @@ class WorkerLoop:
             busy = plan is not None
             if plan is not None:
                 self._perform(self._step(plan))
+            self._perform(self._timelines.take(now()))
         self._perform(machine.leave(now()))
 
     def stop(self) -> None:
@@ -115,7 +124,12 @@ class WorkerLoop:
         if callable(event):
             event(self._machine)
             return []
-        return self._machine.handle(event, time.monotonic())
+        return self._told(event)
+
+    def _told(self, event: Any) -> list[Any]:
+        now = time.monotonic()
+        self._timelines.saw(event, now)
+        return self._machine.handle(event, now)
 
     def _heard(self, message: RankMessage | Join) -> list[Any]:
         """From another rank of this worker, or from who says so."""
@@ -128,19 +142,25 @@ class WorkerLoop:
     def _answered(self, event: WorkerEvent) -> list[Any]:
         if isinstance(event, Pushed):
             self._machine.membership.kv_bytes_sent += event.num_bytes
-        return self._machine.handle(event, time.monotonic())
+        return self._told(event)
 
     def _step(self, plan: StepPlan) -> list[Any]:
+        begin = time.monotonic()
         try:
             output = self._runner.run(plan)
         except STEP_ERRORS as error:  # none may end the loop
             log.exception("a step of %d sequences failed", len(plan.sequences))
             return self._machine.fail_step(plan, f"{type(error).__name__} in the engine", time.monotonic())
-        return self._machine.update(plan, output, time.monotonic())
+        end = time.monotonic()
+        if self._timelines.watching:
+            self._timelines.ran(plan, begin, end)
+        return self._machine.update(plan, output, end)
 
     def _perform(self, actions: Iterable[Any]) -> None:
         port = self._port
         for action in actions:
+            if self._timelines.watching:
+                self._timelines.did(action, time.monotonic())
             match action:
                 case Send(to, message):
                     self._mailbox.send(to, message)

@@ -145,10 +145,12 @@ class Session:
         router: Address,
         tenant: str,
         cache_salt: str = "",
+        traced: bool = False,
         timeouts: SessionTimeouts,
         max_attempts: int,
     ) -> None:
-        """``prompt``: packed token ids, at least one. ``cache_salt``: the client's own; see ``salts``."""
+        """``prompt``: packed token ids, at least one. ``cache_salt``: the client's own; see ``salts``. ``traced``: the
+        workers tell what they do when."""
         self.request = request
         self.prompt = prompt
         self.sampling = sampling
@@ -167,6 +169,7 @@ class Session:
         self._router = router
         self._tenant = tenant
         self._salt = salts.cache_salt(tenant, cache_salt)
+        self._traced = traced
         self._timeouts = timeouts
         self._max_attempts = max_attempts
         self._avoid: dict[WorkerId, None] = {}
@@ -259,7 +262,7 @@ class Session:
         sampling = self.sampling
         if sampling.prompt_logprobs is not None and not self._prompt_logprobs_due:
             sampling = _without_prompt_logprobs(sampling)
-        work = Generation(self.prompt, sampling, bytes(self.generated), self._salt)
+        work = Generation(self.prompt, sampling, bytes(self.generated), self._salt, self._traced)
         if placed.prefill is None or placed.ticket is None:
             message: Any = Generate(request=self.request, attempt=self.attempt, gateway=self._gateway, generation=work)
             return Send(placed.decode.mailbox, message)
