@@ -4,6 +4,7 @@ from decode_worker.core.machine import DecodeMachine, DecodeSettings, Messages
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.scheduler import Scheduler
+from engine.layer_gate import LayerGate
 from engine.runner import ModelRunner
 from kv_transfer.core.lanes import layout_of
 from kv_transfer.core.session import TransferTimeouts
@@ -24,7 +25,7 @@ class DecodeWorker(WorkerActor):
 
     _messages = Messages
 
-    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard) -> RankPort:
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard, layers: LayerGate) -> RankPort:
         rank = self._config.rank
         if self._config.role is Role.COLOCATED:
             return RankPort(rank, memory.pool, shard, mailbox.post)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from engine.core.kv_layout import KVLayout
 from engine.core.step_input import StepInput
 from engine.host_blocks import HostBlocks
 from engine.kv_cache import KVCache
+from engine.layer_gate import LayerGate, StepLayers
 from engine.models.config import ModelConfig
+from engine.models.interface import Attend
 from engine.models.registry import load_model
 from engine.parallel import ParallelGroup
 
@@ -41,6 +44,7 @@ class RankModel:
     ) -> None:
         self.layout = layout
         self.kv_cache = KVCache(layout, kv_memory)
+        self.layers = LayerGate(layout.num_layers)
         self._host = HostBlocks(swap_blocks, layout.block_bytes)
         compute: torch.dtype = getattr(torch, dtype)
         heads = group.heads(config.num_heads, config.num_kv_heads)
@@ -62,9 +66,16 @@ class RankModel:
     def forward(self, step: StepInput) -> tuple[torch.Tensor, frozenset[int]]:
         """Compute the step and write its KV -> the hidden states of ``logit_rows``, ``[rows, hidden]``, and the rows of
         the step whose KV is not all numbers."""
-        self._host.swap_out(self.kv_cache, step.moves.swap_out)
-        self._host.swap_in(self.kv_cache, step.moves.swap_in)
-        hidden = self._compute(step) if self._backend is None else self._backend.forward(step)
+        with self.layers.step() as layers:
+            self._host.swap_out(self.kv_cache, step.moves.swap_out)
+            self._host.swap_in(self.kv_cache, step.moves.swap_in)
+            if self._backend is None:
+                hidden = self._compute(step, layers)
+            else:
+                # A GPU tells of all layers at the end: which one it has reached, the host does not know.
+                hidden = self._backend.forward(step)
+                if layers.watched:
+                    torch.cuda.current_stream().synchronize()
         if len(step.tokens) == step.num_sampled == len(step.logit_rows):
             return hidden, frozenset()
         rows = torch.from_numpy(step.logit_rows.astype(np.int64)).to(hidden.device)
@@ -82,13 +93,13 @@ class RankModel:
             for rows in step.logit_chunks():
                 self.logits(hidden[rows])
 
-    def _compute(self, step: StepInput) -> torch.Tensor:
+    def _compute(self, step: StepInput, layers: StepLayers) -> torch.Tensor:
         """All of a step's hidden states, on a CPU."""
         if len(step.moves.copies):
             copies = torch.from_numpy(step.moves.copies.astype(np.int64))
             self.kv_cache.copy(copies[:, 0], copies[:, 1])
         self._clear_begun(step)
-        attend = self._attention.prepare(step)
+        attend = _telling(self._attention.prepare(step), layers)
         tokens = torch.from_numpy(step.tokens.astype(np.int64))
         return self._model.forward(tokens, torch.from_numpy(step.positions), attend)
 
@@ -107,6 +118,20 @@ class RankModel:
             blocks = step.block_tables[rows, last[rows]]
         if len(blocks):
             self.kv_cache.clear(torch.from_numpy(blocks.astype(np.int64)))
+
+
+def _telling(attend: Attend, layers: StepLayers) -> Attend:
+    """``attend``, which tells who listens of each layer that it has written."""
+    if not layers.watched:
+        return attend
+
+    def attend_and_tell(layer: int, *given: Any, **options: Any) -> torch.Tensor:
+        out = attend(layer, *given, **options)
+        if layer == layers.num_ready:  # of layers in another order all are told of at the end
+            layers.advance(layer + 1)
+        return out
+
+    return attend_and_tell
 
 
 def _not_numbers(step: StepInput, hidden: torch.Tensor) -> frozenset[int]:

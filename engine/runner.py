@@ -82,6 +82,7 @@ class ModelRunner:
             device=device,
         )
         self.kv_cache = self._model.kv_cache
+        self.layers = self._model.layers
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Compute every row of ``plan`` in one call of the model, write its KV, and sample where a row catches up."""

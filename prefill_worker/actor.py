@@ -2,6 +2,7 @@
 
 from engine.core.blocks import BlockPool
 from engine.core.scheduler import Scheduler
+from engine.layer_gate import LayerGate
 from engine.runner import ModelRunner
 from kv_transfer.core.session import TransferTimeouts
 from kv_transfer.transports.base import PoolMemory
@@ -22,7 +23,7 @@ class PrefillWorker(WorkerActor):
 
     _messages = Messages
 
-    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard) -> RankPort:
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard, layers: LayerGate) -> RankPort:
         rank = self._config.rank
         source = None
         if isinstance(memory, SharedMemory):
@@ -30,7 +31,7 @@ class PrefillWorker(WorkerActor):
         sender = make_sender(
             self._config.transport, memory.pool, shard, lambda event: mailbox.post(FromRank(rank, event))
         )
-        return RankPort(rank, memory.pool, shard, mailbox.post, sender=sender, source=source)
+        return RankPort(rank, memory.pool, shard, mailbox.post, sender=sender, source=source, layers=layers)
 
     def _make_machine(
         self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner, port: KVPort

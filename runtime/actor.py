@@ -18,6 +18,7 @@ from engine.core.host_tier import HostTier
 from engine.core.kv_layout import KVLayout
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from engine.core.step_input import StepInput
+from engine.layer_gate import LayerGate
 from engine.models.config import ModelConfig
 from engine.parallel import ParallelGroup
 from engine.rank import RankModel
@@ -128,7 +129,7 @@ class WorkerActor(ABC):
         )
         eos = frozenset(runner.config.eos_token_ids)
         scheduler = Scheduler(pool, limits, eos, host, preemption=config.preemption)
-        self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group))
+        self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group), runner.layers)
         others = [] if leader is None else [RemoteRank(leader, ready) for ready in leader.wait_until_ready()]
         port = KVPort(self._own, others)
         address = WorkerAddress(
@@ -158,7 +159,7 @@ class WorkerActor(ABC):
             quantization=config.quantization,
             swap_blocks=config.swap_blocks,
         )
-        self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group))
+        self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group), model.layers)
         follower.ready(shard=self._own.shard, endpoint=self._own.endpoint, source=self._own.source)
         return FollowerLoop(follower, model, self._own)
 
@@ -220,8 +221,8 @@ class WorkerActor(ABC):
                 self.on_failure(error)
 
     @abstractmethod
-    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard) -> RankPort:
-        """The role's ways of moving this rank's KV."""
+    def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard, layers: LayerGate) -> RankPort:
+        """The role's ways of moving this rank's KV; ``layers`` of the steps that write it."""
 
     @abstractmethod
     def _make_machine(

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from engine.layer_gate import LayerGate
 from kv_transfer.core.digest import digests
 from kv_transfer.core.events import Blocks, TransferKey
 from kv_transfer.core.fanout import (
@@ -71,13 +72,16 @@ class RankPort:
         sender: Sender | None = None,
         receiver: Receiver | None = None,
         source: KVEndpoint | None = None,
+        layers: LayerGate | None = None,
     ) -> None:
-        """``source``: where receivers that look find ``pool``."""
+        """``source``: where receivers that look find ``pool``. ``layers``: of the steps that write it, for live
+        pushes."""
         self.shard = shard
         self.source = source
         self.sender = sender
         self.receiver = receiver
         self._rank = rank
+        self._layers = layers
         self._post = post
         self._hasher = LaneHasher(pool, shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
@@ -90,9 +94,11 @@ class RankPort:
     def perform(self, action: RankAction) -> RankEvent | None:
         """Returns at once, with the answer if there is one already; later ones come through ``post``."""
         match action:
-            case PushLane():
+            case PushLane(key, to, heads, first, source, target, live):
                 assert self.sender is not None
-                self.sender.push(*action)
+                layers = self._layers.upcoming if live and self._layers is not None else None
+                assert layers is not None or not live, "nobody tells of this pool's layers"
+                self.sender.push(key, to, heads, first, source, target, layers)
             case CancelPushes(key):
                 assert self.sender is not None
                 self.sender.cancel(key)

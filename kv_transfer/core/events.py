@@ -30,6 +30,11 @@ class Pushed:
     count: int
     num_bytes: int = field(default=0, compare=False)
     """That went to the peer for it."""
+    early_bytes: int = field(default=0, compare=False)
+    """Of them those that had gone before the last layer of the step that computes them was there. 0 for a push of
+    blocks that were final before."""
+    at: float = field(default=0.0, compare=False)
+    """When the last of them had gone: seconds of the host's monotonic clock."""
 
 
 @dataclass(frozen=True, slots=True)

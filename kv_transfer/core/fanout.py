@@ -34,6 +34,8 @@ class PushLane(NamedTuple):
     first: int
     source: Blocks
     target: Blocks
+    live: bool
+    """Layer by layer, in the step that this rank is told of next."""
 
 
 class OpenLanes(NamedTuple):
@@ -78,6 +80,8 @@ class _Pushing:
     left: int
     """Lanes not yet reported."""
     num_bytes: int = 0
+    early_bytes: int = 0
+    at: float = 0.0
 
 
 class Fanout:
@@ -103,11 +107,11 @@ class Fanout:
     def fan(self, action: WorkerAction) -> list[tuple[int, RankAction]]:
         """Who has to do what for ``action``."""
         match action:
-            case Push(key, route, first, source, target):
+            case Push(key, route, first, source, target, live):
                 pushing = self._pushing.setdefault(Pushed(key, first, len(source)), _Pushing(len(route.lanes), 0))
                 pushing.left += len(route.lanes)
                 return [
-                    (lane.sender, PushLane(key, route.to[lane.receiver], lane.heads, first, source, target))
+                    (lane.sender, PushLane(key, route.to[lane.receiver], lane.heads, first, source, target, live))
                     for lane in route.lanes
                 ]
             case CancelPushes(key):
@@ -157,10 +161,12 @@ class Fanout:
             return []
         pushing.left -= 1
         pushing.num_bytes += event.num_bytes
+        pushing.early_bytes += event.early_bytes
+        pushing.at = max(pushing.at, event.at)
         if pushing.left % pushing.lanes:
             return []
-        pushed = Pushed(event.key, event.first, event.count, pushing.num_bytes)
-        pushing.num_bytes = 0
+        pushed = Pushed(event.key, event.first, event.count, pushing.num_bytes, pushing.early_bytes, pushing.at)
+        pushing.num_bytes = pushing.early_bytes = 0
         if not pushing.left:
             del self._pushing[event]
         return [pushed]

@@ -22,6 +22,13 @@ class Heads(NamedTuple):
     num: int
 
 
+class Layers(NamedTuple):
+    """The model's layers ``first``, ... up to ``end``, which is not one of them."""
+
+    first: int
+    end: int
+
+
 class Lane(NamedTuple):
     sender: int
     """Rank."""

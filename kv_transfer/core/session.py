@@ -4,7 +4,9 @@ The life of a transfer:
 
 1. The prefill worker opens it when the first chunk of the prompt is scheduled (``SendSession.open``).
 2. The decode worker reserves blocks and accepts, or refuses (``ReceiveSession`` is made with the blocks).
-3. While later chunks compute, blocks whose KV is final are pushed and their digests taken (``SendSession.computed``).
+3. Before a chunk is computed, the blocks that it will finish are pushed live (``SendSession.computing``): each layer
+   leaves when it is there. What was computed before the accept is pushed whole. Digests are taken of what is final
+   (``SendSession.computed``). When a chunk fails the transfer is given up, so what it left half-written never counts.
 4. With the first token the sender ends the transfer: count and digest of every block (``SendSession.end``).
 5. When all has landed, the receiver takes digests of what stands in its own pool; what is missing or differs is asked
    for again, and what is right is acked. Only then may decode read the blocks, and only then may prefill free its own.
@@ -24,6 +26,7 @@ import numpy as np
 from kv_transfer.core.digest import DIGEST_BYTES, mismatches
 from kv_transfer.core.events import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
 from kv_transfer.core.lanes import Lanes, Route
+from kv_transfer.core.trace import PushTrace, TransferTrace
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
@@ -62,6 +65,8 @@ class Push(NamedTuple):
     first: int
     source: Blocks
     target: Blocks
+    live: bool = False
+    """Whether the step that is to run next makes them final: then each layer is pushed when it is there."""
 
 
 class CancelPushes(NamedTuple):
@@ -164,6 +169,27 @@ _SEND_MOVES = {
 }
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A push, as far as it is known."""
+
+    first: int
+    count: int
+    live: bool
+    asked: float
+    done: Pushed | None = None
+
+    def trace(self, computed: float, num_blocks: int) -> PushTrace:
+        """``computed``: when the first token was known; ``num_blocks``: of the sequence."""
+        if self.done is None:
+            return PushTrace(self.first, self.count, self.live, self.asked, float("nan"), 0, 0)
+        num_bytes, left = self.done.num_bytes, self.done.at
+        # Of the prompt's last step the transport itself knows what left before its last layer.
+        of_last_step = self.live and self.first + self.count == num_blocks
+        hidden = num_bytes if left <= computed and not of_last_step else self.done.early_bytes
+        return PushTrace(self.first, self.count, self.live, self.asked, left, num_bytes, hidden)
+
+
 class SendSession:
     """The prefill worker's end. The blocks given to ``computed`` stay unchanged until ``Ended``."""
 
@@ -177,10 +203,13 @@ class SendSession:
         self._cached = 0
         self._source: Blocks = np.empty(0, np.int32)
         self._ready = 0  # leading blocks of the sequence whose KV is final
-        self._asked = 0  # leading blocks whose push has been asked for
+        self._asked = 0  # leading blocks whose push has been asked for; live, before they are final
+        self._hashed = 0  # leading blocks whose digests have been asked for
         self._unpushed = 0  # blocks asked for and not yet reported
         self._digests: dict[int, bytes] = {}  # by first block
         self._digested = 0
+        self._pushes: dict[tuple[int, int, int], _Asked] = {}  # by first block, count and round
+        self._opened_at = self._accepted_at = self._computed_at = self._acked_at = float("nan")
         self._first: FirstToken | None = None
         self._round = 0
         self._resend_at = float("inf")
@@ -197,8 +226,19 @@ class SendSession:
     def open(self, now: float) -> list[Action]:
         """Ask the decode worker for room."""
         self._move(SendState.OPENING)
+        self._opened_at = now
         self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.open
         return [self._open_message]
+
+    def computing(self, blocks: Blocks, coming: int, now: float) -> list[Action]:
+        """The sequence owns ``blocks``, and the step that is to run next makes the leading ``coming`` of them final.
+
+        ``computed`` follows when it has; if it fails, ``give_up``.
+        """
+        self._source = blocks
+        if self.state is not SendState.PUSHING:
+            return []
+        return self._push(coming, now, live=True)
 
     def computed(self, blocks: Blocks, ready: int, now: float) -> list[Action]:
         """The sequence owns ``blocks``, and the KV of the leading ``ready`` of them is final."""
@@ -207,9 +247,10 @@ class SendSession:
 
     def end(self, first: FirstToken, now: float) -> list[Action]:
         """The prompt is computed, and this is the token after it."""
-        self._first = first
+        self._first, self._computed_at = first, now
         if self._cached > self._ready:
-            return self.give_up(f"decode says that it has {self._cached} blocks, of {self._ready}", Outcome.FAILED)
+            detail = f"decode says that it has {self._cached} blocks, of {self._ready}"
+            return self.give_up(detail, Outcome.FAILED)
         return self._end_if_pushed(now)
 
     def handle(
@@ -225,6 +266,7 @@ class SendSession:
             case TransferRefused() if self.state is SendState.OPENING:
                 return self._close(Outcome.REFUSED, event.detail, retryable=event.retryable)
             case TransferAcked() if self.state is SendState.ENDING:
+                self._acked_at = now
                 return self._close(Outcome.DONE, "")
             case BlocksWanted() if self.state is SendState.ENDING and event.round == self._round:
                 return self._push_again(unpack_tokens(event.indices), now)
@@ -232,6 +274,7 @@ class SendSession:
                 return self._cancelled_by_peer(event)
             case Pushed() if self.state is SendState.PUSHING:
                 self._unpushed -= event.count
+                self._pushes[event.first, event.count, self._round].done = event
                 self._deadline = now + self._timeouts.progress if self._unpushed else float("inf")
                 return self._end_if_pushed(now) or self._progressed(now)
             case PushFailed() if self.state is SendState.PUSHING:
@@ -264,6 +307,21 @@ class SendSession:
             return float("inf")
         return min(self._resend_at, self._deadline)
 
+    @property
+    def trace(self) -> TransferTrace:
+        """How it went so far."""
+        return TransferTrace(
+            key=self.key,
+            opened=self._opened_at,
+            accepted=self._accepted_at,
+            computed=self._computed_at,
+            acked=self._acked_at,
+            num_blocks=len(self._target),
+            cached_blocks=self._cached,
+            repairs=max(0, self._round - 1),
+            pushes=tuple(push.trace(self._computed_at, len(self._source)) for push in self._pushes.values()),
+        )
+
     def give_up(self, detail: str, outcome: Outcome = Outcome.CLOSED) -> list[Action]:
         """Stop, from whatever state; ``Ended`` follows at once or when the transport has stopped."""
         if self.state in (SendState.CLOSING, SendState.CLOSED):
@@ -276,37 +334,50 @@ class SendSession:
 
     def _accepted(self, event: TransferAccepted, now: float) -> list[Action]:
         self._target, self._cached = unpack_tokens(event.blocks), event.cached_blocks
-        self._asked = self._digested = self._cached
+        self._asked = self._hashed = self._digested = self._cached
+        self._accepted_at = now
         self._move(SendState.PUSHING)
         self._resend_at, self._deadline = float("inf"), float("inf")  # compute sets the pace until the end
         self._tell_at = now + self._timeouts.progress / 2
         return self._push_ready(now) or self._end_if_pushed(now)
 
     def _push_ready(self, now: float) -> list[Action]:
-        if self.state is not SendState.PUSHING or self._ready <= self._asked:
+        """Push and hash what is final, but for what has been asked for before."""
+        if self.state is not SendState.PUSHING:
             return []
-        first, self._asked = self._asked, self._ready
-        source = self._source[first : self._asked]
-        target = self._target[first - self._cached : self._asked - self._cached]
+        actions = self._push(self._ready, now, live=False)
+        if self.state is SendState.PUSHING and self._ready > self._hashed:
+            first, self._hashed = self._hashed, self._ready
+            actions.append(TakeDigests(self.key, self._route, first, self._source[first : self._ready]))
+        if actions and self.state is SendState.PUSHING:
+            self._deadline = now + self._timeouts.progress  # of live pushes too: their last layer has just come
+        return actions
+
+    def _push(self, end: int, now: float, *, live: bool) -> list[Action]:
+        """Push the blocks up to ``end`` that have not been asked for."""
+        if end <= self._asked:
+            return []
+        first, self._asked = self._asked, end
+        source = self._source[first:end]
+        target = self._target[first - self._cached : end - self._cached]
         if len(target) != len(source):
             return self.give_up(f"decode reserved {len(self._target)} blocks, too few", Outcome.FAILED)
+        return [self._pushing(first, source, target, now, live=live)]
+
+    def _pushing(self, first: int, source: Blocks, target: Blocks, now: float, *, live: bool = False) -> Push:
         self._unpushed += len(source)
-        self._deadline = now + self._timeouts.progress
-        return [Push(self.key, self._route, first, source, target), TakeDigests(self.key, self._route, first, source)]
+        self._pushes[first, len(source), self._round] = _Asked(first, len(source), live, now)
+        return Push(self.key, self._route, first, source, target, live)
 
     def _push_again(self, indices: Blocks, now: float) -> list[Action]:
         wanted = np.unique(indices)
         if not len(wanted) or wanted[0] < self._cached or wanted[-1] >= self._asked:
             return self.give_up("decode asked for blocks that are not part of the transfer", Outcome.FAILED)
         self._move(SendState.PUSHING)
-        self._unpushed += len(wanted)
         self._deadline = now + self._timeouts.progress
         # One push a run of consecutive indices; a digest fails rarely, so this list is short.
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        return [
-            Push(self.key, self._route, int(run[0]), self._source[run], self._target[run - self._cached])
-            for run in runs
-        ]
+        return [self._pushing(int(run[0]), self._source[run], self._target[run - self._cached], now) for run in runs]
 
     def _end_if_pushed(self, now: float) -> list[Action]:
         complete = self._unpushed == 0 and self._asked == self._digested == self._ready

@@ -10,15 +10,18 @@ Contract:
 
 - ``Sender.push`` never blocks on the peer. It is answered by exactly one ``Pushed`` or ``PushFailed``, unless the key
   is cancelled first. Pushes of one key keep their order.
+- A push with ``layers`` is live: its blocks are final, layer by layer, as ``layers`` says. No layer is read before, and
+  it does not keep pushes of other keys waiting. It may leave in any pieces, or whole when the last layer is there. If
+  the step fails it is ``PushFailed``, unless it is cancelled first.
 - ``Sender.cancel(key)`` is answered by exactly one ``Cancelled``: from then on nothing is written for that key,
   which is not pushed again (a new attempt has another key).
-- The caller keeps the pushed source blocks unchanged until then.
+- The caller keeps the pushed source blocks unchanged until then, but for the step of a live push.
 - What goes wrong with a push (no such peer, blocks out of range, heads or dtypes that do not go together, a peer that
   takes nothing) is ``PushFailed``.
   ``forget`` fails what was still to be pushed to that peer. After ``shutdown`` nothing is reported.
 - A two-sided receiver (``one_sided = False``) writes itself: it drops whatever comes for a key that is not open, and
   after ``close(key)`` has returned nothing lands for that key. It reports with ``Landed`` each block of which all the
-  heads that were announced to ``open`` have arrived.
+  heads that were announced to ``open`` have arrived, and all layers of them.
 - A one-sided receiver (``one_sided = True``) does not see the writes: no ``Landed``; what was pushed before the peer's
   end message has landed when that message arrives. After ``close`` a late writer could still write, so the caller must
   keep the blocks in quarantine until the sender has confirmed, or is gone (``writer_gone``).
@@ -27,6 +30,7 @@ Contract:
 from collections.abc import Callable
 from typing import Protocol
 
+from engine.layer_gate import StepLayers
 from kv_transfer.core.events import (
     Blocks,
     Cancelled,
@@ -52,6 +56,7 @@ __all__ = [
     "Pushed",
     "Receiver",
     "Sender",
+    "StepLayers",
     "TransferKey",
     "TransportError",
     "TransportEvent",
@@ -88,9 +93,19 @@ class Receiver(Protocol):
 class Sender(Protocol):
     """Pushes blocks of this rank's pool into a peer's."""
 
-    def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:
+    def push(
+        self,
+        key: TransferKey,
+        to: KVEndpoint,
+        heads: Heads,
+        first: int,
+        source: Blocks,
+        target: Blocks,
+        layers: StepLayers | None = None,
+    ) -> None:
         """Copy ``heads`` of pool block ``source[i]`` into the peer's block ``target[i]``: the sequence's block
-        ``first + i``."""
+        ``first + i``. ``layers``: of the step that is to run next, and makes them final; then this is called in the
+        thread that runs it."""
 
     def cancel(self, key: TransferKey) -> None:
         """Stop pushing for ``key``; pushes not yet begun are dropped."""

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from engine.cpu import pieces
-from kv_transfer.core.lanes import Heads
+from kv_transfer.core.lanes import Heads, Layers
 from kv_transfer.transports.base import (
     Blocks,
     Cancelled,
@@ -19,6 +20,7 @@ from kv_transfer.transports.base import (
     Pool,
     Pushed,
     PushFailed,
+    StepLayers,
     TransferKey,
     TransportError,
 )
@@ -42,9 +44,12 @@ def check_blocks(blocks: Blocks, num_blocks: int, whose: str) -> None:
         raise TransportError(f"blocks {blocks.min()} to {blocks.max()} are not all in {whose} pool of {num_blocks}")
 
 
-@dataclass(slots=True)
+STEP_FAILED = "the step that was to compute them failed"
+
+
+@dataclass(slots=True, eq=False)
 class Job:
-    """One push."""
+    """One push. Its blocks go one after the other: with all layers, or, of a live one, with those that are there."""
 
     key: TransferKey
     to: KVEndpoint
@@ -52,10 +57,18 @@ class Job:
     first: int
     source: Blocks
     target: Blocks
+    live: StepLayers | None = None
+    """Tells how many layers are there; else all are."""
+    layers: Layers | None = None
+    """That the blocks go with now."""
     begun: int = 0
-    """Leading blocks that need no more looking at."""
+    """Leading blocks of which these layers need no more looking at."""
+    done: int = 0
+    """Leading layers of which no block needs any more looking at."""
     num_bytes: int = 0
     """That have gone to the peer."""
+    early_bytes: int = 0
+    """Of them, before the last layer was there."""
 
     def check(self, num_blocks: int) -> None:
         """Raise ``TransportError`` unless the blocks can be what the caller and the peer say."""
@@ -65,8 +78,36 @@ class Job:
         check_blocks(self.target, self.to.num_blocks, "the receiver's")
 
     @property
+    def failed(self) -> bool:
+        return self.live is not None and self.live.failed
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next layer is not there yet."""
+        if self.live is None or self.layers is not None:
+            return False
+        return self.live.num_ready <= self.done and not self.live.failed
+
+    def next_layers(self, num_layers: int) -> Layers:
+        """Of the model's ``num_layers`` those that the next blocks go with; not while it ``waits``."""
+        if self.layers is None:
+            self.layers = Layers(self.done, num_layers if self.live is None else self.live.num_ready)
+        return self.layers
+
+    def went(self, end: int, num_bytes: int) -> None:
+        """The blocks up to ``end`` have gone with these layers."""
+        assert self.layers is not None
+        self.num_bytes += num_bytes
+        if self.live is not None and not self.live.complete:
+            self.early_bytes += num_bytes
+        self.begun = end
+        if end == len(self.source):
+            self.done, self.layers, self.begun = self.layers.end, None, 0
+
+    @property
     def pushed(self) -> Pushed:
-        return Pushed(self.key, self.first, len(self.source), self.num_bytes)
+        at = time.monotonic()
+        return Pushed(self.key, self.first, len(self.source), self.num_bytes, self.early_bytes, at)
 
 
 class Cancel(NamedTuple):
@@ -81,7 +122,11 @@ class Stop(NamedTuple):
     pass
 
 
-Command = Job | Cancel | Forget | Stop
+class Look(NamedTuple):
+    """More layers are there."""
+
+
+Command = Job | Cancel | Forget | Stop | Look
 
 
 class BackgroundSender(ABC):
@@ -96,8 +141,19 @@ class BackgroundSender(ABC):
         pieces.prepare()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:
-        self._post(Job(key, to, heads, first, source, target))
+    def push(
+        self,
+        key: TransferKey,
+        to: KVEndpoint,
+        heads: Heads,
+        first: int,
+        source: Blocks,
+        target: Blocks,
+        layers: StepLayers | None = None,
+    ) -> None:
+        if layers is not None:
+            layers.listen(self._look)
+        self._post(Job(key, to, heads, first, source, target, layers))
 
     def cancel(self, key: TransferKey) -> None:
         self._post(Cancel(key))
@@ -111,6 +167,9 @@ class BackgroundSender(ABC):
         self._thread.join(STOP_WITHIN)
         if self._thread.is_alive():
             raise TimeoutError(f"{self._thread.name} did not stop within {STOP_WITHIN:.0f} s")
+
+    def _look(self) -> None:
+        self._post(Look())
 
     def _post(self, command: Command) -> None:
         self._commands.put(command)
@@ -133,14 +192,17 @@ class BackgroundSender(ABC):
 class Target(Protocol):
     """A peer's pool as ``CopyingSender`` sees it."""
 
-    def write(self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks) -> None:
-        """Copy the lane of blocks ``source`` into the peer's; raises ``TransportError`` when the peer is gone."""
+    def write(
+        self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks, layers: Layers
+    ) -> None:
+        """Copy the lane of blocks ``source`` into the peer's, some ``layers`` of them; raises ``TransportError`` when
+        the peer is gone."""
 
     def release(self) -> None: ...
 
 
 class CopyingSender(BackgroundSender):
-    """Pushes by copying in its own thread, in the order of the pushes."""
+    """Pushes by copying in its own thread, in the order of the pushes, but for those that wait for a layer."""
 
     def __init__(
         self, pool: Pool, shard: KVShard, on_event: OnEvent, name: str, attach: Callable[[KVEndpoint], Target]
@@ -153,8 +215,9 @@ class CopyingSender(BackgroundSender):
 
     def _run(self) -> None:
         while self._obey():
-            if self._jobs:
-                self._step(self._jobs[0])
+            job = self._next()
+            if job is not None:
+                self._step(job)
         for target in self._targets.values():
             target.release()
         self._targets.clear()
@@ -163,7 +226,7 @@ class CopyingSender(BackgroundSender):
         """Carry out the commands that wait, and wait for one if there is nothing to copy; False at ``Stop``."""
         while True:
             try:
-                command = self._commands.get(block=not self._jobs)
+                command = self._commands.get(block=self._next() is None)
             except queue.Empty:
                 return True
             match command:
@@ -174,8 +237,19 @@ class CopyingSender(BackgroundSender):
                     self._on_event(Cancelled(key))
                 case Forget(address):
                     self._forget(address)
+                case Look():
+                    pass
                 case Stop():
                     return False
+
+    def _next(self) -> Job | None:
+        """The first that can go on; those of one key stay in order."""
+        waiting: set[TransferKey] = set()
+        for job in self._jobs:
+            if not job.waits and job.key not in waiting:
+                return job
+            waiting.add(job.key)
+        return None
 
     def _forget(self, address: str) -> None:
         failed = [job for job in self._jobs if job.to.address == address]
@@ -192,22 +266,27 @@ class CopyingSender(BackgroundSender):
 
     def _step(self, job: Job) -> None:
         """Copy the next blocks of ``job``."""
+        if job.failed:
+            self._jobs.remove(job)
+            self._on_event(PushFailed(job.key, STEP_FAILED))
+            return
         try:
-            if not job.begun:
+            if not job.begun and not job.done:
                 job.check(len(self._pool))
             lane, target = self._lane(job), self._target(job.to)
-            end = min(job.begun + blocks_in(STEP_BYTES, lane.row_bytes), len(job.source))
+            layers = job.next_layers(lane.num_layers)
+            row_bytes = (layers.end - layers.first) * lane.layer_bytes
+            end = min(job.begun + blocks_in(STEP_BYTES, row_bytes), len(job.source))
             part = slice(job.begun, end)
-            target.write(job.key, job.first + job.begun, job.target[part], lane, job.source[part])
+            target.write(job.key, job.first + job.begun, job.target[part], lane, job.source[part], layers)
         except TransportError as error:
-            self._jobs.popleft()
+            self._jobs.remove(job)
             self._let_go(job.to)
             self._on_event(PushFailed(job.key, str(error)))
             return
-        job.num_bytes += (end - job.begun) * lane.row_bytes
-        job.begun = end
-        if end == len(job.source):
-            self._jobs.popleft()
+        job.went(end, (end - part.start) * row_bytes)
+        if job.done == lane.num_layers:
+            self._jobs.remove(job)
             self._on_event(job.pushed)
 
     def _target(self, to: KVEndpoint) -> Target:
@@ -217,28 +296,28 @@ class CopyingSender(BackgroundSender):
 
 
 class _Landing:
-    def __init__(self, first: int, blocks: Blocks, lanes: tuple[Heads, ...]) -> None:
+    def __init__(self, first: int, blocks: Blocks, lanes: tuple[Heads, ...], num_layers: int) -> None:
         self.first = first
         self.blocks = blocks
         self.lanes = {heads: place for place, heads in enumerate(lanes)}
-        self._arrived = np.zeros((len(lanes), len(blocks)), np.bool_)
+        self._arrived = np.zeros((len(blocks), len(lanes), num_layers), np.bool_)
 
-    def arrived(self, heads: Heads, first: int, count: int) -> Blocks:
-        """Note that these have come; those of them of which every lane has, since they were last told."""
-        if len(self.lanes) == 1:
-            return np.arange(first, first + count, dtype=np.int32)
-        here = self._arrived[:, first - self.first : first - self.first + count]
-        here[self.lanes[heads]] = True
-        complete = np.flatnonzero(here.all(axis=0)).astype(np.int32)
-        here[:, complete] = False
+    def arrived(self, heads: Heads, first: int, count: int, layers: Layers) -> Blocks:
+        """Note that these have come; those of them of which every layer of every lane has, since they were last
+        told."""
+        here = self._arrived[first - self.first : first - self.first + count]
+        here[:, self.lanes[heads], layers.first : layers.end] = True
+        complete = np.flatnonzero(here.all(axis=(1, 2))).astype(np.int32)
+        here[complete] = False
         return complete + np.int32(first)
 
 
 class Landings:
     """Which rows of a two-sided receiver's pool are open to whom. ``close`` waits for a copy that has begun."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, num_layers: int) -> None:
         self._pool = pool
+        self._num_layers = num_layers
         self._lock = threading.Lock()
         self._open: dict[TransferKey, _Landing] = {}
 
@@ -247,14 +326,14 @@ class Landings:
         if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < len(self._pool):
             raise ValueError(f"blocks of {key} are not all in the pool")
         with self._lock:
-            self._open[key] = _Landing(first, blocks, lanes)
+            self._open[key] = _Landing(first, blocks, lanes, self._num_layers)
 
     def close(self, key: TransferKey) -> None:
         with self._lock:
             self._open.pop(key, None)
 
     def land(
-        self, key: TransferKey, heads: Heads, first: int, count: int, copy: Callable[[Blocks], None]
+        self, key: TransferKey, heads: Heads, layers: Layers, first: int, count: int, copy: Callable[[Blocks], None]
     ) -> Blocks | None:
         """Call ``copy`` with the rows of the sequence's blocks ``first .. first + count`` if all of them are open to
         ``heads``, else return None. Returns the blocks that are complete with it."""
@@ -262,8 +341,10 @@ class Landings:
             landing = self._open.get(key)
             if landing is None or heads not in landing.lanes:
                 return None
+            if not 0 <= layers.first < layers.end <= self._num_layers:
+                return None
             begin, blocks = landing.first, landing.blocks
             if not begin <= first <= first + count <= begin + len(blocks):
                 return None
             copy(blocks[first - begin : first - begin + count])
-            return landing.arrived(heads, first, count)
+            return landing.arrived(heads, first, count, layers)

@@ -25,6 +25,7 @@ from kv_transfer.transports.base import (
     PushFailed,
     Receiver,
     Sender,
+    StepLayers,
     TransferKey,
     TransportEvent,
 )
@@ -66,6 +67,7 @@ class _Push(NamedTuple):
     first: int
     source: Blocks
     target: Blocks
+    layers: StepLayers | None
 
 
 class FaultySender:
@@ -95,11 +97,20 @@ class FaultySender:
         self._dead = False
         self._inner = make(self._wire, self._report)
 
-    def push(self, key: TransferKey, to: KVEndpoint, heads: Heads, first: int, source: Blocks, target: Blocks) -> None:
+    def push(
+        self,
+        key: TransferKey,
+        to: KVEndpoint,
+        heads: Heads,
+        first: int,
+        source: Blocks,
+        target: Blocks,
+        layers: StepLayers | None = None,
+    ) -> None:
         if self._dead:
             return
         held, self._held = self._held, []
-        push = _Push(key, to, heads, first, source, target)
+        push = _Push(key, to, heads, first, source, target, layers)
         match next(self._faults, Fault.NONE):
             case Fault.DROP:
                 self._on_event(Pushed(key, first, len(source)))
@@ -141,9 +152,30 @@ class FaultySender:
     def _forward(self, push: _Push, fault: Fault = Fault.NONE) -> None:
         rows = np.arange(self._next, self._next + len(push.source), dtype=np.int32) % len(self._wire)
         self._next += len(rows)
-        self._wire[rows] = self._pool[push.source]
-        _spoil(fault, self._wire, rows, self._rng)
-        self._inner.push(push.key, push.to, push.heads, push.first, rows, push.target)
+        live = push.layers
+        if live is None:
+            self._wire[rows] = self._pool[push.source]
+            _spoil(fault, self._wire, rows, self._rng)
+            self._inner.push(push.key, push.to, push.heads, push.first, rows, push.target)
+            return
+        on_wire = StepLayers(live.num_layers)
+        layer_bytes = self._wire.shape[1] // live.num_layers
+
+        def follow() -> None:
+            """Put on the wire what has come; the fault hits the first of it."""
+            part = slice(on_wire.num_ready * layer_bytes, live.num_ready * layer_bytes)
+            if part.stop > part.start:
+                self._wire[rows, part] = self._pool[push.source, part]
+                if not part.start:
+                    _spoil(fault, self._wire[:, part], rows, self._rng)
+            on_wire.advance(live.num_ready)
+            if live.failed:
+                on_wire.fail()
+
+        self._inner.push(push.key, push.to, push.heads, push.first, rows, push.target, on_wire)
+        live.listen(follow)
+        if live.num_ready or live.failed:
+            follow()
 
     def _report(self, event: TransportEvent) -> None:
         if self._dead:

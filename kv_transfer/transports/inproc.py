@@ -4,6 +4,7 @@ import itertools
 import os
 import threading
 
+from kv_transfer.core.lanes import Layers
 from kv_transfer.transports.base import Blocks, Heads, Landed, OnEvent, Pool, TransferKey, TransportError
 from kv_transfer.transports.copying import CopyingSender, Landings
 from kv_transfer.transports.records import LaneCopy
@@ -22,7 +23,7 @@ class InprocReceiver:
     def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent) -> None:
         self._pool = pool
         self._on_event = on_event
-        self._landings = Landings(pool)
+        self._landings = Landings(pool, shard.num_layers)
         self.dropped = 0
         """Pieces of pushes that were not taken."""
         self.endpoint = KVEndpoint("inproc", f"inproc://{os.getpid()}/{next(_numbers)}", shard, len(pool))
@@ -43,12 +44,13 @@ class InprocReceiver:
         with _lock:
             _receivers.pop(self.endpoint.address, None)
 
-    def take(self, key: TransferKey, first: int, lane: LaneCopy, source: Blocks) -> None:
-        """Copy the lane of blocks ``source`` into what is open for the sequence's blocks ``first``, ...; any thread."""
+    def take(self, key: TransferKey, first: int, lane: LaneCopy, source: Blocks, layers: Layers) -> None:
+        """Copy the lane of blocks ``source``, or some ``layers`` of it, into what is open for the sequence's blocks
+        ``first``, ...; any thread."""
         if lane.target != self.endpoint.shard:
             raise TransportError(f"blocks of {lane.target} do not fit a pool of {self.endpoint.shard}")
         landed = self._landings.land(
-            key, lane.heads, first, len(source), lambda rows: lane.write(self._pool, rows, source)
+            key, lane.heads, layers, first, len(source), lambda rows: lane.write(self._pool, rows, source, layers)
         )
         if landed is None:
             self.dropped += 1
@@ -60,13 +62,15 @@ class _Peer:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def write(self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks) -> None:
+    def write(
+        self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks, layers: Layers
+    ) -> None:
         del target  # the receiver knows them itself
         with _lock:
             receiver = _receivers.get(self._address)
         if receiver is None:
             raise TransportError(f"there is no KV pool at {self._address} in this process")
-        receiver.take(key, first, lane, source)
+        receiver.take(key, first, lane, source, layers)
 
     def release(self) -> None:
         pass

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engine.core.kv_layout import QUANTIZED_MAX, KVLayout
 from engine.cpu.pieces import copy_blocks
 from kv_transfer.core.events import Blocks, Pool
-from kv_transfer.core.lanes import CannotPair, Heads, check_pair, heads_of, layout_of
+from kv_transfer.core.lanes import CannotPair, Heads, Layers, check_pair, heads_of, layout_of
 from messages.common import KVShard
 
 Records = NDArray[np.uint8]
@@ -42,6 +42,10 @@ def records(pool: Pool, shard: KVShard, heads: Heads) -> Records:
     return whole[:, :, begin : begin + num]
 
 
+def _of_layers(view: Records, layers: Layers | None) -> Records:
+    return view if layers is None else view[:, 2 * layers.first : 2 * layers.end]
+
+
 class LaneCopy:
     """Copies ``heads`` out of blocks of ``pool`` into records of ``target``; for one thread.
 
@@ -54,29 +58,35 @@ class LaneCopy:
         """Whether a lane is whole blocks, the same at both ends."""
         self.target = target
         self.heads = heads
-        self.row_bytes = layout_of(target, heads).block_bytes
+        self.num_layers = target.num_layers
+        self.layer_bytes = layout_of(target, heads).layer_bytes
+        self.row_bytes = self.num_layers * self.layer_bytes
         """Of a block of the lane, as it travels."""
         self._pool = pool
         self._source = records(pool, source, heads)
         self._convert = None if source.dtype == target.dtype else _conversion(layout_of(source), layout_of(target))
 
-    def write(self, there: Pool, target: Blocks, source: Blocks) -> None:
-        """Block ``source[i]`` -> block ``target[i]`` of a pool of ``target``'s shard."""
+    def write(self, there: Pool, target: Blocks, source: Blocks, layers: Layers | None = None) -> None:
+        """Block ``source[i]``, or some ``layers`` of it, -> block ``target[i]`` of a pool of ``target``'s shard."""
         if self.whole:
-            copy_blocks(there, target, self._pool, source)
+            part = slice(None) if layers is None else slice(*(self.layer_bytes * layer for layer in layers))
+            copy_blocks(there[:, part], target, self._pool[:, part], source)
         else:
-            self._write(records(there, self.target, self.heads), target, source)
+            self._write(_of_layers(records(there, self.target, self.heads), layers), target, source, layers)
 
-    def pack(self, rows: Pool, source: Blocks) -> None:
-        """Block ``source[i]`` -> ``rows[i]``, of ``row_bytes``: as it travels."""
-        unpacked = rows.reshape(len(rows), 2 * self.target.num_layers, self.heads.num, -1)
-        self._write(unpacked, np.arange(len(source), dtype=np.int32), source)
+    def pack(self, rows: Pool, source: Blocks, layers: Layers | None = None) -> None:
+        """Block ``source[i]``, or some ``layers`` of it, -> ``rows[i]``, of ``row_bytes`` or as many times
+        ``layer_bytes``: as it travels."""
+        num = self.num_layers if layers is None else layers.end - layers.first
+        unpacked = rows.reshape(len(rows), 2 * num, self.heads.num, -1)
+        self._write(unpacked, np.arange(len(source), dtype=np.int32), source, layers)
 
-    def _write(self, there: Records, target: Blocks, source: Blocks) -> None:
+    def _write(self, there: Records, target: Blocks, source: Blocks, layers: Layers | None) -> None:
+        here = _of_layers(self._source, layers)
         if self._convert is not None:
-            self._convert(there, target, self._source, source)
+            self._convert(there, target, here, source)
         else:
-            copy_blocks(there, target, self._source, source)
+            copy_blocks(there, target, here, source)
 
 
 def unpack(rows: Pool, pool: Pool, shard: KVShard, heads: Heads, target: Blocks) -> None:

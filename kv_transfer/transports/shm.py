@@ -6,7 +6,7 @@ One copy, and the receiver's process does nothing. It cannot refuse a write eith
 import select
 
 from engine.shared_memory import owner_gone
-from kv_transfer.core.lanes import layout_of
+from kv_transfer.core.lanes import Layers, layout_of
 from kv_transfer.transports.base import Blocks, Heads, OnEvent, Pool, TransferKey, TransportError
 from kv_transfer.transports.copying import CopyingSender, check_blocks
 from kv_transfer.transports.memory import PeerMemory, SharedMemory
@@ -41,11 +41,13 @@ class _Peer:
         self._process = select.poll()
         self._process.register(self._memory.process, select.POLLIN)
 
-    def write(self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks) -> None:
+    def write(
+        self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks, layers: Layers
+    ) -> None:
         if self._process.poll(0):
             raise TransportError("the process of the KV pool has died")
         check_blocks(target, len(self._memory.pool), "the receiver's")
-        lane.write(self._memory.pool, target, source)
+        lane.write(self._memory.pool, target, source, layers)
 
     def release(self) -> None:
         self._memory.release()

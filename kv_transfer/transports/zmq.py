@@ -37,7 +37,7 @@ from kv_transfer.core.frames import (
     decode_taken,
     whole_blocks,
 )
-from kv_transfer.core.lanes import layout_of
+from kv_transfer.core.lanes import Layers, layout_of
 from kv_transfer.core.plan import plan
 from kv_transfer.transports.base import (
     Blocks,
@@ -51,6 +51,7 @@ from kv_transfer.transports.base import (
     TransportError,
 )
 from kv_transfer.transports.copying import (
+    STEP_FAILED,
     STOP_WITHIN,
     BackgroundSender,
     Cancel,
@@ -58,6 +59,7 @@ from kv_transfer.transports.copying import (
     Forget,
     Job,
     Landings,
+    Look,
     Stop,
     blocks_in,
 )
@@ -89,6 +91,8 @@ class ZmqSender(BackgroundSender):
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake = _Wake()
         self._links: dict[str, _Link] = {}
+        self._live: list[Job] = []
+        """Pushes that wait for their step; they go whole when it is over."""
         self._cancelling: Counter[TransferKey] = Counter()
         self._thread.start()
 
@@ -126,18 +130,34 @@ class ZmqSender(BackgroundSender):
             while True:
                 match self._commands.get_nowait():
                     case Job() as job:
-                        self._accept(job)
+                        self._live.append(job)
+                        self._begin_live()
+                    case Look():
+                        self._begin_live()
                     case Cancel(key):
                         self._cancelling[key] += 1
+                        self._live = [job for job in self._live if job.key != key]
                         for link in self._links.values():
                             link.drop(key)
                     case Forget(address):
-                        self._fail(address, "the peer is gone")
+                        gone = [job for job in self._live if job.to.address == address]
+                        self._live = [job for job in self._live if job not in gone]
+                        self._fail(address, "the peer is gone", gone)
                     case Stop():
                         return False
         return True
 
+    def _begin_live(self) -> None:
+        """Begin what waits no more."""
+        begun = [job for job in self._live if job.live is None or job.live.complete or job.live.failed]
+        self._live = [job for job in self._live if job not in begun]
+        for job in begun:
+            self._accept(job)
+
     def _accept(self, job: Job) -> None:
+        if job.failed:
+            self._on_event(PushFailed(job.key, STEP_FAILED))
+            return
         try:
             job.check(len(self._pool))
             lane = self._lane(job)
@@ -163,10 +183,10 @@ class ZmqSender(BackgroundSender):
         if link.busy and now - link.moved_at > self._stalled_after:
             self._fail(link.address, f"{link.address} has taken nothing for {self._stalled_after:.0f} s")
 
-    def _fail(self, address: str, detail: str) -> None:
-        """Close the link to ``address``, if there is one, and fail what was on it."""
+    def _fail(self, address: str, detail: str, also: Iterable[Job] = ()) -> None:
+        """Close the link to ``address``, if there is one, and fail what was on it, and ``also`` these."""
         link = self._links.pop(address, None)
-        for job in link.close() if link else ():
+        for job in (*(link.close() if link else ()), *also):
             if job.key not in self._cancelling:
                 self._on_event(PushFailed(job.key, detail))
 
@@ -334,7 +354,7 @@ class ZmqReceiver:
         pieces.prepare()
         self._pool = pool
         self._on_event = on_event
-        self._landings = Landings(pool)
+        self._landings = Landings(pool, shard.num_layers)
         self.malformed = 0
         """Messages that no sender of ours sends; dropped."""
         self.dropped = 0
@@ -424,7 +444,8 @@ class ZmqReceiver:
                 unpack(here, self._pool, shard, header.heads, rows[: len(here)])
                 rows = rows[len(here) :]
 
-        landed = self._landings.land(header.key, header.heads, header.first, header.count, copy)
+        layers = Layers(0, shard.num_layers)
+        landed = self._landings.land(header.key, header.heads, layers, header.first, header.count, copy)
         if landed is None:
             self.dropped += 1
         elif len(landed):

@@ -19,6 +19,7 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
+from kv_transfer.core.trace import TransferTrace
 from messages.common import KVEndpoint, KVShard, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill
@@ -37,6 +38,7 @@ class HandoffEnded(NamedTuple):
     outcome: Outcome
     detail: str
     retryable: bool
+    trace: TransferTrace
 
 
 Action = Send | Push | CancelPushes | TakeDigests | ForgetPeer
@@ -123,6 +125,11 @@ class Handoffs:
         self._open[key] = _Handoff(order, seq, session)
         return self._steps(key, session.open(now))
 
+    def computing(self, key: TransferKey, coming: int, now: float) -> list[Step]:
+        """The step that is to run next makes the sequence's leading ``coming`` blocks final."""
+        handoff = self._open[key]
+        return self._steps(key, handoff.session.computing(handoff.seq.block_table, coming, now))
+
     def computed(self, key: TransferKey, ready: int, now: float) -> list[Step]:
         """The KV of the sequence's leading ``ready`` blocks is final."""
         handoff = self._open[key]
@@ -167,7 +174,8 @@ class Handoffs:
                     del self._open[key]
                     self._pool.unpin(handoff.seq.block_table)
                     self._pool.free(handoff.seq.block_table)
-                    steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable))
+                    trace = handoff.session.trace
+                    steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable, trace))
                 case Push() | CancelPushes() | TakeDigests():
                     steps.append(action)
                 case message if not handoff.peer_dead:

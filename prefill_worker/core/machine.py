@@ -3,7 +3,8 @@
 1. ``Prefill`` arrives. It is checked, and waits until the pool has blocks for the whole prompt; those that are cached
    need not be computed.
 2. When its first chunk is scheduled, a transfer to the decode worker is opened.
-3. After each chunk the blocks that are complete are pushed, while the next chunk computes.
+3. Before each chunk, the blocks that it will complete are pushed live: each layer leaves while the next one computes.
+   Until decode has accepted, they are pushed when the chunk is through.
 4. The first token goes straight to the gateway; the transfer ends with it.
 5. The blocks stay pinned until decode's ack (``handoff.py``); then nothing of the request is left here.
 
@@ -11,6 +12,7 @@ A newer attempt of a request, or ``Abort``, ends an older one wherever it stands
 dropped.
 """
 
+from collections import deque
 from dataclasses import asdict, dataclass, field
 
 from msgspec import structs
@@ -21,6 +23,7 @@ from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Outcome
+from kv_transfer.core.trace import TransferTrace
 from messages.codec import count_tokens
 from messages.common import FailReason, Role, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
@@ -51,6 +54,7 @@ TransferEvent = (
     TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
     | Pushed | PushFailed | Cancelled | Digested
 )  # fmt: skip
+TRACES = 256
 Event = Prefill | Abort | EndAck | TokensWanted | TransferEvent | RegisterWanted | PeerLost
 
 
@@ -100,6 +104,8 @@ class PrefillMachine:
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
         self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
+        self.traces: deque[TransferTrace] = deque(maxlen=TRACES)
+        """Of the hand-overs that have ended last."""
         self._begun = 0.0
         """When the step that runs was planned."""
         self._fences = Fences()
@@ -155,18 +161,24 @@ class PrefillMachine:
         return actions
 
     def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
-        """The next step, and the transfers to open before it runs."""
+        """The next step; the transfers to open, and what to push, before it runs."""
         plan = self._scheduler.schedule(self._pace.budget)
         self._begun = now
-        actions: list[Action] = []
-        for seq in plan.sequences if plan is not None else ():
+        if plan is None:
+            return None, []
+        steps: list[Step] = []
+        ends = (plan.num_computed + plan.num_tokens).tolist()
+        for seq, end, last in zip(plan.sequences, ends, plan.samples.tolist(), strict=True):
             leg = self._legs[RequestId(seq.seq_id)]
             if not leg.opened and not leg.single_token:
                 leg.opened = True
-                actions += self._settle(self._handoffs.open(leg.order, seq, now))
+                steps += self._handoffs.open(leg.order, seq, now)
                 # What was cached can go while the rest computes.
-                actions += self._settle(self._handoffs.computed(leg.key, seq.num_final_blocks, now))
-        return plan, actions
+                steps += self._handoffs.computed(leg.key, seq.num_final_blocks, now)
+            elif leg.opened:
+                coming = len(seq.block_table) if last else end // self._pool.block_size
+                steps += self._handoffs.computing(leg.key, coming, now)
+        return plan, self._settle(steps)
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: push what is complete, deliver first tokens."""
@@ -322,6 +334,7 @@ class PrefillMachine:
             if not isinstance(step, HandoffEnded):
                 actions.append(step)
                 continue
+            self.traces.append(step.trace)
             leg = self._legs.get(step.order.request)
             if leg is not None and leg.order.attempt == step.order.attempt:
                 del self._legs[step.order.request]
