@@ -48,18 +48,32 @@ class Engine:
         prefill_chunk: int = 512,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
-        preemption: Preemption = Preemption.RECOMPUTE,
+        preemption: str = Preemption.RECOMPUTE,
         swap_space: int = 0,
         expected_output: int = 1024,
         group: ParallelGroup | None = None,
         broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
-        """``kv_bytes`` of blocks, and ``swap_space`` bytes of them in host memory; both of each rank."""
+        """``kv_bytes`` of blocks, and ``swap_space`` bytes of them in host memory; both of each rank.
+
+        ``ValueError`` for an option that cannot be.
+        """
+        if preemption not in set(Preemption):
+            raise ValueError(f"preemption must be {' or '.join(Preemption)}, got {preemption!r}")
         folder = resolve_model(str(model))
         config = ModelConfig.from_folder(folder)
+        context = config.max_position_embeddings if max_model_len is None else max_model_len
+        if not 1 <= context <= config.max_position_embeddings:
+            text = f"max_model_len must be in [1, {config.max_position_embeddings}], the model's context; got {context}"
+            raise ValueError(text)
         block_bytes = kv_layout(config, dtype, block_size, kv_dtype=kv_dtype, group=group).block_bytes
-        num_blocks, swap_blocks = max(1, kv_bytes // block_bytes), swap_space // block_bytes
-        context = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        num_blocks, swap_blocks = kv_bytes // block_bytes, swap_space // block_bytes
+        if num_blocks < 1:
+            raise ValueError(f"kv_bytes is {kv_bytes}, and a block of KV takes {block_bytes}; raise it")
+        if swap_space != 0 and swap_blocks < 1:
+            raise ValueError(f"swap_space is {swap_space}, and a block of KV takes {block_bytes}; raise it, or write 0")
+        if preemption == Preemption.SWAP and not swap_blocks:
+            raise ValueError("preemption by swap needs room to swap to: give swap_space, in bytes")
         self.max_model_len = context
         limits = SchedulerLimits(
             max_num_seqs=max_num_seqs,
@@ -83,7 +97,9 @@ class Engine:
         )
         self.pool = BlockPool(num_blocks, block_size, caching=enable_prefix_caching)
         self.host = HostTier(swap_blocks, block_size, caching=enable_prefix_caching) if swap_blocks else None
-        self.scheduler = Scheduler(self.pool, limits, frozenset(config.eos_token_ids), self.host, preemption=preemption)
+        self.scheduler = Scheduler(
+            self.pool, limits, frozenset(config.eos_token_ids), self.host, preemption=Preemption(preemption)
+        )
         self._ids = count()
 
     def add(

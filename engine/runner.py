@@ -54,7 +54,7 @@ class ModelRunner:
         group: ParallelGroup | None = None,
         broadcast: Callable[[StepInput], None] = lambda step: None,
     ) -> None:
-        if torch.device(device).type not in ("cpu", "cuda"):
+        if device.partition(":")[0] not in ("cpu", "cuda"):
             raise ModelError(f"device must be cpu or cuda, got {device!r}")
         if device != "cpu" and not torch.cuda.is_available():
             raise ModelError(f"device is {device}, but torch sees no CUDA device here; write cpu")

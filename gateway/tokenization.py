@@ -48,8 +48,13 @@ class Tokenizer:
         return len(text) > num_tokens * self._longest_token
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """``ValueError`` for half of a surrogate pair: it is no text."""
         # The batch form lets go of the interpreter's lock: a long prompt must not hold up everybody's stream.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError:
+            text.encode()  # says which character it is
+            raise
         ids: list[int] = encoding.ids
         return ids
 

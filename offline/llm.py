@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.models.config import ModelConfig
 from engine.weights import resolve_model
 from gateway.choice import Choice
-from gateway.core.errors import InvalidRequest
+from gateway.core.errors import InvalidRequest, Unavailable
 from gateway.core.limits import Limits
 from gateway.core.stop_strings import StopStrings
 from gateway.hub import Listener, Order
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
+CLOSED = "this LLM is closed"
 UNBOUNDED = Limits(max_sequences_per_request=1 << 20, max_sequences=1 << 40)
 """Nobody else's requests could be harmed."""
 
@@ -60,6 +61,8 @@ class AsyncLLM:
         self._planner = Planner(tokenizer, MODEL, max_model_len, UNBOUNDED)
         self._max_model_len = max_model_len
         self._metrics = Metrics()
+        self._under_way: dict[asyncio.Event, tuple[list[Sample], list[Any]]] = {}
+        self._closed = False
 
     @classmethod
     async def load(
@@ -92,9 +95,10 @@ class AsyncLLM:
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """What has come so far, each time that something came; the last one is ``finished``.
 
-        Leaving the iteration early stops the generation. ``ValueError`` for what cannot be generated.
+        Leaving the iteration early stops the generation. ``ValueError`` for what cannot be generated, ``RuntimeError``
+        after ``close``, and ``gateway.core.errors.Unavailable`` where ``close`` or a dead engine cuts it short.
         """
-        asked = params or SamplingParams()
+        asked = _asked(params)
         room = self._max_model_len - (len(prompt) if isinstance(prompt, list) else 0)
         plan = self._plan(lambda: self._planner.completion(self._completion(asked, prompt, room)))
         async for output in self._run(plan, asked):
@@ -102,13 +106,21 @@ class AsyncLLM:
 
     async def chat(self, messages: Messages, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """The same for a conversation, by the model's chat template."""
-        asked = params or SamplingParams()
+        asked = _asked(params)
         plan = self._plan(lambda: self._planner.chat(asked.chat(messages)))
         async for output in self._run(plan, asked):
             yield output
 
     async def close(self) -> None:
-        """Drop what still runs, and let go of the model."""
+        """End what still runs with an error, and let go of the model; harmless twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for samples, running in self._under_way.values():
+            for sample, each in zip(samples, running, strict=True):
+                if not sample.over:
+                    sample.failed(Unavailable(CLOSED))
+                self._backend.cancel(each)
         await self._backend.close()
 
     def _completion(self, asked: SamplingParams, prompt: Prompt, room: int) -> Any:
@@ -124,6 +136,8 @@ class AsyncLLM:
             raise ValueError(f"{named}{error.message}") from error
 
     async def _run(self, plan: Plan, asked: SamplingParams) -> AsyncIterator[RequestOutput]:
+        if self._closed:
+            raise RuntimeError(CLOSED)
         changed = asyncio.Event()
         prompt = plan.prompts[0]
         samples = [self._sample(plan, index, changed) for index in range(plan.n)]
@@ -132,6 +146,7 @@ class AsyncLLM:
             sampling[0] = dataclasses.replace(sampling[0], prompt_logprobs=asked.prompt_logprobs)
         orders = [Order(prompt=prompt.packed, sampling=params) for params in sampling]
         running = self._backend.open(zip(orders, samples, strict=True))
+        self._under_way[changed] = samples, running
         try:
             finished = False
             scored = None
@@ -148,8 +163,10 @@ class AsyncLLM:
                 outputs = [sample.output() for sample in samples]
                 yield RequestOutput(prompt.text, prompt.tokens, scored, outputs, finished)
         finally:
-            for each in running:
-                self._backend.cancel(each)
+            del self._under_way[changed]
+            if not self._closed:
+                for each in running:
+                    self._backend.cancel(each)
 
     def _sample(self, plan: Plan, index: int, changed: asyncio.Event) -> Sample:
         choice = Choice(
@@ -239,7 +256,7 @@ class LLM:
 
     def _loaded(self) -> AsyncLLM:
         if self._llm is None:
-            raise RuntimeError("this LLM is closed")
+            raise RuntimeError(CLOSED)
         return self._llm
 
     def _all(self, streams: list[Callable[[], AsyncIterator[RequestOutput]]], show: bool) -> list[RequestOutput]:
@@ -280,13 +297,27 @@ async def _plain(work: Coroutine[Any, Any, T]) -> T:
         raise group.exceptions[0] from None
 
 
+def _asked(params: SamplingParams | None) -> SamplingParams:
+    if not isinstance(params, SamplingParams | None):
+        raise ValueError(f"sampling_params must be of SamplingParams, got {_kind(params)}")
+    return params or SamplingParams()
+
+
+def _kind(value: Any) -> str:
+    return type(value).__qualname__
+
+
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if not isinstance(prompts, str | list | tuple):
+        raise ValueError(f"prompts must be a text, a list of token ids, or a list of such; got {_kind(prompts)}")
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
 
 
 def _paired(many: list[T], params: Any) -> list[tuple[T, SamplingParams | None]]:
     if params is None or isinstance(params, SamplingParams):
         return [(each, params) for each in many]
+    if not isinstance(params, list | tuple):
+        raise ValueError(f"sampling_params must be of SamplingParams, or a list of one a prompt; got {_kind(params)}")
     if len(params) != len(many):
         raise ValueError(f"{len(many)} prompts for {len(params)} sampling parameters")
     return list(zip(many, params, strict=True))

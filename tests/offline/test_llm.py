@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from baton import LLM, AsyncLLM, ModelError, RequestOutput, SamplingParams
+from gateway.core.errors import Unavailable
 from messages.sampling import SamplingParams as EngineParams
 from offline.outputs import by_position
 from tests.relay_cases import OUTPUT_TOKENS, relay_cases
@@ -97,10 +98,15 @@ def test_a_conversation_goes_through_the_models_template(llm: LLM) -> None:
         (TALE, SamplingParams(max_tokens=10**6), "max_tokens"),
         (TALE, SamplingParams(top_p="much"), "top_p"),  # type: ignore[arg-type]
         ([1] * 5000, SamplingParams(), "context of 4096"),
+        ("\ud800", SamplingParams(), "surrogates"),
+        (None, SamplingParams(), "prompts must be"),
+        ({"prompt": TALE}, SamplingParams(), "prompts must be .* got dict"),
+        (TALE, {"n": 1}, "sampling_params must be"),
+        (TALE, ["greedy"], "sampling_params must be .* got str"),
     ],
 )
 def test_what_cannot_be_generated_is_a_value_error_that_says_why(
-    llm: LLM, prompt: str | list[int], params: SamplingParams, words: str
+    llm: LLM, prompt: Any, params: Any, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
         llm.generate(prompt, params)
@@ -112,6 +118,36 @@ def test_no_model_is_an_error_that_says_so(tmp_path: Path) -> None:
         LLM(tmp_path)
     with pytest.raises(ValueError, match="give a model"):
         LLM()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("preemption", "swop", "preemption must be recompute or swap, got 'swop'"),
+        ("preemption", "swap", "give swap_space"),
+        ("swap_space", 1024, "a block of KV takes"),
+        ("swap_space", -1, "a block of KV takes"),
+        ("kv_bytes", 1024, "a block of KV takes"),
+        ("max_model_len", 0, "max_model_len must be in"),
+        ("max_model_len", 10**6, "max_model_len must be in"),
+    ],
+)
+def test_an_option_that_cannot_be_is_a_value_error_that_says_why(
+    tiny_llama: Path, option: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        LLM(tiny_llama, **{option: value})
+
+
+def test_a_device_that_is_not_there_is_an_error_that_says_so(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match="device must be cpu or cuda"):
+        LLM(tiny_llama, device="tpu")
+
+
+def test_options_may_be_words(tiny_llama: Path) -> None:
+    with LLM(tiny_llama, dtype="float32", preemption="swap", swap_space=1 << 20) as llm:
+        scheduler = llm._llm._backend._engine.scheduler  # type: ignore[union-attr]
+        assert scheduler._swap
 
 
 def test_max_tokens_none_fills_the_context(tiny_llama: Path) -> None:
@@ -141,6 +177,25 @@ def test_a_stream_grows_and_leaving_it_frees_its_blocks(tiny_llama: Path) -> Non
             await llm.close()
         engine.scheduler.check_integrity()
         assert engine.scheduler.num_running == 0 and engine.pool.counts().held == 0
+
+    asyncio.run(run())
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes(tiny_llama: Path) -> None:
+    async def run() -> None:
+        llm = await AsyncLLM.load(tiny_llama, dtype="float32")
+        try:
+            stream = llm.generate(TALE, SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True))
+            await anext(stream)
+        finally:
+            await llm.close()
+        async with asyncio.timeout(10):
+            with pytest.raises(Unavailable, match="closed"):
+                async for _ in stream:
+                    pass
+            with pytest.raises(RuntimeError, match="closed"):
+                await anext(llm.generate(TALE))
+            await llm.close()
 
     asyncio.run(run())
 
