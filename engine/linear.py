@@ -15,7 +15,10 @@ def _packer(weight: torch.Tensor) -> ModuleType | None:
         return None
     from engine.cpu import gemm
 
-    return gemm if gemm.can_pack(weight) else None
+    if not gemm.can_pack(weight):
+        return None
+    gemm.compile_kernels()
+    return gemm
 
 
 class Linear:

@@ -66,6 +66,8 @@ class Rope:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies)
         self.cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
         self.sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
+        if (kernels := _kernels(self.cos, heads=True)) is not None:
+            kernels.compile_kernels()
 
     def at(self, positions: torch.Tensor) -> "Rotation":
         """``positions [tokens]``, int32 or int64."""

@@ -102,6 +102,12 @@ def fits(x: torch.Tensor, width: int = MAX_WIDTH) -> bool:
     )
 
 
+def compile_kernels() -> None:
+    """While a model is loaded: see ``engine.cpu.gemm``."""
+    _rms_norm()
+    _rotate()
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x [tokens, width]``, ``weight [width]`` fp32."""
     out = torch.empty(x.shape, dtype=x.dtype)

@@ -129,6 +129,11 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
+def compile_kernels() -> None:
+    """While a model is loaded: its first step would take seconds, and its worker be taken for lost."""
+    _linear()
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """``[out, in]`` -> ``[panels, in / 2, 64, 2]``, what is behind the last row 0."""
     columns, depth = weight.shape

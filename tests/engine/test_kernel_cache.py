@@ -1,11 +1,14 @@
-"""Promise: compiled kernels, which are code, are only read from where nobody else can have put them."""
+"""Promise: compiled kernels, which are code, are only read from where nobody else can have put them; and they are there
+before the first step, which must not take as long as they take."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from engine.cpu import jit
+from engine.cpu import elementwise, gemm, jit, paged_attention
+from engine.engine import Engine
+from messages.sampling import SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,16 @@ def test_another_users_folder_behind_a_link_is_not_used(tmp_path: Path, monkeypa
     monkeypatch.setenv("BATON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(jit.tempfile, "gettempdir", lambda: str(tmp_path))
     assert not jit.cache_folder().is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.skipif(not jit.available, reason="torch does not compute with libgomp here")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_step_waits_for_a_kernel(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    for module in (elementwise, gemm, paged_attention):
+        for each in vars(module).values():
+            if hasattr(each, "cache_clear"):
+                each.cache_clear()
+    engine = Engine(tiny_llama, dtype=dtype, kv_bytes=1 << 20)
+    monkeypatch.setattr(jit, "Kernel", None)  # nothing can be compiled any more
+    (made,) = engine.generate([list(range(3, 43))], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(made.token_ids) == 2
