@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from messages.router_to_gateway import ClusterState
+from messages.common import AbortReason
+from messages.router_to_gateway import ClusterState, WorkerState
 
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 INTERVAL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -16,9 +17,6 @@ WORKER_GAUGES = {
     "waiting": "sequences that wait",
     "assigned": "requests placed there and not finished",
     "steps": "engine steps",
-    "kv_bytes_sent": "KV bytes sent",
-    "kv_bytes_received": "KV bytes received",
-    "transfers": "KV transfers",
 }
 CACHE_COUNTERS = {
     "prefix_cache_queries": "tokens that were looked up in the prefix cache",
@@ -26,6 +24,46 @@ CACHE_COUNTERS = {
     "preemptions": "times that a sequence had to make room for an older one",
 }
 """Fields of ``WorkerState``."""
+
+
+class Handovers:
+    """The ``kv_transfer`` metrics of a page: of each worker, its end of its hand-overs."""
+
+    def __init__(self) -> None:
+        labels = ("worker", "role")
+
+        def counter(name: str, text: str, *more: str) -> CounterMetricFamily:
+            return CounterMetricFamily(f"baton_{name}", text, labels=(*labels, *more))
+
+        self._bytes = counter("kv_transfer_bytes", "KV bytes moved between workers", "direction")
+        self._ended = counter("kv_transfers", "hand-overs that were verified and acked")
+        self._aborts = counter("kv_transfer_aborts", "hand-overs that were given up", "reason")
+        self._counters = {
+            "hidden_bytes": counter("kv_transfer_hidden_bytes", "KV bytes that left before their prompt was computed"),
+            "seconds": counter("kv_transfer_seconds", "time of hand-overs: of bytes on their way, or until verified"),
+            "repairs": counter("kv_transfer_repairs", "times that bad or missing blocks were asked for again"),
+            "quarantine_seconds": counter("kv_quarantine_seconds", "time that transfers' blocks were in quarantine"),
+        }
+        self._gauges = {
+            "in_flight": GaugeMetricFamily("baton_kv_transfers_in_flight", "hand-overs under way", labels=labels),
+            "quarantined_blocks": GaugeMetricFamily(
+                "baton_kv_quarantined_blocks", "KV blocks that a writer may still reach", labels=labels
+            ),
+        }
+
+    def add(self, worker: WorkerState) -> None:
+        """Another worker's figures."""
+        labels, counts = [worker.worker, worker.role.value], worker.handovers
+        self._bytes.add_metric([*labels, "sent"], worker.kv_bytes_sent)
+        self._bytes.add_metric([*labels, "received"], worker.kv_bytes_received)
+        self._ended.add_metric(labels, worker.transfers)
+        for reason in AbortReason:
+            self._aborts.add_metric([*labels, reason.value], getattr(counts.aborts, reason.value))
+        for name, family in (self._counters | self._gauges).items():
+            family.add_metric(labels, getattr(counts, name))
+
+    def families(self) -> Iterable[Metric]:
+        return [self._bytes, self._ended, self._aborts, *self._counters.values(), *self._gauges.values()]
 
 
 class Metrics(Collector):
@@ -79,8 +117,10 @@ class Metrics(Collector):
             name: CounterMetricFamily(f"baton_{name}", text, labels=("worker", "role"))
             for name, text in CACHE_COUNTERS.items()
         }
+        handovers = Handovers()
         for worker in self.cluster.workers:
             labels = [worker.worker, worker.role.value]
+            handovers.add(worker)
             alive.add_metric(labels, float(worker.alive))
             for name, counted in caches.items():
                 counted.add_metric(labels, getattr(worker.cache, name))
@@ -89,6 +129,7 @@ class Metrics(Collector):
         yield alive
         yield blocks
         yield from caches.values()
+        yield from handovers.families()
         for name, text in WORKER_GAUGES.items():
             family = GaugeMetricFamily(f"baton_worker_{name}", text, labels=("worker", "role"))
             for worker in self.cluster.workers:

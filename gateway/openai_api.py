@@ -31,6 +31,7 @@ from gateway.orders import Plan, Planner, Prompt
 from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode, openapi_schema
 from gateway.request_models import ChatRequest, CompletionRequest, chat_request, completion_request
 from gateway.tokenization import Tokenizer
+from messages.common import Part
 from messages.router_to_gateway import ClusterState
 
 log = logging.getLogger(__name__)
@@ -252,12 +253,13 @@ def _json(body: Any, status: int = 200) -> Response:
 
 def _cluster(state: ClusterState) -> dict[str, Any]:
     """Workers as objects; on the wire between processes they are arrays."""
-    workers = []
-    for worker in state.workers:
-        fields = {name: getattr(worker, name) for name in worker.__struct_fields__}
-        blocks = {name: getattr(worker.blocks, name) for name in worker.blocks.__struct_fields__}
-        workers.append(fields | {"epoch": str(worker.epoch), "blocks": blocks})
+    workers = [_fields(worker) | {"epoch": str(worker.epoch)} for worker in state.workers]
     return {"ready": state.ready, "queued": state.queued, "workers": workers}
+
+
+def _fields(part: Part) -> dict[str, Any]:
+    fields = {name: getattr(part, name) for name in part.__struct_fields__}
+    return {name: _fields(value) if isinstance(value, Part) else value for name, value in fields.items()}
 
 
 def version() -> str:

@@ -22,6 +22,7 @@ Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Detail = Annotated[str, Meta(max_length=2_000)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+Seconds = Annotated[float, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 PackedTokens = Annotated[Tokens, Meta(max_length=4 * MAX_SEQUENCE)]
 PackedBlocks = Annotated[bytes, Meta(max_length=4 * MAX_SEQUENCE)]
@@ -152,6 +153,56 @@ class CacheCounts(Part, frozen=True):
     """Those of them whose KV was there."""
     preemptions: Count = 0
     """Times that a sequence had to make room for an older one."""
+
+
+class AbortReason(StrEnum):
+    """Why a worker's end of a hand-over did not come to its ack. Each is a field of ``AbortCounts``."""
+
+    REFUSED = "refused"
+    """The decode worker gave no room."""
+    WITHDRAWN = "withdrawn"
+    """This worker did not want it any more: the gateway has aborted the attempt, a step has failed, or the
+    first token was the last."""
+    PEER = "peer"
+    """The other end gave it up."""
+    PEER_LOST = "peer_lost"
+    """The other end has left the membership."""
+    TRANSPORT = "transport"
+    """The blocks could not be written."""
+    TIMEOUT = "timeout"
+    """Nothing moved for too long, or what was missing did not come."""
+    INTEGRITY = "integrity"
+    """Blocks were still bad after their repairs, or the two ends disagreed on which there are."""
+
+
+class AbortCounts(Part, frozen=True):
+    """Hand-overs that were given up, by ``AbortReason``."""
+
+    refused: Count = 0
+    withdrawn: Count = 0
+    peer: Count = 0
+    peer_lost: Count = 0
+    transport: Count = 0
+    timeout: Count = 0
+    integrity: Count = 0
+
+
+class TransferCounts(Part, frozen=True):
+    """One worker's end of its hand-overs, counted since the worker started, but for the two that say now."""
+
+    in_flight: Count = 0
+    """Now."""
+    seconds: Seconds = 0.0
+    """Of those that were acked. Sender: from the first push to the last byte. Receiver: from the promise to the ack."""
+    hidden_bytes: Count = 0
+    """Of what was sent and acked: what had left before the prompt was computed."""
+    repairs: Count = 0
+    """Times that blocks were asked for again."""
+    quarantined_blocks: Count = 0
+    """Now."""
+    quarantine_seconds: Seconds = 0.0
+    """Each quarantine from its begin to its end, or to now."""
+    aborts: AbortCounts = AbortCounts()
 
 
 class FailReason(StrEnum):

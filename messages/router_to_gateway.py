@@ -10,6 +10,7 @@ from messages.common import (
     Part,
     Role,
     Ticket,
+    TransferCounts,
     WorkerAddress,
 )
 from messages.ids import Epoch, WorkerId
@@ -55,6 +56,7 @@ class WorkerState(Part, frozen=True):
     assigned: Count
     """Requests that the router has placed there and not yet seen finished."""
     cache: CacheCounts = CacheCounts()
+    handovers: TransferCounts = TransferCounts()
 
 
 class ClusterState(Message, frozen=True):

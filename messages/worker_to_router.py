@@ -1,6 +1,6 @@
 """What workers, and whoever watches them, tell the router."""
 
-from messages.common import BlockCounts, CacheCounts, Count, Detail, Message, Role, WorkerAddress
+from messages.common import BlockCounts, CacheCounts, Count, Detail, Message, Role, TransferCounts, WorkerAddress
 from messages.ids import Epoch, WorkerId
 from messages.seals import Sealed
 
@@ -29,6 +29,7 @@ class Report(Message, frozen=True):
     kv_bytes_received: Count
     transfers: Count
     cache: CacheCounts = CacheCounts()
+    handovers: TransferCounts = TransferCounts()
 
 
 class WorkerDied(Message, frozen=True):

@@ -136,6 +136,7 @@ class DecodeMachine:
         actions += self.membership.report(
             block_counts(self._pool),
             cache_counts(self._pool, self._scheduler),
+            lambda: self._reservations.counts(now),
             running=self._scheduler.num_running,
             waiting=waiting,
             now=now,

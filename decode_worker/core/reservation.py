@@ -34,8 +34,9 @@ from kv_transfer.core.session import (
     TransferTimeouts,
     WritersGone,
 )
+from kv_transfer.core.stats import TransferStats
 from messages.codec import count_tokens, unpack_tokens
-from messages.common import KVEndpoint
+from messages.common import AbortReason, KVEndpoint, TransferCounts
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
@@ -81,7 +82,11 @@ class _Reservation:
     cached: Blocks
     """Leading blocks of the sequence that were here already, and are held for it."""
     hashes: BlockHashes
+    promised_at: float
     blocks_are: BlockState = BlockState.HELD
+    aborted: AbortReason | None = None
+    """Why it was given up, once it is."""
+    quarantined_at: float = 0.0
 
     @property
     def num_blocks(self) -> int:
@@ -120,6 +125,7 @@ class Reservations:
         self._landing: dict[bytes, TransferKey] = {}
         """The names of blocks that are on their way, and with which transfer."""
         self._landed: dict[TransferKey, None] = {}
+        self._stats = TransferStats()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -131,6 +137,15 @@ class Reservations:
     @property
     def blocks_held(self) -> int:
         return sum(reservation.num_blocks for reservation in self._open.values())
+
+    def counts(self, now: float) -> TransferCounts:
+        """For the worker's report."""
+        quarantined = [each for each in self._open.values() if each.blocks_are is BlockState.QUARANTINED]
+        return self._stats.counts(
+            in_flight=len(self._open) - len(quarantined),
+            quarantined_blocks=sum(len(each.session.blocks) for each in quarantined),
+            quarantine_seconds=sum(now - each.quarantined_at for each in quarantined),
+        )
 
     def check_integrity(self) -> None:
         """Every block into which KV is on its way belongs to a transfer, and is what that one says."""
@@ -161,7 +176,7 @@ class Reservations:
         """A sender asks again, or late."""
         key = TransferKey(order.request, order.attempt)
         if key in self._open:
-            return self._steps(key, self._open[key].session.handle(order, now))
+            return self._steps(key, self._open[key].session.handle(order, now), now)
         if order.request in self._waiting and self._waiting[order.request].order.attempt == order.attempt:
             return []
         return [self.refuse(order, "this attempt is over")]
@@ -201,10 +216,10 @@ class Reservations:
         session = ReceiveSession(
             key, self._mailbox, blocks, len(cached), self.route(order), self._one_sided, self._timeouts, order.sources
         )
-        self._open[key] = _Reservation(order, session, cached, waiting.hashes)
+        self._open[key] = _Reservation(order, session, cached, waiting.hashes, now)
         for name in waiting.hashes.names[len(cached) :]:
             self._landing.setdefault(name, key)
-        return self._steps(key, session.accept(now))
+        return self._steps(key, session.accept(now), now)
 
     def _promises(self) -> list[Promise]:
         """What has been promised, and will run."""
@@ -225,7 +240,7 @@ class Reservations:
         else:
             key = TransferKey(event.request, event.attempt)
         if key in self._open:
-            return self._steps(key, self._open[key].session.handle(event, now))
+            return self._steps(key, self._open[key].session.handle(event, now), now, _reason(event))
         match event:
             case TransferClosed():
                 self._forget_waiting(event.request, event.attempt)
@@ -241,17 +256,16 @@ class Reservations:
         """End the transfers of every attempt of ``request`` up to ``attempt``."""
         self._forget_waiting(request, attempt)
         keys = [key for key in self._open if key.request == request and key.attempt <= attempt]
-        return [step for key in keys for step in self._steps(key, self._open[key].session.give_up(detail, now=now))]
+        return [step for key in keys for step in self._give_up(key, detail, now)]
 
     def give_up_all(self, detail: str, now: float) -> list[Step]:
         """End every transfer; those that wait are refused."""
         refusals: list[Step] = [self.refuse(waiting.order, detail) for waiting in self._waiting.values()]
         self._waiting.clear()
-        return refusals + [
-            step
-            for key in list(self._open)
-            for step in self._steps(key, self._open[key].session.give_up(detail, now=now))
-        ]
+        return refusals + [step for key in list(self._open) for step in self._give_up(key, detail, now)]
+
+    def _give_up(self, key: TransferKey, detail: str, now: float) -> list[Step]:
+        return self._steps(key, self._open[key].session.give_up(detail, now=now), now, AbortReason.WITHDRAWN)
 
     def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool, now: float) -> list[Step]:
         """A prefill worker is gone: nothing of it is waited for. If it is ``dead``, its quarantined blocks are safe."""
@@ -264,7 +278,11 @@ class Reservations:
             if (reservation.order.prefill.worker, reservation.order.prefill.epoch) == (worker, epoch)
         ]
         return [
-            step for key in lost for step in self._steps(key, self._open[key].session.peer_lost(dead=dead, now=now))
+            step
+            for key in lost
+            for step in self._steps(
+                key, self._open[key].session.peer_lost(dead=dead, now=now), now, AbortReason.PEER_LOST
+            )
         ]
 
     def tick(self, now: float) -> list[Step]:
@@ -275,7 +293,7 @@ class Reservations:
             steps.append(self.refuse(waiting.order, "no KV blocks became free in time"))
         due = [key for key, reservation in self._open.items() if reservation.session.wake_at <= now]
         for key in due:
-            steps += self._steps(key, self._open[key].session.tick(now))
+            steps += self._steps(key, self._open[key].session.tick(now), now, AbortReason.TIMEOUT)
         return steps
 
     def _first_deadline(self) -> float:
@@ -288,17 +306,29 @@ class Reservations:
         if request in self._waiting and self._waiting[request].order.attempt <= attempt:
             del self._waiting[request]
 
-    def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
+    def _steps(
+        self,
+        key: TransferKey,
+        actions: Iterable[SessionAction],
+        now: float,
+        reason: AbortReason = AbortReason.INTEGRITY,
+    ) -> list[Step]:
+        """``reason``: why the transfer is given up, if it just was."""
         reservation = self._open[key]
         state = BLOCKS_OF[reservation.session.state]
         if state is not reservation.blocks_are:
             self._pool.move(reservation.session.blocks, state)
+            if state is BlockState.QUARANTINED:
+                reservation.aborted, reservation.quarantined_at = reason, now
+            elif reservation.blocks_are is BlockState.QUARANTINED:
+                self._stats.quarantine_seconds += now - reservation.quarantined_at
             reservation.blocks_are = state
         steps: list[Step] = []
         for action in actions:
             match action:
                 case Ended(outcome=Outcome.DONE):
                     self._closed(key)
+                    self._stats.received(reservation.session.repairs, now - reservation.promised_at, None)
                     self._remember(key)
                     assert reservation.session.first is not None
                     blocks = np.concatenate([reservation.cached, reservation.session.blocks])
@@ -306,6 +336,8 @@ class Reservations:
                     steps.append(KVLanded(reservation.order, blocks, *landed))
                 case Ended():
                     self._closed(key)
+                    aborted = reservation.aborted or reason
+                    self._stats.received(reservation.session.repairs, now - reservation.promised_at, aborted)
                     self._pool.free(reservation.session.blocks)
                     self._pool.free(reservation.cached)
                 case OpenLanding() | CloseLanding() | TakeDigests() | LookForWriters():
@@ -324,6 +356,11 @@ class Reservations:
         self._landed[key] = None
         if len(self._landed) > REMEMBERED:
             del self._landed[next(iter(self._landed))]
+
+
+def _reason(event: object) -> AbortReason:
+    """Why a transfer is given up with ``event``, if it is."""
+    return AbortReason.PEER if isinstance(event, TransferClosed) else AbortReason.INTEGRITY
 
 
 def _promise(order: OpenTransfer, num_blocks: int) -> Promise:

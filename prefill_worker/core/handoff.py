@@ -16,11 +16,13 @@ from kv_transfer.core.session import (
     Outcome,
     Push,
     SendSession,
+    SendState,
     TakeDigests,
     TransferTimeouts,
 )
+from kv_transfer.core.stats import TransferStats
 from kv_transfer.core.trace import TransferTrace
-from messages.common import KVEndpoint, KVShard, WorkerAddress
+from messages.common import AbortReason, KVEndpoint, KVShard, TransferCounts, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
@@ -50,6 +52,8 @@ class _Handoff:
     order: Prefill
     seq: Sequence
     session: SendSession
+    aborted: AbortReason | None = None
+    """Why it was given up, once it is."""
     peer_dead: bool = False
     """Nobody reads what would be sent to the decode worker."""
 
@@ -74,6 +78,7 @@ class Handoffs:
         self._pool = pool
         self._timeouts = timeouts
         self._open: dict[TransferKey, _Handoff] = {}
+        self._stats = TransferStats()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -90,6 +95,10 @@ class Handoffs:
         """Every pin belongs to a hand-over."""
         pins, _ = self._pool.num_claimed()
         assert pins == self.blocks_held, f"{self.blocks_held} blocks are to be read, {pins} are pinned"
+
+    def counts(self, _now: float) -> TransferCounts:
+        """For the worker's report."""
+        return self._stats.counts(in_flight=len(self._open))
 
     @property
     def wake_at(self) -> float:
@@ -140,7 +149,7 @@ class Handoffs:
         return self._steps(key, self._open[key].session.end(first, now))
 
     def give_up(self, key: TransferKey, detail: str) -> list[Step]:
-        return self._steps(key, self._open[key].session.give_up(detail))
+        return self._steps(key, self._open[key].session.give_up(detail), AbortReason.WITHDRAWN)
 
     def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool) -> list[Step]:
         """A decode worker is gone: every hand-over to it fails."""
@@ -148,25 +157,34 @@ class Handoffs:
         for key, handoff in list(self._open.items()):
             if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch):
                 handoff.peer_dead = dead
-                steps += self._steps(key, handoff.session.give_up("the decode worker was lost", Outcome.FAILED))
+                steps += self._steps(
+                    key, handoff.session.give_up("the decode worker was lost", Outcome.FAILED), AbortReason.PEER_LOST
+                )
         return steps
 
     def handle(self, event: PeerMessage | TransportAnswer, now: float) -> list[Step]:
         """An answer of the peer or of the transport; one that comes too late is dropped."""
         key = event.key if isinstance(event, TransportAnswer) else TransferKey(event.request, event.attempt)
         handoff = self._open.get(key)
-        return [] if handoff is None else self._steps(key, handoff.session.handle(event, now))
+        if handoff is None:
+            return []
+        return self._steps(key, handoff.session.handle(event, now), _reason(event))
 
     def tick(self, now: float) -> list[Step]:
         due = [(key, handoff.session) for key, handoff in self._open.items() if handoff.session.wake_at <= now]
-        return [step for key, session in due for step in self._steps(key, session.tick(now))]
+        return [step for key, session in due for step in self._steps(key, session.tick(now), AbortReason.TIMEOUT)]
 
     def older_than(self, request: RequestId, attempt: Attempt) -> list[TransferKey]:
         """Hand-overs of attempts of ``request`` up to and including ``attempt``."""
         return [key for key in self._open if key.request == request and key.attempt <= attempt]
 
-    def _steps(self, key: TransferKey, actions: Iterable[SessionAction]) -> list[Step]:
+    def _steps(
+        self, key: TransferKey, actions: Iterable[SessionAction], reason: AbortReason = AbortReason.INTEGRITY
+    ) -> list[Step]:
+        """``reason``: why the hand-over is given up, if it just was."""
         handoff = self._open[key]
+        if handoff.aborted is None and handoff.session.state in (SendState.CLOSING, SendState.CLOSED):
+            handoff.aborted = reason
         steps: list[Step] = []
         for action in actions:
             match action:
@@ -175,9 +193,22 @@ class Handoffs:
                     self._pool.unpin(handoff.seq.block_table)
                     self._pool.free(handoff.seq.block_table)
                     trace = handoff.session.trace
+                    self._stats.sent(trace, None if action.outcome is Outcome.DONE else handoff.aborted)
                     steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable, trace))
                 case Push() | CancelPushes() | TakeDigests():
                     steps.append(action)
                 case message if not handoff.peer_dead:
                     steps.append(Send(handoff.order.decode.mailbox, message))  # type: ignore[arg-type]
         return steps
+
+
+def _reason(event: PeerMessage | TransportAnswer) -> AbortReason:
+    """Why a hand-over is given up with ``event``, if it is."""
+    match event:
+        case TransferRefused():
+            return AbortReason.REFUSED
+        case CancelTransfer():
+            return AbortReason.PEER
+        case PushFailed():
+            return AbortReason.TRANSPORT
+    return AbortReason.INTEGRITY

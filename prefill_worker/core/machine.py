@@ -154,6 +154,7 @@ class PrefillMachine:
         actions += self.membership.report(
             block_counts(self._pool),
             cache_counts(self._pool, self._scheduler),
+            lambda: self._handoffs.counts(now),
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             now=now,
@@ -284,7 +285,6 @@ class PrefillMachine:
             return self._let_go(leg)
         assert progress.token is not None
         blocks = len(progress.seq.block_table)
-        self.membership.transfers += 1
         return [
             *self._handoffs.computed(leg.key, blocks, now),
             *self._handoffs.end(leg.key, FirstToken(progress.token, logprobs, prompt_logprobs), now),
@@ -335,6 +335,7 @@ class PrefillMachine:
                 actions.append(step)
                 continue
             self.traces.append(step.trace)
+            self.membership.transfers += step.outcome is Outcome.DONE
             leg = self._legs.get(step.order.request)
             if leg is not None and leg.order.attempt == step.order.attempt:
                 del self._legs[step.order.request]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from messages.common import BlockCounts, CacheCounts, Role, WorkerAddress
+from messages.common import BlockCounts, CacheCounts, Role, TransferCounts, WorkerAddress
 from messages.ids import Epoch, RequestId, WorkerId
 from messages.router_to_gateway import WorkerState
 from messages.worker_to_router import Register, Report
@@ -77,4 +77,5 @@ class WorkerView:
             transfers=report.transfers if report else 0,
             assigned=len(self.requests),
             cache=report.cache if report else CacheCounts(),
+            handovers=report.handovers if report else TransferCounts(),
         )

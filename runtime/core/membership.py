@@ -1,6 +1,8 @@
 """How a worker stays known to the router: it registers, then reports from its step loop."""
 
-from messages.common import BlockCounts, CacheCounts, Role, WorkerAddress
+from collections.abc import Callable
+
+from messages.common import BlockCounts, CacheCounts, Role, TransferCounts, WorkerAddress
 from messages.ids import Address
 from messages.router_to_worker import RegisterWanted
 from messages.seals import seal
@@ -48,7 +50,16 @@ class Membership:
     def wanted(self, event: RegisterWanted) -> list[Send]:
         return [self.register()] if event.epoch == self.address.epoch else []
 
-    def report(self, blocks: BlockCounts, cache: CacheCounts, *, running: int, waiting: int, now: float) -> list[Send]:
+    def report(
+        self,
+        blocks: BlockCounts,
+        cache: CacheCounts,
+        handovers: Callable[[], TransferCounts],
+        *,
+        running: int,
+        waiting: int,
+        now: float,
+    ) -> list[Send]:
         """A report, if one is due."""
         if now < self.report_at:
             return []
@@ -66,6 +77,7 @@ class Membership:
             kv_bytes_received=self.kv_bytes_received,
             transfers=self.transfers,
             cache=cache,
+            handovers=handovers(),
         )
         again = [self.register()] if self._number % REGISTER_EVERY == 0 else []
         return [*again, Send(self._router, report)]

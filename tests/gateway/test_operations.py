@@ -11,7 +11,7 @@ from gateway import hub
 from gateway.actor import GatewayActor
 from gateway.metrics import Metrics
 from gateway.server import GatewayServer
-from messages.common import BlockCounts, Role, WorkerAddress
+from messages.common import AbortCounts, AbortReason, BlockCounts, Role, TransferCounts, WorkerAddress
 from messages.gateway_to_router import Finished, PlacementWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, WorkerLost, WorkerState
@@ -94,6 +94,33 @@ def test_the_metrics_page_stays_well_formed_whatever_a_workers_name_is() -> None
     assert value(samples, "baton_router_queued") == 3
     shown = {dict(labels)["worker"] for name, labels in samples if name == "baton_worker_alive"}
     assert shown == set(names)
+
+
+def test_the_metrics_page_says_how_kv_moves() -> None:
+    counts = TransferCounts(
+        in_flight=1, seconds=2.5, hidden_bytes=3, repairs=4, quarantined_blocks=5, quarantine_seconds=6.5,
+        aborts=AbortCounts(refused=7, integrity=8),
+    )  # fmt: skip
+    decode = WorkerState(
+        worker=DECODE, epoch=Epoch(1), role=Role.DECODE, alive=True, running=0, waiting=0, steps=0,
+        blocks=BlockCounts(0, 0, 0, 0), kv_bytes_sent=9, kv_bytes_received=10, transfers=11, assigned=0,
+        handovers=counts,
+    )  # fmt: skip
+    metrics = Metrics()
+    metrics.cluster = ClusterState(workers=(decode,), queued=0, ready=True)
+    samples = samples_of(metrics.text().decode())
+    shown = {
+        "kv_transfers_in_flight": 1, "kv_transfer_seconds_total": 2.5, "kv_transfer_hidden_bytes_total": 3,
+        "kv_transfer_repairs_total": 4, "kv_quarantined_blocks": 5, "kv_quarantine_seconds_total": 6.5,
+        "kv_transfers_total": 11,
+    }  # fmt: skip
+    labels = {"worker": DECODE, "role": "decode"}
+    assert {name: value(samples, f"baton_{name}", **labels) for name in shown} == shown
+    for direction, count in (("sent", 9), ("received", 10)):
+        assert value(samples, "baton_kv_transfer_bytes_total", **labels, direction=direction) == count
+    for reason in AbortReason:
+        expected = getattr(counts.aborts, reason.value)
+        assert value(samples, "baton_kv_transfer_aborts_total", **labels, reason=reason.value) == expected
 
 
 def test_a_gateway_before_a_cluster_that_is_not_ready_is_healthy_all_the_same(tiny_llama: Path) -> None:

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from messages import tickets
 from messages.codec import BadMessage, decoder_for, encode
-from messages.common import BlockCounts, CacheCounts, Role
+from messages.common import BlockCounts, CacheCounts, Role, TransferCounts
 from messages.gateway_to_router import ClusterStateWanted
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
@@ -261,7 +261,7 @@ def test_a_register_that_was_lost_is_made_up_for() -> None:
     for step in range(REGISTER_EVERY):
         assert not world.state().ready
         world.now = step * REPORT_EVERY * 1.001
-        for send in member.report(blocks, CacheCounts(), running=0, waiting=0, now=world.now):
+        for send in member.report(blocks, CacheCounts(), TransferCounts, running=0, waiting=0, now=world.now):
             assert world.handle(send.message) == []
     assert world.state().ready
     assert world.now < 5.0
