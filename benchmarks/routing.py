@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import psutil
 
 from messages.codec import decoder_for
-from messages.common import BlockCounts, KVEndpoint, KVShard, Role, WorkerAddress
+from messages.common import BlockCounts, KVRank, KVShard, KVWay, Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
@@ -195,7 +195,7 @@ def name(index: int) -> WorkerId:
 def registers(workers: int, max_num_seqs: int = 64, blocks: int = POOL) -> Iterator[Register]:
     for index in range(workers):
         role = Role.PREFILL if index % 2 else Role.DECODE
-        kv = (KVEndpoint("zmq", "tcp://10.0.0.1:1", SHARD, blocks),) if role is Role.DECODE else ()
+        kv = (KVRank(SHARD, blocks, "host", (KVWay("zmq", "tcp://10.0.0.1:1"),)),) if role is Role.DECODE else ()
         address = WorkerAddress(name(index), Epoch(index), Address(f"tcp://10.0.0.1:{index + 1}"), kv)
         register = Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=131_072)
         yield seal(KEY, register)

@@ -157,7 +157,7 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
         served_model_name=topology.served_model_name or folder.name,
         dtype=dtype,
         max_model_len=max_model_len,
-        transport="shm" if topology.kv.transport == "auto" else topology.kv.transport,
+        transport=topology.kv.transport,
         cluster_key=secrets.token_bytes(32),
     )
     problems = [*_rank_problems(plan), *_kv_problems(plan)]

@@ -13,6 +13,9 @@ from cluster.plan import Plan, make_plan, size
 from cluster.topology import Topology
 from engine.core.kv_layout import DTYPE_BYTES
 
+_WAYS = {"auto": "shm on one host, over zmq between hosts"}
+"""How transports are told."""
+
 
 def check(topology: Topology, *, download: bool = True) -> Plan:
     """The plan, if this machine can run it; else a ``TopologyError`` with one line for each thing that is wrong."""
@@ -46,7 +49,7 @@ def summary(plan: Plan) -> Iterator[tuple[str, str]]:
         kv = f"{plan.num_blocks(pool)} blocks ({size(plan.kv_memory(pool))}) of {plan.layout(pool).dtype} KV each"
         cpus = f"{pool.resources.cpus:g} CPUs"
         yield pool.role, f"{names}: {pool.max_num_seqs} sequences a step, {cpus} and {kv}"
-    yield "kv", f"blocks of {topology.kv.block_size} tokens, moved over {plan.transport}"
+    yield "kv", f"blocks of {topology.kv.block_size} tokens, moved over {_WAYS.get(plan.transport, plan.transport)}"
     yield "context", f"{plan.max_model_len} tokens"
     gateway = topology.gateway
     host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host

@@ -7,14 +7,18 @@ sealed against shrinking: a truncated file would kill, with SIGBUS, whoever copi
 
 import contextlib
 import fcntl
+import hashlib
 import mmap
 import os
 import re
 import secrets
 import select
+from pathlib import Path
 from typing import NamedTuple
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MACHINE_ID = Path("/etc/machine-id")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ADDRESS = re.compile(r"/proc/([1-9]\d{0,6})/fd/(\d{1,9})#([0-9a-f]{32}):(\d{1,18})")
 
 
@@ -46,6 +50,33 @@ class Shared:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def mapping_host() -> str:
+    """The same in two processes where each can ``attach`` what the other shares, as far as the system says it.
+
+    That is the same boot of the same machine, and the same pid namespace and user: what ``/proc`` and its permissions
+    go by. Raises ``SharedMemoryError`` where this process's memory cannot be mapped at all.
+    """
+    try:
+        probe = Shared(mmap.PAGESIZE)
+    except OSError as error:
+        raise SharedMemoryError(f"cannot make memory to share: {error}") from error
+    try:
+        mapping, process = attach(probe.address, mmap.PAGESIZE)
+        mapping.close()
+        os.close(process)
+    finally:
+        probe.close()
+    try:
+        facts = [_MACHINE_ID.read_text() if _MACHINE_ID.exists() else "", _BOOT_ID.read_text()]
+        facts += [os.readlink(f"/proc/self/ns/{space}") for space in ("pid", "user")]
+        owner = os.stat("/proc/self").st_uid  # not the user's where others of the user may not look into it
+    except OSError as error:
+        raise SharedMemoryError(f"cannot tell which processes share this host: {error}") from error
+    if owner != os.geteuid():
+        raise SharedMemoryError("the system keeps this process's files from others of the same user (not dumpable)")
+    return hashlib.blake2b("\n".join([*facts, str(owner)]).encode(), digest_size=16).hexdigest()
 
 
 def attach(address: str, size: int) -> tuple[mmap.mmap, int]:

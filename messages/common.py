@@ -17,6 +17,8 @@ MAX_SIDE = 4096
 """Of the layers, heads, ... of a KV block."""
 MAX_RANKS = 256
 """Of one worker."""
+MAX_WAYS = 8
+"""Transports that one rank offers."""
 
 Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -68,13 +70,31 @@ class KVShard(Part, frozen=True):
 
 
 class KVEndpoint(Part, frozen=True):
-    """Where one tensor-parallel rank of a worker keeps its KV."""
+    """Where one tensor-parallel rank of a worker keeps its KV, by one transport."""
 
     transport: Name
-    address: Name
-    """What the transport's sender needs: a shared-memory name, a ZeroMQ endpoint."""
+    address: Annotated[str, Meta(max_length=256)]
+    """What a peer needs. Of a receiver: a shared-memory name, a ZeroMQ endpoint. Of a sender: where its pool stands;
+    empty for transports whose receivers do not look."""
     shard: KVShard
     num_blocks: Count
+
+
+class KVWay(Part, frozen=True):
+    """A transport that a rank of a worker offers; see ``KVEndpoint``."""
+
+    transport: Name
+    address: Annotated[str, Meta(max_length=256)] = ""
+
+
+class KVRank(Part, frozen=True):
+    """One tensor-parallel rank of a worker: its KV, and the ways into it, or out of it."""
+
+    shard: KVShard
+    num_blocks: Count
+    host: Name
+    """Two ranks have the same where each process can map the other's memory."""
+    ways: Annotated[tuple[KVWay, ...], Meta(max_length=MAX_WAYS)] = ()
 
 
 class WorkerAddress(Part, frozen=True):
@@ -83,7 +103,7 @@ class WorkerAddress(Part, frozen=True):
     worker: WorkerId
     epoch: Epoch
     mailbox: Address
-    kv: Annotated[tuple[KVEndpoint, ...], Meta(max_length=MAX_RANKS)] = ()
+    kv: Annotated[tuple[KVRank, ...], Meta(max_length=MAX_RANKS)] = ()
     """One for each tensor-parallel rank; empty where a worker receives no KV."""
 
 

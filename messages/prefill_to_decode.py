@@ -10,8 +10,7 @@ from messages.common import (
     Count,
     Detail,
     Generation,
-    KVEndpoint,
-    KVShard,
+    KVRank,
     Logprobs,
     Name,
     Part,
@@ -38,10 +37,10 @@ class OpenTransfer(AttemptMessage, frozen=True):
     gateway: Address
     generation: Generation
     transport: Name
-    shards: Annotated[tuple[KVShard, ...], Meta(max_length=MAX_RANKS)]
-    """The sender's KV, rank by rank: by it and by its own the receiver knows what will come from whom."""
-    sources: Annotated[tuple[KVEndpoint, ...], Meta(max_length=MAX_RANKS)]
-    """Where the KV comes from, one for each rank: a one-sided receiver sees by it whether the writers live."""
+    """That the sender has chosen of those that both offer."""
+    ranks: Annotated[tuple[KVRank, ...], Meta(max_length=MAX_RANKS)]
+    """The sender's KV: by it and by its own the receiver knows what will come from whom, and a one-sided one sees by
+    its ways whether the writers live."""
     ticket: Ticket
 
 

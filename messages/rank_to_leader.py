@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from messages.common import KVEndpoint, KVShard, Name
+from messages.common import KVRank, Name
 from messages.ids import Address, Epoch, WorkerId
 from messages.leader_to_rank import MAX_BODY
 from messages.seals import Sealed
@@ -31,11 +31,7 @@ class RankMessage(Sealed, frozen=True, kw_only=True):
 class Ready(RankMessage, frozen=True, kw_only=True):
     """The rank has loaded its part of the model and waits for steps."""
 
-    shard: KVShard
-    endpoint: KVEndpoint | None = None
-    """Where it receives KV."""
-    source: KVEndpoint | None = None
-    """Where it sends KV from, for transports whose receivers look."""
+    kv: KVRank
 
 
 class RankEvent(RankMessage, frozen=True, kw_only=True):

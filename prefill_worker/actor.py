@@ -6,9 +6,8 @@ from engine.layer_gate import LayerGate
 from engine.runner import ModelRunner
 from kv_transfer.core.session import TransferTimeouts
 from kv_transfer.transports.base import PoolMemory
-from kv_transfer.transports.build import make_sender
-from kv_transfer.transports.memory import SharedMemory
-from messages.common import KVEndpoint, KVShard, WorkerAddress
+from kv_transfer.transports.build import host_of, make_senders, ways_out
+from messages.common import KVRank, KVShard, WorkerAddress
 from messages.ids import Address
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import Messages, PrefillMachine, PrefillSettings
@@ -25,13 +24,10 @@ class PrefillWorker(WorkerActor):
 
     def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard, layers: LayerGate) -> RankPort:
         rank = self._config.rank
-        source = None
-        if isinstance(memory, SharedMemory):
-            source = KVEndpoint("shm", memory.address, shard, len(memory.pool))
-        sender = make_sender(
-            self._config.transport, memory.pool, shard, lambda event: mailbox.post(FromRank(rank, event))
-        )
-        return RankPort(rank, memory.pool, shard, mailbox.post, sender=sender, source=source, layers=layers)
+        transport = self._config.transport
+        senders = make_senders(transport, memory, shard, lambda event: mailbox.post(FromRank(rank, event)))
+        kv = KVRank(shard, len(memory.pool), host_of(memory), ways_out(transport, memory))
+        return RankPort(rank, memory.pool, kv, mailbox.post, senders=senders, layers=layers)
 
     def _make_machine(
         self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner, port: KVPort
@@ -44,5 +40,5 @@ class PrefillWorker(WorkerActor):
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,
         )
-        handoffs = Handoffs(address, port.shards, self._config.transport, pool, TransferTimeouts(), port.sources)
+        handoffs = Handoffs(address, port.ranks, pool, TransferTimeouts())
         return PrefillMachine(settings, scheduler, pool, handoffs)

@@ -133,7 +133,10 @@ class WorkerActor(ABC):
         others = [] if leader is None else [RemoteRank(leader, ready) for ready in leader.wait_until_ready()]
         port = KVPort(self._own, others)
         address = WorkerAddress(
-            worker=WorkerId(config.worker), epoch=self._epoch, mailbox=mailbox.address, kv=port.endpoints
+            worker=WorkerId(config.worker),
+            epoch=self._epoch,
+            mailbox=mailbox.address,
+            kv=port.ranks if port.receives else (),
         )
         machine = self._make_machine(address, scheduler, pool, runner, port)
         return WorkerLoop(machine, runner, mailbox, port, Timelines(address.worker, clock_name()), leader)
@@ -160,7 +163,7 @@ class WorkerActor(ABC):
             swap_blocks=config.swap_blocks,
         )
         self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group), model.layers)
-        follower.ready(shard=self._own.shard, endpoint=self._own.endpoint, source=self._own.source)
+        follower.ready(kv=self._own.kv)
         return FollowerLoop(follower, model, self._own)
 
     def _allocate(self, model: ModelConfig, group: ParallelGroup) -> tuple[KVLayout, PoolMemory]:

@@ -13,7 +13,7 @@ from engine.process_group import ProcessGroup
 from engine.rank import STEP_ERRORS, RankModel
 from engine.shared_memory_group import SharedMemoryGroup
 from kv_transfer.core.fanout import RankAction
-from messages.common import WorkerAddress
+from messages.common import KVRank, WorkerAddress
 from messages.ids import Address, Epoch, WorkerId
 from messages.leader_to_rank import Command, Dismissed, LeaderMessage, Step, Welcome
 from messages.rank_to_leader import Join, RankEvent, Ready
@@ -65,10 +65,10 @@ class Follower:
                     return self.group
         raise GroupLost(f"rank 0 of {self._worker} did not answer within {within:g} s")
 
-    def ready(self, **endpoints: Any) -> None:
-        """Tell rank 0 that the model is loaded; ``endpoints`` as in ``Ready``."""
+    def ready(self, kv: KVRank) -> None:
+        """Tell rank 0 that the model is loaded."""
         assert self._epoch is not None, "not joined"
-        ready = Ready(worker=self._worker, epoch=self._epoch, rank=self._rank, **endpoints)
+        ready = Ready(worker=self._worker, epoch=self._epoch, rank=self._rank, kv=kv)
         self._mailbox.send(self._leader, seal(self._key, ready))
 
     def close(self) -> None:
@@ -173,9 +173,7 @@ class RemoteRank:
     def __init__(self, leader: Leader, ready: Ready) -> None:
         self._leader = leader
         self._rank = ready.rank
-        self.shard = ready.shard
-        self.endpoint = ready.endpoint
-        self.source = ready.source
+        self.kv = ready.kv
 
     def perform(self, action: RankAction) -> None:
         self._leader.command(self._rank, action)

@@ -1,8 +1,9 @@
 """A rank's KV pool and its ways in and out of the process, and what rank 0 makes of those of all ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,12 +23,14 @@ from kv_transfer.core.fanout import (
 )
 from kv_transfer.core.lanes import Heads
 from kv_transfer.core.session import CancelPushes, CloseLanding, LandingOpened, OpenLanding
+from kv_transfer.core.ways import KINDS
 from kv_transfer.transports.base import Pool, Receiver, Sender
 from kv_transfer.transports.records import LaneCopy
-from messages.common import KVEndpoint, KVShard, WorkerAddress
+from messages.common import KVEndpoint, KVRank, KVShard, WorkerAddress
 
 DIGEST_BYTES_AT_ONCE = 1 << 20
 """Of a lane that has to be packed to be hashed."""
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class FromRank(NamedTuple):
@@ -50,11 +53,7 @@ class Rank(Protocol):
     """One rank's port, in this process or behind a channel that keeps the order."""
 
     @property
-    def shard(self) -> KVShard: ...
-    @property
-    def endpoint(self) -> KVEndpoint | None: ...
-    @property
-    def source(self) -> KVEndpoint | None: ...
+    def kv(self) -> KVRank: ...
     def perform(self, action: RankAction) -> RankEvent | None: ...
     def forget(self, peer: WorkerAddress) -> None: ...
 
@@ -66,65 +65,57 @@ class RankPort:
         self,
         rank: int,
         pool: Pool,
-        shard: KVShard,
+        kv: KVRank,
         post: Post,
         *,
-        sender: Sender | None = None,
-        receiver: Receiver | None = None,
-        source: KVEndpoint | None = None,
+        senders: Mapping[str, Sender] = _NONE,
+        receivers: Mapping[str, Receiver] = _NONE,
         layers: LayerGate | None = None,
     ) -> None:
-        """``source``: where receivers that look find ``pool``. ``layers``: of the steps that write it, for live
-        pushes."""
-        self.shard = shard
-        self.source = source
-        self.sender = sender
-        self.receiver = receiver
+        """``senders`` and ``receivers`` by transport; ``kv`` offers what they do. ``layers``: of the steps that write
+        ``pool``, for live pushes."""
+        self.kv = kv
+        self.senders = senders
+        self.receivers = receivers
         self._rank = rank
         self._layers = layers
         self._post = post
-        self._hasher = LaneHasher(pool, shard)
+        self._hasher = LaneHasher(pool, kv.shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
-
-    @property
-    def endpoint(self) -> KVEndpoint | None:
-        """Where peers reach this rank's KV, if it receives any."""
-        return None if self.receiver is None else self.receiver.endpoint
 
     def perform(self, action: RankAction) -> RankEvent | None:
         """Returns at once, with the answer if there is one already; later ones come through ``post``."""
         match action:
             case PushLane(key, to, heads, first, source, target, live):
-                assert self.sender is not None
                 layers = self._layers.upcoming if live and self._layers is not None else None
                 assert layers is not None or not live, "nobody tells of this pool's layers"
-                self.sender.push(key, to, heads, first, source, target, layers)
-            case CancelPushes(key):
-                assert self.sender is not None
-                self.sender.cancel(key)
-            case OpenLanes(key):
-                assert self.receiver is not None
-                self.receiver.open(*action)
+                self.senders[to.transport].push(key, to, heads, first, source, target, layers)
+            case CancelPushes(key, transport):
+                self.senders[transport].cancel(key)
+            case OpenLanes(key, transport, first, blocks, lanes):
+                self.receivers[transport].open(key, first, blocks, lanes)
                 return LandingOpened(key)
             case CloseLanding(key):
-                assert self.receiver is not None
-                self.receiver.close(key)
+                for receiver in self.receivers.values():
+                    receiver.close(key)
             case DigestLane():
                 self._thread.submit(self._digest, action).add_done_callback(self._done)
         return None
 
     def forget(self, peer: WorkerAddress) -> None:
         """Let go of what leads into a peer that is gone."""
-        if self.sender is not None:
-            for endpoint in peer.kv:
-                self.sender.forget(endpoint)
+        for name, sender in self.senders.items():
+            for rank in peer.kv:
+                for way in rank.ways:
+                    if way.transport == name:
+                        sender.forget(KVEndpoint(name, way.address, rank.shard, rank.num_blocks))
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-        if self.sender is not None:
-            self.sender.shutdown()
-        if self.receiver is not None:
-            self.receiver.shutdown()
+        for sender in self.senders.values():
+            sender.shutdown()
+        for receiver in self.receivers.values():
+            receiver.shutdown()
 
     def _digest(self, wanted: DigestLane) -> None:
         taken = self._hasher.digests(wanted)
@@ -174,27 +165,20 @@ class KVPort:
     def __init__(self, own: RankPort, others: Sequence[Rank] = ()) -> None:
         self._own = own
         self._ranks: list[Rank] = [own, *others]
-        self._one_sided = own.receiver is not None and own.receiver.one_sided
-        self._fanout = Fanout(len(self._ranks), sends=own.sender is not None)
+        self._fanout = Fanout(len(self._ranks), sends=bool(own.senders))
 
     @property
-    def endpoints(self) -> tuple[KVEndpoint, ...]:
-        """Where peers reach this worker's KV, rank by rank; empty where it receives none."""
-        return tuple(rank.endpoint for rank in self._ranks if rank.endpoint is not None)
+    def ranks(self) -> tuple[KVRank, ...]:
+        """This worker's KV, and the ways into it or out of it."""
+        return tuple(rank.kv for rank in self._ranks)
 
     @property
-    def sources(self) -> tuple[KVEndpoint, ...]:
-        """Where peers find the pools that this worker sends from, where their transport looks."""
-        return tuple(rank.source for rank in self._ranks if rank.source is not None)
-
-    @property
-    def shards(self) -> tuple[KVShard, ...]:
-        """What each rank holds of a block."""
-        return tuple(rank.shard for rank in self._ranks)
+    def receives(self) -> bool:
+        return bool(self._own.receivers)
 
     def perform(self, action: WorkerAction) -> list[WorkerEvent]:
         """Have the ranks do it; what they have answered at once."""
-        if isinstance(action, OpenLanding) and self._one_sided:
+        if isinstance(action, OpenLanding) and KINDS[action.route.transport].one_sided:
             return [LandingOpened(action.key)]  # senders were told the blocks: there is nothing to wait for
         answers = [(rank, self._ranks[rank].perform(part)) for rank, part in self._fanout.fan(action)]
         return [event for rank, answer in answers if answer is not None for event in self._fanout.gather(rank, answer)]
@@ -205,9 +189,7 @@ class KVPort:
 
     def all_gone(self, writers: Iterable[KVEndpoint]) -> bool:
         """Whether no process can write for any of ``writers`` any more."""
-        receiver = self._own.receiver
-        assert receiver is not None
-        return all(receiver.writer_gone(writer) for writer in writers)
+        return all(self._own.receivers[writer.transport].writer_gone(writer) for writer in writers)
 
     def forget(self, peer: WorkerAddress) -> None:
         """Let go of what leads into a peer that is gone."""

@@ -18,6 +18,7 @@ from engine.rank import RankModel
 from engine.runner import kv_layout
 from kv_transfer.core.lanes import shard_of
 from messages.codec import decoder_for
+from messages.common import KVRank
 from messages.ids import Address, Epoch, WorkerId
 from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
 from runtime.follower import FOLLOWER_MESSAGES, Follower
@@ -118,7 +119,8 @@ def _serve(settings: RankSettings, rank: int, size: int, key: bytes, leader: Add
                 swap_blocks=settings.swap_blocks,
             )
             first = group.heads(config.num_heads, config.num_kv_heads).kv.start
-            follower.ready(shard=shard_of(layout, config.num_kv_heads, first))
+            shard = shard_of(layout, config.num_kv_heads, first)
+            follower.ready(KVRank(shard, settings.num_blocks, host="local"))
             follower.serve(model, _refuse)
         finally:
             follower.close()

@@ -38,7 +38,7 @@ class WorkerConfig:
     expected_output: int = 1024
     """Tokens of an answer that room is kept for; the router counts as many."""
     transport: str
-    """How KV leaves and enters this worker: shm, zmq, inproc."""
+    """How KV leaves and enters this worker: auto, shm, zmq, inproc."""
     max_num_seqs: int
     max_num_batched_tokens: int
     """Token budget of one step."""

@@ -18,7 +18,7 @@ from engine.core.ownership import BlockState
 from engine.core.prefix import BlockHashes
 from engine.core.scheduler import Promise
 from kv_transfer.core.events import Blocks, Landed, TransferKey
-from kv_transfer.core.lanes import Route, plan_lanes
+from kv_transfer.core.lanes import Route
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CloseLanding,
@@ -35,8 +35,9 @@ from kv_transfer.core.session import (
     WritersGone,
 )
 from kv_transfer.core.stats import TransferStats
+from kv_transfer.core.ways import KINDS, endpoints, route
 from messages.codec import count_tokens, unpack_tokens
-from messages.common import AbortReason, KVEndpoint, TransferCounts
+from messages.common import AbortReason, KVRank, TransferCounts
 from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
@@ -107,17 +108,15 @@ class Reservations:
     def __init__(
         self,
         mailbox: Address,
-        kv: tuple[KVEndpoint, ...],
+        kv: tuple[KVRank, ...],
         pool: BlockPool,
         *,
-        one_sided: bool,
         timeouts: TransferTimeouts,
     ) -> None:
-        """``kv``: where this worker's KV stands, rank by rank."""
+        """``kv``: where this worker's KV stands, and the ways into it."""
         self._mailbox = mailbox
         self._kv = kv
         self._pool = pool
-        self._one_sided = one_sided
         self._timeouts = timeouts
         self._open: dict[TransferKey, _Reservation] = {}
         self._waiting: OrderedDict[RequestId, _Waiting] = OrderedDict()
@@ -213,8 +212,10 @@ class Reservations:
     def _open_session(self, waiting: _Waiting, cached: Blocks, blocks: Blocks, now: float) -> list[Step]:
         order = waiting.order
         key = TransferKey(order.request, order.attempt)
+        one_sided = KINDS[order.transport].one_sided
+        writers = endpoints(order.ranks, order.transport) if one_sided else ()
         session = ReceiveSession(
-            key, self._mailbox, blocks, len(cached), self.route(order), self._one_sided, self._timeouts, order.sources
+            key, self._mailbox, blocks, len(cached), self.route(order), one_sided, self._timeouts, writers
         )
         self._open[key] = _Reservation(order, session, cached, waiting.hashes, now)
         for name in waiting.hashes.names[len(cached) :]:
@@ -227,7 +228,7 @@ class Reservations:
 
     def route(self, order: OpenTransfer) -> Route:
         """The way of the KV of ``order`` into this worker's pools; raises ``CannotPair``."""
-        return Route(self._kv, plan_lanes(order.shards, [endpoint.shard for endpoint in self._kv]))
+        return route(order.transport, order.ranks, self._kv)
 
     def handle(
         self,

@@ -42,6 +42,7 @@ class OpenLanes(NamedTuple):
     """Let the sequence's blocks ``first``, ... land in ``blocks``; answered by ``LandingOpened``."""
 
     key: TransferKey
+    transport: str
     first: int
     blocks: Blocks
     lanes: tuple[Heads, ...]
@@ -126,12 +127,11 @@ class Fanout:
                     )
                     for number, lane in enumerate(route.lanes)
                 ]
-            case OpenLanding(key, lanes, first, blocks):
+            case OpenLanding(key, route, first, blocks):
                 self._opening[key] = set(self._ranks)
                 self._landing[key] = (first, np.zeros((len(self._ranks), len(blocks)), np.bool_))
                 return [
-                    (rank, OpenLanes(key, first, blocks, tuple(lane.heads for lane in lanes if lane.receiver == rank)))
-                    for rank in self._ranks
+                    (rank, OpenLanes(key, route.transport, first, blocks, route.heads_to(rank))) for rank in self._ranks
                 ]
             case CloseLanding(key):
                 self._opening.pop(key, None)

@@ -44,7 +44,16 @@ class Route(NamedTuple):
     """The way from one worker to another: where its ranks' pools are, and the lanes into them."""
 
     to: tuple[KVEndpoint, ...]
+    """All by one transport."""
     lanes: Lanes
+
+    @property
+    def transport(self) -> str:
+        return self.to[0].transport
+
+    def heads_to(self, receiver: int) -> tuple[Heads, ...]:
+        """Of each lane into that rank."""
+        return tuple(lane.heads for lane in self.lanes if lane.receiver == receiver)
 
 
 def heads_of(shard: KVShard) -> Heads:

@@ -25,7 +25,7 @@ import numpy as np
 
 from kv_transfer.core.digest import DIGEST_BYTES, mismatches
 from kv_transfer.core.events import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
-from kv_transfer.core.lanes import Lanes, Route
+from kv_transfer.core.lanes import Route
 from kv_transfer.core.trace import PushTrace, TransferTrace
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import KVEndpoint
@@ -73,6 +73,7 @@ class CancelPushes(NamedTuple):
     """Stop every rank's sender; answered by ``Cancelled``."""
 
     key: TransferKey
+    transport: str
 
 
 class TakeDigests(NamedTuple):
@@ -88,7 +89,7 @@ class OpenLanding(NamedTuple):
     """Let the sequence's blocks ``first``, ... land in ``blocks``; answered by ``LandingOpened``."""
 
     key: TransferKey
-    lanes: Lanes
+    route: Route
     first: int
     blocks: Blocks
 
@@ -330,7 +331,7 @@ class SendSession:
         if self.state in (SendState.IDLE, SendState.OPENING):
             return self._close(outcome, detail)
         self._move(SendState.CLOSING)
-        return [CancelPushes(self.key)]
+        return [CancelPushes(self.key, self._route.transport)]
 
     def _accepted(self, event: TransferAccepted, now: float) -> list[Action]:
         self._target, self._cached = unpack_tokens(event.blocks), event.cached_blocks
@@ -490,7 +491,7 @@ class ReceiveSession:
         """Open the landing. ``TransferAccepted`` goes out when that is done, and again for a repeated
         ``OpenTransfer``."""
         self._deadline = now + self.timeouts.lease
-        return [OpenLanding(self.key, self.route.lanes, self.cached, self.blocks)]
+        return [OpenLanding(self.key, self.route, self.cached, self.blocks)]
 
     def handle(
         self,
@@ -620,7 +621,7 @@ class ReceiveSession:
             self._move(ReceiveState.LANDING)
             return repair
         self._move(ReceiveState.PROMISED)  # the blocks are asked for when they can land
-        return [OpenLanding(self.key, self.route.lanes, self.cached, self.blocks)]
+        return [OpenLanding(self.key, self.route, self.cached, self.blocks)]
 
     def _repair(self, places: Blocks, now: float) -> list[Action]:
         if self.repairs == MAX_REPAIRS:

@@ -1,21 +1,67 @@
 """The transports by name: the one place that knows them all."""
 
+import logging
+import secrets
+
+from engine.shared_memory import SharedMemoryError, mapping_host
 from kv_transfer.transports.base import OnEvent, Pool, PoolMemory, Receiver, Sender
 from kv_transfer.transports.inproc import InprocReceiver, InprocSender
 from kv_transfer.transports.memory import PrivateMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
 from kv_transfer.transports.zmq import ZmqReceiver, ZmqSender
-from messages.common import KVShard
+from messages.common import KVShard, KVWay
+
+log = logging.getLogger(__name__)
 
 TRANSPORTS = ("inproc", "shm", "zmq")
+AUTO = "auto"
+"""Every transport that the pool and this machine allow; see ``kv_transfer.core.ways``."""
+_PROCESS = secrets.token_hex(16)
 
 
 def allocate_pool(transport: str, num_blocks: int, block_bytes: int) -> PoolMemory:
-    """Memory for a KV pool that ``transport`` can move blocks in and out of; zeroed, ``release`` it at the end."""
+    """Memory for a KV pool that ``transport``, or ``AUTO``, can move blocks in and out of; zeroed, ``release`` it at
+    the end. Raises ``ValueError`` where memory cannot be shared and ``transport`` needs that."""
+    if transport == AUTO:
+        try:
+            mapping_host()
+        except SharedMemoryError as error:
+            log.warning("KV goes over zmq even to workers on this host, since memory cannot be shared: %s", error)
+            return PrivateMemory(num_blocks, block_bytes)
+        return SharedMemory(num_blocks, block_bytes)
     _check(transport)
     if transport == "shm":
+        try:
+            mapping_host()
+        except SharedMemoryError as error:
+            raise ValueError(f"transport shm cannot be had here: {error}; set kv.transport to auto or zmq") from error
         return SharedMemory(num_blocks, block_bytes)
     return PrivateMemory(num_blocks, block_bytes)
+
+
+def host_of(memory: PoolMemory) -> str:
+    """``KVRank.host`` of a rank with this pool."""
+    return mapping_host() if isinstance(memory, SharedMemory) else _PROCESS
+
+
+def ways_out(transport: str, memory: PoolMemory) -> tuple[KVWay, ...]:
+    """What a sender out of ``memory`` offers."""
+    return tuple(
+        KVWay(name, memory.address if name == "shm" and isinstance(memory, SharedMemory) else "")
+        for name in _offered(transport, memory)
+    )
+
+
+def make_senders(transport: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent) -> dict[str, Sender]:
+    """A sender for each transport that ``transport`` or ``AUTO`` means; see ``make_sender``."""
+    return {name: make_sender(name, memory.pool, shard, on_event) for name in _offered(transport, memory)}
+
+
+def make_receivers(
+    transport: str, host: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent
+) -> dict[str, Receiver]:
+    """A receiver for each transport that ``transport`` or ``AUTO`` means; see ``make_receiver``."""
+    return {name: make_receiver(name, host, memory, shard, on_event) for name in _offered(transport, memory)}
 
 
 def make_sender(transport: str, pool: Pool, shard: KVShard, on_event: OnEvent) -> Sender:
@@ -43,6 +89,12 @@ def make_receiver(transport: str, host: str, memory: PoolMemory, shard: KVShard,
             return ShmReceiver(memory, shard)
         case _:
             return ZmqReceiver(memory.pool, host, shard, on_event)
+
+
+def _offered(transport: str, memory: PoolMemory) -> tuple[str, ...]:
+    if transport != AUTO:
+        return (transport,)
+    return ("shm", "zmq") if isinstance(memory, SharedMemory) else ("zmq",)
 
 
 def _check(transport: str) -> None:

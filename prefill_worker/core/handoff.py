@@ -7,7 +7,7 @@ from typing import NamedTuple
 from engine.core.blocks import BlockPool
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
-from kv_transfer.core.lanes import CannotPair, Route, plan_lanes
+from kv_transfer.core.lanes import CannotPair, Route
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CancelPushes,
@@ -22,7 +22,8 @@ from kv_transfer.core.session import (
 )
 from kv_transfer.core.stats import TransferStats
 from kv_transfer.core.trace import TransferTrace
-from messages.common import AbortReason, KVEndpoint, KVShard, TransferCounts, WorkerAddress
+from kv_transfer.core.ways import choose, route
+from messages.common import AbortReason, KVRank, TransferCounts, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
@@ -51,6 +52,7 @@ Step = Action | HandoffEnded
 class _Handoff:
     order: Prefill
     seq: Sequence
+    transport: str
     session: SendSession
     aborted: AbortReason | None = None
     """Why it was given up, once it is."""
@@ -64,21 +66,19 @@ class Handoffs:
     def __init__(
         self,
         address: WorkerAddress,
-        shards: tuple[KVShard, ...],
-        transport: str,
+        ranks: tuple[KVRank, ...],
         pool: BlockPool,
         timeouts: TransferTimeouts,
-        sources: tuple[KVEndpoint, ...] = (),
     ) -> None:
-        """``shards``: this worker's KV, rank by rank; ``sources``: where it stands, as far as others can see it."""
+        """``ranks``: this worker's KV, and the ways out of it."""
         self._address = address
-        self._sources = sources
-        self._shards = shards
-        self._transport = transport
+        self._ranks = ranks
         self._pool = pool
         self._timeouts = timeouts
         self._open: dict[TransferKey, _Handoff] = {}
         self._stats = TransferStats()
+        self._failed: dict[tuple[WorkerId, Epoch], set[str]] = {}
+        """Transports by which a decode worker could not be written to: the next attempt goes another way, if any."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -113,25 +113,26 @@ class Handoffs:
         return ""
 
     def _route(self, decode: WorkerAddress) -> Route:
-        return Route(decode.kv, plan_lanes(self._shards, [endpoint.shard for endpoint in decode.kv]))
+        avoid = self._failed.get((decode.worker, decode.epoch), ())
+        return route(choose(self._ranks, decode.kv, avoid), self._ranks, decode.kv)
 
     def open(self, order: Prefill, seq: Sequence, now: float) -> list[Step]:
         """Ask decode for room; from here on the sequence's blocks are freed by the hand-over's end."""
         key = TransferKey(order.request, order.attempt)
+        way = self._route(order.decode)
         message = OpenTransfer(
             request=order.request,
             attempt=order.attempt,
             prefill=self._address,
             gateway=order.gateway,
             generation=order.generation,
-            transport=self._transport,
-            shards=self._shards,
-            sources=self._sources,
+            transport=way.transport,
+            ranks=self._ranks,
             ticket=order.ticket,
         )
-        session = SendSession(key, message, self._route(order.decode), self._timeouts)
+        session = SendSession(key, message, way, self._timeouts)
         self._pool.pin(seq.block_table)
-        self._open[key] = _Handoff(order, seq, session)
+        self._open[key] = _Handoff(order, seq, way.transport, session)
         return self._steps(key, session.open(now))
 
     def computing(self, key: TransferKey, coming: int, now: float) -> list[Step]:
@@ -154,6 +155,8 @@ class Handoffs:
     def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool) -> list[Step]:
         """A decode worker is gone: every hand-over to it fails."""
         steps: list[Step] = []
+        if dead:
+            self._failed.pop((worker, epoch), None)
         for key, handoff in list(self._open.items()):
             if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch):
                 handoff.peer_dead = dead
@@ -168,7 +171,11 @@ class Handoffs:
         handoff = self._open.get(key)
         if handoff is None:
             return []
-        return self._steps(key, handoff.session.handle(event, now), _reason(event))
+        actions = handoff.session.handle(event, now)
+        if isinstance(event, PushFailed) and actions:  # else given up before, as when the step has failed
+            decode = handoff.order.decode
+            self._failed.setdefault((decode.worker, decode.epoch), set()).add(handoff.transport)
+        return self._steps(key, actions, _reason(event))
 
     def tick(self, now: float) -> list[Step]:
         due = [(key, handoff.session) for key, handoff in self._open.items() if handoff.session.wake_at <= now]

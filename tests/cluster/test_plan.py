@@ -69,9 +69,9 @@ def test_every_cluster_has_a_key_of_its_own(plan_of: Any) -> None:
     assert plan_of().cluster_key != plan_of().cluster_key
 
 
-@pytest.mark.parametrize(("asked", "got"), [("auto", "shm"), ("shm", "shm"), ("zmq", "zmq")])
-def test_blocks_move_through_shared_memory_unless_told_otherwise(plan_of: Any, asked: str, got: str) -> None:
-    assert plan_of(kv={"transport": asked}).transport == got
+@pytest.mark.parametrize("transport", ["auto", "shm", "zmq"])
+def test_workers_are_told_the_transport_that_is_named(plan_of: Any, transport: str) -> None:
+    assert {worker.config.transport for worker in plan_of(kv={"transport": transport}).workers("r")} == {transport}
 
 
 @pytest.mark.parametrize(

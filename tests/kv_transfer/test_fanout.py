@@ -85,7 +85,7 @@ def test_a_cancel_is_answered_once_by_all_and_leaves_nothing(sending: int, recei
     for rank, _ in answered:
         assert not fanout.gather(rank, Pushed(key(), 0, 3))
     assert fanout.gather(0, PushFailed(key(), "gone")) == [PushFailed(key(), "gone")]
-    cancels = fanout.fan(CancelPushes(key()))
+    cancels = fanout.fan(CancelPushes(key(), "test"))
     assert sorted(rank for rank, _ in cancels) == [*range(sending)]
     rng.shuffle(cancels)
     heard = [event for rank, _ in cancels for event in fanout.gather(rank, Cancelled(key()))]
@@ -101,7 +101,7 @@ def test_a_block_has_landed_when_every_rank_has_it_and_again_after_a_repair(
     sending: int, receiving: int, seed: int
 ) -> None:
     rng, way, fanout = Random(seed), route(sending, receiving), Fanout(receiving, sends=False)
-    parts = fanout.fan(OpenLanding(key(), way.lanes, 2, blocks(8)))
+    parts = fanout.fan(OpenLanding(key(), way, 2, blocks(8)))
     for rank, part in parts:
         assert isinstance(part, OpenLanes)
         assert sum(heads.num for heads in part.lanes) == way.to[rank].shard.num_heads

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kv_transfer.core.digest import digests
-from kv_transfer.core.lanes import Route, layout_of, plan_lanes
+from kv_transfer.core.lanes import Route, layout_of
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
@@ -27,12 +27,13 @@ from kv_transfer.core.session import (
     TakeDigests,
     TransferTimeouts,
 )
+from kv_transfer.core.ways import KINDS, route
 from kv_transfer.transports.base import OnEvent, Pool, Sender
-from kv_transfer.transports.build import TRANSPORTS, allocate_pool, make_receiver, make_sender
+from kv_transfer.transports.build import TRANSPORTS, allocate_pool, host_of, make_receiver, make_sender, ways_out
 from kv_transfer.transports.faulty import Fault, FaultySender
 from kv_transfer.transports.records import LaneCopy
 from messages.codec import pack_tokens
-from messages.common import Generation, KVShard, Ticket, WorkerAddress
+from messages.common import Generation, KVRank, KVShard, KVWay, Ticket, WorkerAddress
 from messages.decode_to_prefill import CancelTransfer, TransferAcked
 from messages.ids import Address, Epoch, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer
@@ -61,7 +62,9 @@ class Side:
         ports = []
         for rank, (memory, shard) in enumerate(zip(self.memories, self.shards, strict=True)):
             receiver = make_receiver(self.transport, "127.0.0.1", memory, shard, _from(rank, post))
-            ports.append(RankPort(rank, memory.pool, shard, post, receiver=receiver))
+            way = KVWay(self.transport, receiver.endpoint.address)
+            kv = KVRank(shard, NUM_BLOCKS, host_of(memory), (way,))
+            ports.append(RankPort(rank, memory.pool, kv, post, receivers={self.transport: receiver}))
         return self._port(ports)
 
     def speak(
@@ -73,7 +76,8 @@ class Side:
                 memory.pool, partial(_sender, self.transport, shard), _from(rank, post), faults.get(rank, []),
                 Random(seed),
             )  # fmt: skip
-            ports.append(RankPort(rank, memory.pool, shard, post, sender=sender))
+            kv = KVRank(shard, NUM_BLOCKS, host_of(memory), ways_out(self.transport, memory))
+            ports.append(RankPort(rank, memory.pool, kv, post, senders={self.transport: sender}))
         return self._port(ports)
 
     def _port(self, ports: list[RankPort]) -> KVPort:
@@ -131,13 +135,14 @@ class Relay:
             "decode": self.there.listen(lambda event: self.post("decode", event)),
             "prefill": self.here.speak(lambda event: self.post("prefill", event), faults, seed),
         }
-        self.route = Route(self.ports["decode"].endpoints, plan_lanes(senders, receivers))
+        ranks = self.ports["prefill"].ranks
+        self.route = route(transport, ranks, self.ports["decode"].ranks)
         generation = Generation(pack_tokens([1]), SamplingParams(max_tokens=4))
         order = OpenTransfer(
             *key(), WorkerAddress(WorkerId("p"), Epoch(1), PREFILL), Address("tcp://gateway"), generation, transport,
-            tuple(senders), (), Ticket(WorkerId("p"), Epoch(1), WorkerId("d"), Epoch(1), b"m" * 32),
+            ranks, Ticket(WorkerId("p"), Epoch(1), WorkerId("d"), Epoch(1), b"m" * 32),
         )  # fmt: skip
-        one_sided = transport == "shm"
+        one_sided = KINDS[transport].one_sided
         self.prefill = SendSession(key(), order, self.route, TIMEOUTS)
         self.decode = ReceiveSession(key(), DECODE, self.target, 0, self.route, one_sided, TIMEOUTS)
         self.ended: dict[str, Ended] = {}

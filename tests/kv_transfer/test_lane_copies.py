@@ -17,7 +17,7 @@ from kv_transfer.core.fanout import DigestLane, LaneDigested
 from kv_transfer.core.lanes import Heads, Lane, layout_of, plan_lanes
 from kv_transfer.transports.build import TRANSPORTS, allocate_pool, make_receiver, make_sender
 from kv_transfer.transports.records import LaneCopy
-from messages.common import KVShard
+from messages.common import KVRank, KVShard
 from runtime.kv_port import FromRank, RankPort
 from tests.kv_transfer.kv_pair import Events, key, scattered
 from tests.kv_transfer.test_lanes import split
@@ -128,7 +128,10 @@ class Workers:
         """As the ranks take them and rank 0 puts them together."""
         events = Events()
         shards, pools = self.shards[receiving], (self.there if receiving else self.here)
-        ports = [RankPort(rank, pools[rank], shard, events.put) for rank, shard in enumerate(shards)]
+        ports = [
+            RankPort(rank, pools[rank], KVRank(shard, NUM_BLOCKS, "host"), events.put)
+            for rank, shard in enumerate(shards)
+        ]
         for number, lane in enumerate(self.lanes):
             target = self.shards[1][lane.receiver]
             port = ports[lane.receiver if receiving else lane.sender]

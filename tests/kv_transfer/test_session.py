@@ -66,8 +66,7 @@ def open_message() -> OpenTransfer:
         gateway=Address("tcp://gateway"),
         generation=Generation(pack_tokens([1]), SamplingParams(max_tokens=4)),
         transport="test",
-        shards=(SHARD,),
-        sources=(),
+        ranks=(),
         ticket=Ticket(WorkerId("p"), Epoch(1), WorkerId("d"), Epoch(1), b"m" * 32),
     )
 
@@ -292,7 +291,7 @@ def test_a_sender_that_is_cancelled_waits_for_its_transport_before_it_lets_go() 
     world.perform("sender", world.sender.computed(world.source, 4, 0.0))
     while not any(to == "transport" for to, _ in world.transit):
         world.deliver()
-    assert world.sender.give_up("gone") == [CancelPushes(KEY)]
+    assert world.sender.give_up("gone") == [CancelPushes(KEY, "test")]
     assert world.sender.state is SendState.CLOSING
     kinds = [type(action) for action in world.sender.handle(Cancelled(KEY), 0.1)]
     assert kinds == [TransferClosed, Ended]

@@ -21,7 +21,7 @@ from kv_transfer.core import session as transfer
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.events import Cancelled, Landed, Pushed
 from messages.codec import pack_tokens
-from messages.common import KVEndpoint, Role, WorkerAddress
+from messages.common import KVRank, KVWay, Role, WorkerAddress
 from messages.ids import Address, Epoch, RequestId, WorkerId
 from messages.sampling import SamplingParams
 from messages.worker_to_gateway import TokenBatch
@@ -35,7 +35,8 @@ KEY = bytes(32)
 ROUTER, GATEWAY = Address("R"), Address("G")
 SHARD = shard_of_bytes(64)
 PREFILL = WorkerAddress(WorkerId("p0"), Epoch(1), Address("P"))
-DECODE = WorkerAddress(WorkerId("d0"), Epoch(2), Address("D"), (KVEndpoint("zmq", "tcp://d", SHARD, 4096),))
+DECODE = WorkerAddress(WorkerId("d0"), Epoch(2), Address("D"), (KVRank(SHARD, 4096, "h", (KVWay("zmq", "tcp://d"),)),))
+SOURCE = (KVRank(SHARD, 4096, "h", (KVWay("zmq"),)),)
 BLOCK = 16
 LINK = 0.0005
 """Seconds that a message, or a transport's answer, takes."""
@@ -66,14 +67,14 @@ class Simulation:
         timeouts = transfer.TransferTimeouts()
         self.prefill = PrefillMachine(
             PrefillSettings(address=PREFILL, **common),
-            Scheduler(pool, limits, frozenset()), pool, Handoffs(PREFILL, (SHARD,), "zmq", pool, timeouts),
+            Scheduler(pool, limits, frozenset()), pool, Handoffs(PREFILL, SOURCE, pool, timeouts),
         )  # fmt: skip
         self.decode = DecodeMachine(
             DecodeSettings(
                 address=DECODE, role=Role.DECODE, block_bytes=1, **common
             ),
             Scheduler(self.decode_pool, limits, frozenset()), self.decode_pool,
-            Reservations(DECODE.mailbox, DECODE.kv, self.decode_pool, one_sided=False, timeouts=timeouts),
+            Reservations(DECODE.mailbox, DECODE.kv, self.decode_pool, timeouts=timeouts),
         )  # fmt: skip
         self._machines: dict[str, PrefillMachine | DecodeMachine] = {"P": self.prefill, "D": self.decode}
         for name, machine in self._machines.items():

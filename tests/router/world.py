@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from messages.common import BlockCounts, KVEndpoint, Role, WorkerAddress
+from messages.common import BlockCounts, KVRank, KVWay, Role, WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed
@@ -25,7 +25,11 @@ BLOCKS = 1000
 
 def register(worker: str, role: Role, epoch: int = 1, max_model_len: int = 4096, *, max_num_seqs: int = 8,
              blocks: int = BLOCKS) -> Register:  # fmt: skip
-    kv = () if role is not Role.DECODE else (KVEndpoint("shm", f"pool-{worker}", shard_of_bytes(64), blocks),)
+    kv = (
+        ()
+        if role is not Role.DECODE
+        else (KVRank(shard_of_bytes(64), blocks, "host", (KVWay("shm", f"pool-{worker}"),)),)
+    )
     address = WorkerAddress(WorkerId(worker), Epoch(epoch), Address(f"tcp://{worker}.{epoch}:1"), kv)
     return Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 

@@ -22,9 +22,9 @@ BLOCKS = np.array([7, 3, 9], np.int32)
 PEER = WorkerAddress(WorkerId("decode-0"), Epoch(5), Address("tcp://127.0.0.1:1"))
 COMMANDS = [
     PushLane(KEY, KVEndpoint("shm", "there", SHARD, 4), Heads(4, 2), 1, BLOCKS, BLOCKS[::-1].copy(), True),
-    OpenLanes(KEY, 0, BLOCKS, (Heads(0, 1), Heads(1, 3))),
+    OpenLanes(KEY, "zmq", 0, BLOCKS, (Heads(0, 1), Heads(1, 3))),
     DigestLane(KEY, 1, SHARD, Heads(4, 4), 0, BLOCKS),
-    CancelPushes(KEY),
+    CancelPushes(KEY, "shm"),
     CloseLanding(KEY),
     ForgetPeer(PEER),
 ]

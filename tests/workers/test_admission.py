@@ -29,7 +29,7 @@ def machine_with_a_host_tier() -> tuple[DecodeMachine, Scheduler, BlockPool]:
         address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=64, max_num_seqs=32,
         max_model_len=1024, vocab_size=100,
     )  # fmt: skip
-    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, one_sided=True, timeouts=TransferTimeouts())
+    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, timeouts=TransferTimeouts())
     return DecodeMachine(settings, scheduler, pool, reservations), scheduler, pool
 
 

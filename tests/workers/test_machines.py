@@ -15,7 +15,7 @@ from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.events import TransferKey
 from kv_transfer.core.session import Digested, LandingOpened, TransferTimeouts
 from messages.codec import pack_tokens
-from messages.common import FailReason, Generation, KVEndpoint, Role, Ticket, WorkerAddress
+from messages.common import FailReason, Generation, KVRank, KVWay, Role, Ticket, WorkerAddress
 from messages.decode_to_prefill import CancelTransfer
 from messages.gateway_to_worker import Prefill
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
@@ -36,12 +36,14 @@ VOCABULARY = 100
 REQUEST, ATTEMPT = RequestId("f" * 32), Attempt(1)
 KEY_OF_TRANSFER = TransferKey(REQUEST, ATTEMPT)
 SHARD = shard_of_bytes(64)
-ENDPOINT = KVEndpoint("zmq", "tcp://127.0.0.1:9", SHARD, 8)
+MEMORY = "/proc/1/fd/3#" + "0" * 32 + ":512"
+KV = (KVRank(SHARD, 8, "host", (KVWay("shm", MEMORY), KVWay("zmq", "tcp://127.0.0.1:9"))),)
+SOURCE = (KVRank(SHARD, 8, "host", (KVWay("shm", MEMORY), KVWay("zmq"))),)
 PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:3"))
-DECODE = WorkerAddress(WorkerId("decode-0"), Epoch(2), Address("tcp://127.0.0.1:4"), (ENDPOINT,))
+DECODE = WorkerAddress(WorkerId("decode-0"), Epoch(2), Address("tcp://127.0.0.1:4"), KV)
 GENERATION = Generation(pack_tokens([1] * 20), SamplingParams(max_tokens=5))
 TICKET = mint(KEY, REQUEST, ATTEMPT, PREFILL, DECODE)
-OPEN = OpenTransfer(REQUEST, ATTEMPT, PREFILL, GATEWAY, GENERATION, "zmq", (SHARD,), (), TICKET)
+OPEN = OpenTransfer(REQUEST, ATTEMPT, PREFILL, GATEWAY, GENERATION, "shm", SOURCE, TICKET)
 ORDER = Prefill(REQUEST, ATTEMPT, GATEWAY, GENERATION, DECODE, TICKET)
 ORDER_OF_60 = replace(ORDER, generation=Generation(pack_tokens([1] * 60), SamplingParams(max_tokens=1)))
 END = EndTransfer(REQUEST, ATTEMPT, PREFILL.mailbox, 1, FirstToken(7), 2, bytes(2 * DIGEST_BYTES))
@@ -60,7 +62,7 @@ def decode() -> DecodeMachine:
         address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=64,
         max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY,
     )  # fmt: skip
-    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, one_sided=True, timeouts=TransferTimeouts())
+    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, timeouts=TransferTimeouts())
     return DecodeMachine(settings, scheduler, pool, reservations)
 
 
@@ -70,7 +72,7 @@ def prefill() -> PrefillMachine:
     settings = PrefillSettings(
         address=PREFILL, router=ROUTER, cluster_key=KEY, max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY
     )
-    return PrefillMachine(settings, scheduler, pool, Handoffs(PREFILL, (SHARD,), "zmq", pool, TransferTimeouts()))
+    return PrefillMachine(settings, scheduler, pool, Handoffs(PREFILL, SOURCE, pool, TransferTimeouts()))
 
 
 def sent(actions: list[Any]) -> list[Any]:

@@ -8,8 +8,9 @@ from decode_worker.core.reservation import Reservations, Step
 from engine.core.blocks import BlockPool
 from kv_transfer.core.events import TransferKey
 from kv_transfer.core.session import LandingOpened, LookForWriters, OpenLanding, TransferTimeouts, WritersGone
+from kv_transfer.core.ways import endpoints
 from messages.codec import pack_tokens
-from messages.common import Generation, KVEndpoint, Ticket, WorkerAddress
+from messages.common import Generation, KVRank, KVWay, Ticket, WorkerAddress
 from messages.decode_to_prefill import TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import OpenTransfer, TransferClosed
@@ -19,19 +20,19 @@ from tests.kv_transfer.kv_pair import shard_of_bytes
 
 PREFILL = WorkerAddress(WorkerId("prefill-0"), Epoch(1), Address("tcp://127.0.0.1:1"))
 SHARD = shard_of_bytes(512)
-SOURCE = KVEndpoint("shm", "/proc/1/fd/3#" + "0" * 32 + ":4096", SHARD, 8)
+WAYS = (KVWay("shm", "/proc/1/fd/3#" + "0" * 32 + ":4096"), KVWay("zmq", "tcp://127.0.0.1:9"))
+KV = (KVRank(SHARD, 8, "host", WAYS),)
 
 
-def order(number: int, attempt: int = 1) -> OpenTransfer:
+def order(number: int, attempt: int = 1, *, transport: str = "shm") -> OpenTransfer:
     return OpenTransfer(
         request=RequestId(f"{number:032x}"),
         attempt=Attempt(attempt),
         prefill=PREFILL,
         gateway=Address("tcp://127.0.0.1:2"),
         generation=Generation(pack_tokens([1] * 40), SamplingParams(max_tokens=5)),
-        transport="shm",
-        shards=(SHARD,),
-        sources=(SOURCE,),
+        transport=transport,
+        ranks=KV,
         ticket=Ticket(PREFILL.worker, PREFILL.epoch, WorkerId("decode-0"), Epoch(2), bytes(32)),
     )
 
@@ -39,12 +40,9 @@ def order(number: int, attempt: int = 1) -> OpenTransfer:
 KEY = TransferKey(order(1).request, Attempt(1))
 
 
-def made(*, one_sided: bool = True, num_blocks: int = 8) -> tuple[Reservations, BlockPool]:
+def made(*, num_blocks: int = 8) -> tuple[Reservations, BlockPool]:
     pool = BlockPool(num_blocks, 16)
-    return (
-        Reservations(Address("tcp://127.0.0.1:3"), (SOURCE,), pool, one_sided=one_sided, timeouts=TransferTimeouts()),
-        pool,
-    )
+    return Reservations(Address("tcp://127.0.0.1:3"), KV, pool, timeouts=TransferTimeouts()), pool
 
 
 def admit(reservations: Reservations, pool: BlockPool, room: int = 1, now: float = 0.0) -> list[Step]:
@@ -66,7 +64,7 @@ def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: st
             reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped"), 6.0)
         case "its supervisor says so, and no process of it is left":
             (_, look) = reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=6.0)
-            assert look == LookForWriters(KEY, (SOURCE,)), "another rank of it may still write"
+            assert look == LookForWriters(KEY, endpoints(KV, "shm")), "another rank of it may still write"
             assert pool.counts().held == 3
             reservations.handle(WritersGone(KEY), 6.0)
         case _:
@@ -74,11 +72,17 @@ def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: st
     assert pool.counts().held == reservations.blocks_held == 0
 
 
-def test_a_two_sided_receiver_needs_no_quarantine() -> None:
-    reservations, pool = made(one_sided=False)
-    reservations.opened(order(1), 0.0)
-    admit(reservations, pool)
+def test_only_what_comes_by_a_one_sided_transport_needs_quarantine() -> None:
+    """A worker under ``auto`` takes transfers by either, at once."""
+    reservations, pool = made()
+    for each in (order(1), order(2, transport="zmq")):
+        reservations.opened(each, 0.0)
+        admit(reservations, pool, now=4.0)  # the second waits no longer for what the first is bringing
+        reservations.handle(LandingOpened(TransferKey(each.request, each.attempt)), 4.0)
+    assert pool.counts().held == 6
     reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=5.0)
+    assert pool.counts().held == reservations.blocks_held == 3
+    reservations.handle(WritersGone(KEY), 6.0)
     assert pool.counts().held == 0
 
 
