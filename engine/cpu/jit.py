@@ -10,6 +10,7 @@ not at what the kernel calls.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import llvmlite.binding as llvm
 import numba
@@ -101,12 +102,22 @@ def _only_ours(folder: Path) -> bool:
 @contextmanager
 def _numba_cache() -> Iterator[None]:
     """Numba's cache in our folder, for as long as a kernel is made; others in the process keep theirs."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_folder())
+    with open(cache_folder() / "lock", "w") as lock:
+        _hold(lock)
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(cache_folder())
+        try:
+            yield
+        finally:
+            numba.config.CACHE_DIR = before
+
+
+def _hold(lock: IO[str]) -> None:
+    """Until it is closed. Of workers that start together the first compiles, and the others load what it has made."""
     try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks
+        log.warning("kernels may be compiled by several processes at once: %s cannot be locked: %s", lock.name, error)
 
 
 class Kernel:

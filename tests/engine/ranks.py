@@ -25,12 +25,14 @@ class Ranks:
     """Ranks 1 .. ``count``, each a process; rank 0 is the test."""
 
     def __init__(self, count: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        # Forked from a server that has imported torch: once for all ranks of all tests.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(1, count + 1):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, rank), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)

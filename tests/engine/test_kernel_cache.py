@@ -1,9 +1,15 @@
-"""Promise: compiled kernels, which are code, are only read from where nobody else can have put them; and they are there
-before the first step, which must not take as long as they take."""
+"""Promise: compiled kernels, which are code, are only read from where nobody else can have put them; they are there
+before the first step, which must not take as long as they take; of processes that need one at once one compiles it."""
 
+import fcntl
+import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
 
 from engine.cpu import elementwise, gemm, jit, paged_attention
@@ -56,3 +62,30 @@ def test_no_step_waits_for_a_kernel(tiny_llama: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(jit, "Kernel", None)  # nothing can be compiled any more
     (made,) = engine.generate([list(range(3, 43))], SamplingParams(max_tokens=2, ignore_eos=True))
     assert len(made.token_ids) == 2
+
+
+def nothing(arguments: Any) -> None:
+    pass
+
+
+def somebody_waits_for(lock: Path) -> bool:
+    """See proc_locks(5)."""
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+    return any(line[5] == str(os.getpid()) and line[6].endswith(f":{lock.stat().st_ino}") for line in waiting)
+
+
+def test_who_comes_while_another_compiles_loads_what_that_one_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_CACHE_DIR", str(tmp_path))
+    lock = jit.cache_folder() / "lock"
+    with ThreadPoolExecutor(1) as thread:
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            kernel = thread.submit(jit.Kernel, nothing, 1)
+            deadline = time.monotonic() + 30
+            while not somebody_waits_for(lock):
+                assert time.monotonic() < deadline, "it does not wait"
+            monkeypatch.setattr(numba.config, "CACHE_DIR", str(jit.cache_folder()))
+            numba.cfunc(jit._SIGNATURE, cache=True, fastmath={"contract"})(nothing)
+        assert kernel.result()._compiled.cache_hits == 1

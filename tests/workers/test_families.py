@@ -10,7 +10,7 @@ import transformers
 
 from messages.common import Role
 from messages.sampling import SamplingParams
-from tests.relay_cases import OUTPUT_TOKENS, cases_of
+from tests.relay_cases import OUTPUT_TOKENS, Case, cases_of
 from tests.workers.relay import config, relay_of
 
 GREEDY = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
@@ -31,21 +31,29 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2), (2, 4), (4, 2)])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_is_handed_over_between_pools_of_any_degree(
-    tmp_path: Path, family: str, prefill: int, decode: int
-) -> None:
+@pytest.fixture(scope="module", params=CONFIGS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Case]]:
+    """A random model, saved, and transformers' answers."""
+    folder = tmp_path_factory.mktemp("family")
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="eager").eval()
+    shape = CONFIGS[request.param]()
+    model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    return folder, cases_of(model, (1, 20, 90))
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2), (2, 4), (4, 2)])
+def test_every_family_is_handed_over_between_pools_of_any_degree(
+    family: tuple[Path, list[Case]], prefill: int, decode: int
+) -> None:
+    folder, cases = family
     options: dict[str, Any] = {"max_model_len": 512, "prefill_chunk": 24, "num_blocks": 128, "transport": "shm"}
-    with relay_of(tmp_path) as relay:
-        relay.start(config(relay, "prefill-0", Role.PREFILL, tmp_path, tensor_parallel=prefill, **options))
-        relay.start(config(relay, "decode-0", Role.DECODE, tmp_path, tensor_parallel=decode, **options))
-        for case in cases_of(model, (1, 20, 90)):
+    with relay_of(folder) as relay:
+        relay.start(config(relay, "prefill-0", Role.PREFILL, folder, tensor_parallel=prefill, **options))
+        relay.start(config(relay, "decode-0", Role.DECODE, folder, tensor_parallel=decode, **options))
+        for case in cases:
             (stream,) = relay.finish(relay.send(case.prompt, GREEDY, prefill="prefill-0", decode="decode-0"))
             assert stream.token_ids() == case.answer, f"{len(case.prompt)} tokens"
