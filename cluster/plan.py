@@ -287,7 +287,9 @@ def _kv_dtype_of(index: int, pool: Pool) -> Loc:
 def _too_small(plan: Plan, pool: Pool) -> tuple[Loc, str]:
     layout, num_blocks, max_model_len = plan.layout(pool), plan.num_blocks(pool), plan.max_model_len
     needed = layout.blocks_for(max_model_len)
-    advice = f"raise it, or set limits.max_model_len to {num_blocks * layout.block_size} or less"
+    advice = "raise it"
+    if num_blocks:
+        advice += f", or set limits.max_model_len to {num_blocks * layout.block_size} or less"
     if plan.topology.kv.num_blocks is not None:
         text = f"kv.num_blocks: {num_blocks} blocks are less than the {needed} of one context"
         return ("kv", "num_blocks"), f"{text} of {max_model_len} tokens; {advice}"

@@ -126,8 +126,11 @@ class Leader:
         self.group.check()
 
     def close(self) -> None:
-        """Dismiss the ranks, and leave the group."""
-        self._tell(Dismissed(worker=self._worker, epoch=self._epoch), *self._ranks)
+        """Dismiss the ranks, and leave the group; harmless twice. A rank that takes no messages sees that we left."""
+        dismissed = seal(self._key, Dismissed(worker=self._worker, epoch=self._epoch))
+        for address in self._ranks.values():
+            self._mailbox.send(address, dismissed)
+        self._ranks.clear()
         self.group.close()
 
     def _welcome(self, backend: str, address: str) -> None:

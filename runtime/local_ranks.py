@@ -40,6 +40,7 @@ class RankSettings:
     block_size: int
     max_model_len: int
     kv_dtype: str = "auto"
+    quantization: str | None = None
     swap_blocks: int = 0
     threads: int = 1
 
@@ -116,6 +117,7 @@ def _serve(settings: RankSettings, rank: int, size: int, key: bytes, leader: Add
                 dtype=config.resolve_dtype(settings.dtype),
                 kv_memory=torch.from_numpy(np.zeros(settings.num_blocks * layout.block_bytes, np.uint8)),
                 max_positions=settings.max_model_len,
+                quantization=settings.quantization,
                 swap_blocks=settings.swap_blocks,
             )
             first = group.heads(config.num_heads, config.num_kv_heads).kv.start

@@ -10,7 +10,7 @@ from kv_transfer.core.events import TransferKey
 from kv_transfer.core.session import CloseLanding
 from messages.codec import decoder_for
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.leader_to_rank import Command
+from messages.leader_to_rank import Command, Dismissed
 from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
 from runtime.leader import RANK_MESSAGES, Leader
 from runtime.mailbox import QUEUED_MESSAGES, Mailbox, bind_pull
@@ -22,7 +22,7 @@ CLOSE = CloseLanding(TransferKey(RequestId("f" * 32), Attempt(1)))
 def mailboxes() -> Iterator[tuple[Mailbox, Mailbox]]:
     with (
         Mailbox("127.0.0.1", decoder_for(*RANK_MESSAGES)) as own,
-        Mailbox("127.0.0.1", decoder_for(Command)) as others,
+        Mailbox("127.0.0.1", decoder_for(Command, Dismissed)) as others,
     ):
         yield own, others
 
@@ -67,3 +67,15 @@ def test_a_rank_that_takes_nothing_ends_its_group(mailboxes: tuple[Mailbox, Mail
     with pytest.raises(GroupLost, match="rank 1 of 2"):
         for _ in range(QUEUED_MESSAGES + 1):
             leader.command(1, CLOSE)
+    leader.close()  # all that there is to give back is given back
+
+
+def test_a_group_may_be_closed_twice(mailboxes: tuple[Mailbox, Mailbox]) -> None:
+    own, others = mailboxes
+    leader = leader_of(own, others.address)
+    leader.close()
+    (dismissed,) = others.receive(5.0)
+    assert isinstance(dismissed, Dismissed)
+    own.close()
+    leader.close()
+    assert own.outbox.unreachable == 0
