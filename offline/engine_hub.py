@@ -92,9 +92,10 @@ class EngineHub:
             self._commands.put(_Cancel(running))
 
     async def close(self) -> None:
-        """End the thread; what still runs is dropped."""
+        """End the thread, and let go of the engine; what still runs is dropped."""
         self._commands.put(_Stop())
         await asyncio.to_thread(self._thread.join)
+        del self._engine  # and its memory with it, though somebody may hold on to us
 
     # On the engine's thread
 

@@ -1,7 +1,9 @@
 """Promise: a script gets from ``LLM`` what the cluster would answer, without Ray, and hears what it did wrong."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,8 +189,11 @@ def test_closing_ends_what_runs_and_refuses_what_comes(tiny_llama: Path) -> None
         try:
             stream = llm.generate(TALE, SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True))
             await anext(stream)
+            runner = weakref.ref(llm._backend._engine.runner)  # type: ignore[attr-defined]
         finally:
             await llm.close()
+        gc.collect()
+        assert runner() is None  # the memory is there for the next model
         async with asyncio.timeout(10):
             with pytest.raises(Unavailable, match="closed"):
                 async for _ in stream:
