@@ -143,7 +143,7 @@ class LaneHasher:
             self._lanes[way] = LaneCopy(self._pool, self._shard, *way)
         lane = self._lanes[way]
         if lane.whole:
-            return digests(self._pool, wanted.blocks, wanted.key, wanted.first)
+            return digests(self._pool, wanted.blocks, wanted.key, wanted.first, lane.layers, lane.heads)
         at_once = max(1, DIGEST_BYTES_AT_ONCE // lane.row_bytes)
         return b"".join(
             self._some(lane, wanted.blocks[begin : begin + at_once], wanted.key, wanted.first + begin)
@@ -156,7 +156,7 @@ class LaneHasher:
             self._packed = np.empty(size, np.uint8)
         rows = self._packed[:size].reshape(len(blocks), -1)
         lane.pack(rows, blocks)
-        return digests(rows, np.arange(len(blocks), dtype=np.int32), key, first)
+        return digests(rows, np.arange(len(blocks), dtype=np.int32), key, first, lane.layers, lane.heads)
 
 
 class KVPort:

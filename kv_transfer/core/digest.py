@@ -1,8 +1,8 @@
-"""A digest a block, bound to the attempt and to the block's place in the sequence.
+"""A digest a block, bound to the attempt, to the layers and heads, and to the block's place in the sequence.
 
 XXH3 with 64 bits (Yann Collet), from the ``xxhash`` library: it guards against faults, not against an attacker, who is
-kept out by tickets and keys. The seed is made of request, attempt and index, so that a good block in the wrong place,
-or one that was left there by another request, has another digest.
+kept out by tickets and keys. The seed is made of request, attempt, layers, heads (which say the ranks) and index, so
+that a good block in the wrong place, or one that was left there by another request, has another digest.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,26 @@ import numpy as np
 import xxhash
 
 from kv_transfer.core.events import Blocks, Pool, TransferKey
+from kv_transfer.core.lanes import Heads, Layers
 
 DIGEST_BYTES = 8
+ONE_LAYER, ONE_HEAD = Layers(0, 1), Heads(0, 1)
 _INDEX_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: neighbouring indices get far seeds
 _MASK = 2**64 - 1
 
 
-def digests(pool: Pool, blocks: Blocks, key: TransferKey, first: int) -> bytes:
-    """``DIGEST_BYTES`` for each of ``blocks``, which are the sequence's blocks ``first``, ``first + 1``, ..."""
-    base = xxhash.xxh3_64_intdigest(f"{key.request}/{key.attempt}".encode())
+def digests(
+    pool: Pool,
+    blocks: Blocks,
+    key: TransferKey,
+    first: int,
+    layers: Layers = ONE_LAYER,
+    heads: Heads = ONE_HEAD,
+) -> bytes:
+    """``DIGEST_BYTES`` for each of ``blocks``, which are ``layers`` and ``heads`` of the sequence's blocks ``first``,
+    ``first + 1``, ..."""
+    bound = (key.request, key.attempt, *layers, *heads)
+    base = xxhash.xxh3_64_intdigest("/".join(map(str, bound)).encode())
     return b"".join(
         xxhash.xxh3_64_digest(pool[block], (base + (first + place) * _INDEX_STEP) & _MASK)
         for place, block in enumerate(blocks.tolist())

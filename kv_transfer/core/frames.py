@@ -1,7 +1,8 @@
 """Frames of the ``zmq`` transport: the header of a data message, and the receiver's answer to it.
 
 A data message is a header and then one or more parts, each a whole number of blocks, ``count`` blocks in all: some
-heads of the sequence's blocks ``first``, ``first + 1``, ... in order. Where they go is the receiver's own knowledge.
+layers and heads of the sequence's blocks ``first``, ``first + 1``, ... in order. Where they go is the receiver's own
+knowledge.
 """
 
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from kv_transfer.core.events import TransferKey
-from kv_transfer.core.lanes import Heads
+from kv_transfer.core.lanes import Heads, Layers
 from messages.codec import Decode, decoder_for
 from messages.common import MAX_SIDE, AttemptMessage, Count, Message, Side
 
@@ -29,13 +30,19 @@ class DataHeader(AttemptMessage, frozen=True):
     first: Annotated[int, Meta(ge=0, le=2**22)]
     count: Annotated[int, Meta(ge=1, le=MAX_BLOCKS)]
     block_bytes: Annotated[int, Meta(ge=1, le=MAX_PART_BYTES)]
-    """Of these heads."""
+    """Of these layers and heads."""
+    first_layer: Annotated[int, Meta(ge=0, lt=MAX_SIDE)]
+    num_layers: Side
     first_head: Annotated[int, Meta(ge=0, lt=MAX_SIDE)]
     num_heads: Side
 
     @property
     def key(self) -> TransferKey:
         return TransferKey(self.request, self.attempt)
+
+    @property
+    def layers(self) -> Layers:
+        return Layers(self.first_layer, self.first_layer + self.num_layers)
 
     @property
     def heads(self) -> Heads:

@@ -5,7 +5,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -98,16 +98,29 @@ class Job:
         """The blocks up to ``end`` have gone with these layers."""
         assert self.layers is not None
         self.num_bytes += num_bytes
-        if self.live is not None and not self.live.complete:
-            self.early_bytes += num_bytes
         self.begun = end
         if end == len(self.source):
             self.done, self.layers, self.begun = self.layers.end, None, 0
+
+    def taken(self, num_bytes: int) -> None:
+        """So many more bytes stand at the peer's."""
+        if self.live is not None and not self.live.complete:
+            self.early_bytes += num_bytes
 
     @property
     def pushed(self) -> Pushed:
         at = time.monotonic()
         return Pushed(self.key, self.first, len(self.source), self.num_bytes, self.early_bytes, at)
+
+
+def next_job(jobs: Iterable[Job]) -> Job | None:
+    """The first that need not wait; those of one key stay in order."""
+    waiting: set[TransferKey] = set()
+    for job in jobs:
+        if not job.waits and job.key not in waiting:
+            return job
+        waiting.add(job.key)
+    return None
 
 
 class Cancel(NamedTuple):
@@ -243,13 +256,7 @@ class CopyingSender(BackgroundSender):
                     return False
 
     def _next(self) -> Job | None:
-        """The first that can go on; those of one key stay in order."""
-        waiting: set[TransferKey] = set()
-        for job in self._jobs:
-            if not job.waits and job.key not in waiting:
-                return job
-            waiting.add(job.key)
-        return None
+        return next_job(self._jobs)
 
     def _forget(self, address: str) -> None:
         failed = [job for job in self._jobs if job.to.address == address]
@@ -284,7 +291,9 @@ class CopyingSender(BackgroundSender):
             self._let_go(job.to)
             self._on_event(PushFailed(job.key, str(error)))
             return
-        job.went(end, (end - part.start) * row_bytes)
+        num_bytes = (end - part.start) * row_bytes
+        job.went(end, num_bytes)
+        job.taken(num_bytes)
         if job.done == lane.num_layers:
             self._jobs.remove(job)
             self._on_event(job.pushed)

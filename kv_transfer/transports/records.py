@@ -59,6 +59,7 @@ class LaneCopy:
         self.target = target
         self.heads = heads
         self.num_layers = target.num_layers
+        self.layers = Layers(0, target.num_layers)
         self.layer_bytes = layout_of(target, heads).layer_bytes
         self.row_bytes = self.num_layers * self.layer_bytes
         """Of a block of the lane, as it travels."""
@@ -89,14 +90,10 @@ class LaneCopy:
             copy_blocks(there, target, here, source)
 
 
-def unpack(rows: Pool, pool: Pool, shard: KVShard, heads: Heads, target: Blocks) -> None:
-    """``rows[i]``, as a lane's blocks travel -> ``heads`` of block ``target[i]`` of ``pool``."""
-    source = np.arange(len(rows), dtype=np.int32)
-    if heads == heads_of(shard):
-        copy_blocks(pool, target, rows, source)
-    else:
-        there = records(pool, shard, heads)
-        copy_blocks(there, target, rows.reshape(len(rows), *there.shape[1:]), source)
+def unpack(rows: Pool, pool: Pool, shard: KVShard, heads: Heads, layers: Layers, target: Blocks) -> None:
+    """``rows[i]``, as a lane's blocks travel -> ``layers`` and ``heads`` of block ``target[i]`` of ``pool``."""
+    there = _of_layers(records(pool, shard, heads), layers)
+    copy_blocks(there, target, rows.reshape(len(rows), *there.shape[1:]), np.arange(len(rows), dtype=np.int32))
 
 
 def _conversion(source: KVLayout, target: KVLayout) -> "_Cast | _Quantize":

@@ -3,7 +3,8 @@
 A push, end to end:
 
 1. The sender's thread cuts it into messages of a few MiB: a header, and views of the pool, which libzmq reads in place;
-   or, where the receiver keeps other heads or another dtype, of a buffer that is used again once it has been taken.
+   or, of some layers, or where the receiver keeps other heads or another dtype, of a buffer that is used again once it
+   has been taken.
 2. No more than ``WINDOW_BYTES`` are under way to one peer, so that memory is bounded at both ends.
 3. The receiver's thread checks sizes against the header, and the header against the rows that are open for its key. It
    copies into those rows under the lock that ``close`` takes, and answers ``Taken``; what it cannot use it drops.
@@ -62,6 +63,7 @@ from kv_transfer.transports.copying import (
     Look,
     Stop,
     blocks_in,
+    next_job,
 )
 from kv_transfer.transports.records import LaneCopy, unpack
 from messages.codec import BadMessage, encode
@@ -91,8 +93,6 @@ class ZmqSender(BackgroundSender):
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake = _Wake()
         self._links: dict[str, _Link] = {}
-        self._live: list[Job] = []
-        """Pushes that wait for their step; they go whole when it is over."""
         self._cancelling: Counter[TransferKey] = Counter()
         self._thread.start()
 
@@ -130,34 +130,20 @@ class ZmqSender(BackgroundSender):
             while True:
                 match self._commands.get_nowait():
                     case Job() as job:
-                        self._live.append(job)
-                        self._begin_live()
+                        self._accept(job)
                     case Look():
-                        self._begin_live()
+                        pass
                     case Cancel(key):
                         self._cancelling[key] += 1
-                        self._live = [job for job in self._live if job.key != key]
                         for link in self._links.values():
                             link.drop(key)
                     case Forget(address):
-                        gone = [job for job in self._live if job.to.address == address]
-                        self._live = [job for job in self._live if job not in gone]
-                        self._fail(address, "the peer is gone", gone)
+                        self._fail(address, "the peer is gone")
                     case Stop():
                         return False
         return True
 
-    def _begin_live(self) -> None:
-        """Begin what waits no more."""
-        begun = [job for job in self._live if job.live is None or job.live.complete or job.live.failed]
-        self._live = [job for job in self._live if job not in begun]
-        for job in begun:
-            self._accept(job)
-
     def _accept(self, job: Job) -> None:
-        if job.failed:
-            self._on_event(PushFailed(job.key, STEP_FAILED))
-            return
         try:
             job.check(len(self._pool))
             lane = self._lane(job)
@@ -167,26 +153,31 @@ class ZmqSender(BackgroundSender):
             address = job.to.address
             if address not in self._links:
                 self._links[address] = _Link(self._context, address, self._pool)
-            self._links[address].add(job, lane, time.monotonic())
+            self._links[address].jobs[job] = lane
         except TransportError as error:
             self._on_event(PushFailed(job.key, str(error)))
 
     def _turn(self, link: "_Link", now: float) -> None:
+        if link.idle:
+            link.moved_at = now
         try:
             for job in link.hear(now):
                 if job.key not in self._cancelling:
                     self._on_event(job.pushed)
+            for job in link.drop_failed():
+                self._on_event(PushFailed(job.key, STEP_FAILED))
             link.send()
         except zmq.ZMQError as error:
             self._fail(link.address, f"cannot send to {link.address}: {error}")
             return
+        link.idle = not link.busy
         if link.busy and now - link.moved_at > self._stalled_after:
             self._fail(link.address, f"{link.address} has taken nothing for {self._stalled_after:.0f} s")
 
-    def _fail(self, address: str, detail: str, also: Iterable[Job] = ()) -> None:
-        """Close the link to ``address``, if there is one, and fail what was on it, and ``also`` these."""
+    def _fail(self, address: str, detail: str) -> None:
+        """Close the link to ``address``, if there is one, and fail what was on it."""
         link = self._links.pop(address, None)
-        for job in (*(link.close() if link else ()), *also):
+        for job in link.close() if link else ():
             if job.key not in self._cancelling:
                 self._on_event(PushFailed(job.key, detail))
 
@@ -219,10 +210,13 @@ class _Link:
         if not address.startswith("tcp://"):
             raise TransportError(f"{address!r} is no address of a zmq receiver")
         self.address = address
-        self.jobs: deque[tuple[Job, LaneCopy]] = deque()
+        self.jobs: dict[Job, LaneCopy] = {}
+        """In the order of their pushes."""
         self.under_way: deque[_Sent] = deque()
         self.moved_at = 0.0
         """When the peer last took something, or first had something to take."""
+        self.idle = True
+        """Whether there was nothing to take, nor to send, at the end of the last turn."""
         self._pool = pool
         self._buffers: dict[int, list[Pool]] = {}
         """Free ones, by size."""
@@ -246,20 +240,23 @@ class _Link:
 
     @property
     def busy(self) -> bool:
-        return bool(self.jobs or self.under_way)
+        """Whether the peer has something to take; not where all waits for layers."""
+        return bool(self.under_way) or next_job(self.jobs) is not None
 
     @property
     def interest(self) -> int:
         return zmq.POLLIN | (zmq.POLLOUT if self._full else 0)
 
-    def add(self, job: Job, lane: LaneCopy, now: float) -> None:
-        if not self.busy:
-            self.moved_at = now
-        self.jobs.append((job, lane))
-
     def drop(self, key: TransferKey) -> None:
         """Send no more for ``key``; what is under way stays so."""
-        self.jobs = deque((job, lane) for job, lane in self.jobs if job.key != key)
+        self.jobs = {job: lane for job, lane in self.jobs.items() if job.key != key}
+
+    def drop_failed(self) -> list[Job]:
+        """Send no more of the pushes whose step has failed, which these are."""
+        failed = [job for job in self.jobs if job.failed]
+        for job in failed:
+            del self.jobs[job]
+        return failed
 
     def hear(self, now: float) -> Iterator[Job]:
         """Take the peer's answers; the pushes that are complete."""
@@ -275,26 +272,30 @@ class _Link:
             if sent.buffer is not None:
                 self._buffers[len(sent.buffer)].append(sent.buffer)
             self.moved_at = now
+            sent.job.taken(sent.size)
             if sent.last:
                 yield sent.job
 
     def send(self) -> None:
         """Send what the window lets through."""
         self._full = False
-        while self.jobs and len(self.under_way) < WINDOW_MESSAGES:
-            job, lane = self.jobs[0]
-            block_bytes = lane.row_bytes
+        while len(self.under_way) < WINDOW_MESSAGES and (job := next_job(self.jobs)) is not None:
+            lane = self.jobs[job]
+            layers = job.next_layers(lane.num_layers)
+            num_layers = layers.end - layers.first
+            block_bytes = num_layers * lane.layer_bytes
             end = min(job.begun + blocks_in(MESSAGE_BYTES, block_bytes), len(job.source))
             size = (end - job.begun) * block_bytes
             if self.under_way and self._bytes + size > WINDOW_BYTES:
                 return
             header = DataHeader(
                 *job.key, number=self._number, first=job.first + job.begun, count=end - job.begun,
-                block_bytes=block_bytes, first_head=lane.heads.first, num_heads=lane.heads.num,
+                block_bytes=block_bytes, first_layer=layers.first, num_layers=num_layers,
+                first_head=lane.heads.first, num_heads=lane.heads.num,
             )  # fmt: skip
             source = job.source[job.begun : end]
-            buffer = None if lane.whole else self._buffer(size)
-            parts = self._parts(source) if buffer is None else [_packed(lane, source, buffer[:size])]
+            buffer = None if lane.whole and num_layers == lane.num_layers else self._buffer(size)
+            parts = self._parts(source) if buffer is None else [_packed(lane, source, layers, buffer[:size])]
             try:
                 tracker = self.socket.send_multipart([encode(header), *parts], zmq.NOBLOCK, copy=False, track=True)
             except zmq.Again:
@@ -302,13 +303,13 @@ class _Link:
                 if buffer is not None:
                     self._buffers[len(buffer)].append(buffer)
                 return
-            job.begun = end
-            job.num_bytes += sum(part.nbytes for part in parts)
-            self.under_way.append(_Sent(self._number, job, size, end == len(job.source), tracker, buffer))
+            job.went(end, size)
+            last = job.done == lane.num_layers
+            self.under_way.append(_Sent(self._number, job, size, last, tracker, buffer))
             self._number += 1
             self._bytes += size
-            if end == len(job.source):
-                self.jobs.popleft()
+            if last:
+                del self.jobs[job]
 
     def _buffer(self, size: int) -> Pool:
         """One of at least ``size`` bytes, of a size that comes again; no more of them than the window lets through."""
@@ -330,13 +331,11 @@ class _Link:
         for sent in self.under_way:
             with contextlib.suppress(zmq.NotDone):
                 sent.tracker.wait(STOP_WITHIN)
-        return list(
-            {id(job): job for job in (*(sent.job for sent in self.under_way), *(job for job, _ in self.jobs))}.values()
-        )
+        return list(dict.fromkeys((*(sent.job for sent in self.under_way), *self.jobs)))
 
 
-def _packed(lane: LaneCopy, source: Blocks, into: Pool) -> Pool:
-    lane.pack(into.reshape(len(source), -1), source)
+def _packed(lane: LaneCopy, source: Blocks, layers: Layers, into: Pool) -> Pool:
+    lane.pack(into.reshape(len(source), -1), source, layers)
     return into
 
 
@@ -432,7 +431,7 @@ class ZmqReceiver:
 
     def _take(self, header: DataHeader, parts: list[zmq.Frame]) -> None:
         shard = self.endpoint.shard
-        block_bytes = layout_of(shard, header.heads).block_bytes
+        block_bytes = layout_of(shard, header.heads).layer_bytes * header.num_layers
         data = [np.frombuffer(part.buffer, np.uint8) for part in parts]
         if header.block_bytes != block_bytes or not whole_blocks(header, [part.size for part in data]):
             self.malformed += 1
@@ -441,11 +440,10 @@ class ZmqReceiver:
         def copy(rows: Blocks) -> None:
             for part in data:
                 here = part.reshape(-1, block_bytes)
-                unpack(here, self._pool, shard, header.heads, rows[: len(here)])
+                unpack(here, self._pool, shard, header.heads, header.layers, rows[: len(here)])
                 rows = rows[len(here) :]
 
-        layers = Layers(0, shard.num_layers)
-        landed = self._landings.land(header.key, header.heads, layers, header.first, header.count, copy)
+        landed = self._landings.land(header.key, header.heads, header.layers, header.first, header.count, copy)
         if landed is None:
             self.dropped += 1
         elif len(landed):

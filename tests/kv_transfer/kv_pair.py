@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kv_transfer.core.events import Landed, TransferKey
-from kv_transfer.core.lanes import Heads
-from kv_transfer.transports.base import OnEvent, Pool, Receiver, Sender
+from kv_transfer.core.lanes import Heads, heads_of, layout_of
+from kv_transfer.transports.base import OnEvent, Pool, Receiver, Sender, StepLayers
 from kv_transfer.transports.build import allocate_pool, make_receiver, make_sender
 from kv_transfer.transports.faulty import FaultyReceiver, FaultySender
 from messages.common import KVEndpoint, KVShard
@@ -60,18 +60,27 @@ class Events:
 class Pair:
     """A sender over ``here`` and a receiver over ``there``."""
 
-    def __init__(self, transport: str, wrapped: bool, num_blocks: int = 64, block_bytes: int = 4096) -> None:
-        self._memories = [allocate_pool(transport, num_blocks, block_bytes) for _ in range(2)]
+    def __init__(
+        self,
+        transport: str,
+        wrapped: bool,
+        num_blocks: int = 64,
+        block_bytes: int = 4096,
+        shards: tuple[KVShard, KVShard] | None = None,
+    ) -> None:
+        """``shards``: the sender's and the receiver's; else blocks of ``block_bytes``, of one layer and one head."""
+        shard, into = shards or (shard_of_bytes(block_bytes),) * 2
+        self._memories = [allocate_pool(transport, num_blocks, layout_of(each).block_bytes) for each in (shard, into)]
         self.here, self.there = (memory.pool for memory in self._memories)
         self.here[:] = np.random.default_rng(0).integers(0, 256, self.here.shape, np.uint8)
         self.sent, self.received = Events(), Events()
-        shard = shard_of_bytes(block_bytes)
+        self._heads = heads_of(into)
 
         def sender(pool: Pool, on_event: OnEvent) -> Sender:
             return make_sender(transport, pool, shard, on_event)
 
         def receiver(on_event: OnEvent) -> Receiver:
-            return make_receiver(transport, "127.0.0.1", self._memories[1], shard, on_event)
+            return make_receiver(transport, "127.0.0.1", self._memories[1], into, on_event)
 
         rng = Random(0)
         self.receiver: Receiver
@@ -84,10 +93,18 @@ class Pair:
         self.to = self.receiver.endpoint
 
     def open(self, key: TransferKey, first: int, blocks: Any) -> None:
-        self.receiver.open(key, first, blocks, (ALL,))
+        self.receiver.open(key, first, blocks, (self._heads,))
 
-    def push(self, key: TransferKey, first: int, source: Any, target: Any, to: KVEndpoint | None = None) -> None:
-        self.sender.push(key, to or self.to, ALL, first, source, target)
+    def push(
+        self,
+        key: TransferKey,
+        first: int,
+        source: Any,
+        target: Any,
+        to: KVEndpoint | None = None,
+        layers: StepLayers | None = None,
+    ) -> None:
+        self.sender.push(key, to or self.to, self._heads, first, source, target, layers)
 
     def close(self) -> None:
         self.sender.shutdown()

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from kv_transfer.core.digest import DIGEST_BYTES, digests, mismatches
+from kv_transfer.core.digest import DIGEST_BYTES, ONE_HEAD, ONE_LAYER, digests, mismatches
+from kv_transfer.core.lanes import Heads, Layers
 from tests.kv_transfer.kv_pair import key, scattered
 
 POOL = np.random.default_rng(0).integers(0, 256, (64, 512), np.uint8)
@@ -46,6 +47,11 @@ def test_swapped_blocks_are_found() -> None:
 @pytest.mark.parametrize("other", [key(2), key(1, attempt=2)])
 def test_a_right_block_of_another_request_or_attempt_is_found(other: object) -> None:
     assert len(mismatches(RIGHT, digests(POOL, BLOCKS, other, 3))) == len(BLOCKS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", [(Layers(0, 2), ONE_HEAD), (Layers(1, 2), ONE_HEAD), (ONE_LAYER, Heads(1, 1))])
+def test_a_right_block_of_other_layers_or_heads_is_found(other: tuple[Layers, Heads]) -> None:
+    assert len(mismatches(RIGHT, digests(POOL, BLOCKS, key(), 3, *other))) == len(BLOCKS)
 
 
 def test_a_block_at_another_place_of_the_sequence_is_found() -> None:

@@ -14,7 +14,7 @@ from engine.kv_cache import KVCache
 from kv_transfer.core.digest import combined, digests, mismatches
 from kv_transfer.core.events import Pushed, TransferKey
 from kv_transfer.core.fanout import DigestLane, LaneDigested
-from kv_transfer.core.lanes import Heads, Lane, layout_of, plan_lanes
+from kv_transfer.core.lanes import Heads, Lane, Layers, layout_of, plan_lanes
 from kv_transfer.transports.build import TRANSPORTS, allocate_pool, make_receiver, make_sender
 from kv_transfer.transports.records import LaneCopy
 from messages.common import KVRank, KVShard
@@ -254,7 +254,9 @@ def test_one_rank_that_keeps_the_same_hashes_its_blocks_as_they_lie() -> None:
     blocks = scattered(1, 9, NUM_BLOCKS)
     with Workers("inproc", shards, shards) as workers:
         fill(workers.here, shards, 1)
-        assert workers.digests(False, key(), 4, blocks) == digests(workers.here[0], blocks, key(), 4)
+        assert workers.digests(False, key(), 4, blocks) == digests(
+            workers.here[0], blocks, key(), 4, Layers(0, LAYERS), workers.lanes[0].heads
+        )
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -89,6 +89,8 @@ class World:
         self.open_rows: dict[int, int] = {}
         self.ended: dict[str, list[Ended]] = {"sender": [], "receiver": []}
         self.writes_after_release = 0
+        self.coming = self.final = blocks
+        """Leading blocks that the step makes final, and that are."""
 
     def post(self, to: str, event: Any, *, lossy: bool) -> None:
         if lossy and self.rng.random() < self.loss:
@@ -103,7 +105,8 @@ class World:
             match action:
                 case Ended():
                     self.ended[who].append(action)
-                case Push():
+                case Push(_, _, first, source, _, live):
+                    assert first + len(source) <= (self.coming if live else self.final)
                     self.transit.append(("transport", action))
                 case CancelPushes():
                     pushes = [entry for entry in self.transit if entry[0] == "transport"]
@@ -111,6 +114,7 @@ class World:
                     self.post("sender", Cancelled(KEY), lossy=False)
                 case TakeDigests(key, _, first, blocks):
                     pool = self.here if who == "sender" else self.there
+                    assert who == "receiver" or first + len(blocks) <= self.final
                     self.post(who, Digested(key, first, digests(pool, blocks, key, first)), lossy=False)
                 case OpenLanding(_, _, first, blocks):
                     self.open_rows = {first + place: int(block) for place, block in enumerate(blocks)}
@@ -164,9 +168,14 @@ class World:
 
     def prefill(self, chunks: int) -> None:
         """Compute in so many chunks, with time and messages between them."""
+        truth, self.final = self.here.copy(), 0
+        self.here[self.source] ^= 0xFF
         self.perform("sender", self.sender.open(self.now))
         for chunk in range(1, chunks + 1):
-            ready = len(self.source) * chunk // chunks
+            self.coming = ready = len(self.source) * chunk // chunks
+            self.perform("sender", self.sender.computing(self.source, ready, self.now))
+            self.here[self.source[:ready]] = truth[self.source[:ready]]
+            self.final = ready
             self.perform("sender", self.sender.computed(self.source, ready, self.now))
             for _ in range(self.rng.randrange(4)):
                 if self.transit:

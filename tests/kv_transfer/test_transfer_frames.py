@@ -10,7 +10,16 @@ from messages.codec import BadMessage, encode
 from messages.ids import Attempt, RequestId
 
 HEADER = DataHeader(
-    RequestId("a" * 32), Attempt(1), number=0, first=3, count=2, block_bytes=512, first_head=0, num_heads=4
+    RequestId("a" * 32),
+    Attempt(1),
+    number=0,
+    first=3,
+    count=2,
+    block_bytes=512,
+    first_layer=2,
+    num_layers=3,
+    first_head=0,
+    num_heads=4,
 )
 
 

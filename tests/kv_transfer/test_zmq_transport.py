@@ -61,7 +61,15 @@ class Canary:
 
 
 def header(of: tuple[RequestId, Attempt], number: int = 0, **changes: int) -> DataHeader:
-    fields = {"first": 0, "count": 1, "block_bytes": BLOCK, "first_head": 0, "num_heads": 1} | changes
+    fields = {
+        "first": 0,
+        "count": 1,
+        "block_bytes": BLOCK,
+        "first_layer": 0,
+        "num_layers": 1,
+        "first_head": 0,
+        "num_heads": 1,
+    } | changes
     return DataHeader(*of, number=number, **fields)
 
 
