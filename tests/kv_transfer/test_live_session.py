@@ -155,7 +155,7 @@ def test_a_step_that_fails_can_never_be_ended(says: str) -> None:
         sender.take(sender.session.give_up("the step failed", Outcome.FAILED))
     else:
         sender.handle(PushFailed(KEY, "the step failed"))
-    assert CancelPushes(KEY) in sender.others
+    assert CancelPushes(KEY, ROUTE.transport) in sender.others
     sender.answer()
     sender.take(sender.session.computed(SOURCE, 8, sender.now))
     sender.take(sender.session.end(FIRST, sender.now))
@@ -183,7 +183,7 @@ def test_room_for_too_few_blocks_fails_before_the_step() -> None:
     sender = Sender()
     sender.accept(blocks=TARGET[:5])
     sender.step(8)
-    assert sender.pushes == [] and CancelPushes(KEY) in sender.others
+    assert sender.pushes == [] and CancelPushes(KEY, ROUTE.transport) in sender.others
 
 
 def test_a_step_may_take_longer_than_a_transfer_may_stand_still() -> None:
