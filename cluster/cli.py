@@ -1,4 +1,4 @@
-"""The command line: `baton up | down | status | validate | submit | chat | trace | demo`.
+"""The command line: `baton up | down | status | validate | submit | chat | trace | doctor | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -194,6 +194,29 @@ def trace(
     if url is not None and cluster is not None:
         raise typer.BadParameter("name one of --url and --cluster")
     show_trace(_console(), _url(url, cluster), request, prompt, max_tokens, output)
+
+
+@app.command()
+def doctor(
+    topology: Annotated[
+        Path | None, typer.Argument(metavar="TOPOLOGY", help="Started for the examination unless it runs.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="A cluster that runs here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say it in JSON.")] = False,
+) -> None:
+    """Examine every prefill-decode pair before traffic: do they go together, and how fast does KV move?
+
+    For example: `baton doctor configs/topologies/local.yaml`, or `baton doctor` for the cluster that runs here
+
+    Compares versions, KV layout and dtype, tensor-parallel ranks and transports, and hands test blocks over: free
+    blocks only, a few MiB. Each finding names the pair, the cause and the cure; with any, the exit code is 1.
+    """
+    from cluster.doctor import doctor as examine
+
+    if topology is not None and cluster is not None:
+        raise typer.BadParameter("name a TOPOLOGY or a --cluster, not both")
+    if not examine(_console(), topology, cluster, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -23,6 +23,8 @@ from cluster.errors import LaunchError
 
 OBJECT_STORE_BYTES = 80 << 20
 """The least that Ray takes; nothing of ours goes through the object store."""
+TOKEN, ADDRESS = "token", "address"
+"""Files in the private folder."""
 GONE_WITHIN = 5.0
 """Seconds that Ray's processes get to end by themselves."""
 _ENVIRONMENT = {
@@ -38,8 +40,10 @@ _ENVIRONMENT = {
 class RaySession:
     """``start``, use ``ray``, ``stop``."""
 
-    def __init__(self, address: str, namespace: str) -> None:
+    def __init__(self, address: str, namespace: str, private: Path | None = None) -> None:
+        """``private``: the folder of a Ray that another process has started for itself alone; that one is joined."""
         self._address = address
+        self._private = private
         self._namespace = namespace
         self._environment: dict[str, str | None] = {}
         self.ray: Any = None
@@ -52,7 +56,9 @@ class RaySession:
         return None if self.folder is None else self.folder / "ray" / "session_latest" / "logs"
 
     def start(self) -> None:
-        if self._address == "local":
+        if self._private is not None:
+            self._join(self._private)
+        elif self._address == "local":
             self._prepare()
         import ray
 
@@ -73,6 +79,8 @@ class RaySession:
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
             except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
                 raise LaunchError(self._cannot(error)) from error
+        if self.folder is not None:
+            (self.folder / ADDRESS).write_text(ray.get_runtime_context().gcs_address)
 
     def stop(self) -> list[str]:
         """Leave Ray; end our own and remove what it left. Returns what is still there, which should be nothing."""
@@ -92,9 +100,20 @@ class RaySession:
         # Paths of Unix sockets are short, so not in a long TMPDIR; Ray opens its folder to all, so ours is around it.
         parent = "/tmp" if os.access("/tmp", os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="baton-", dir=parent))
-        token = self.folder / "token"
+        token = self.folder / TOKEN
         with open(os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
+        self._enter(token)
+
+    def _join(self, folder: Path) -> None:
+        try:
+            self._address = (folder / ADDRESS).read_text()
+        except OSError as error:
+            raise LaunchError(f"the Ray in {folder} is still starting, or gone") from error
+        self._enter(folder / TOKEN)
+
+    def _enter(self, token: Path) -> None:
+        """Have this process speak to a private Ray, by its token."""
         wanted = {**_ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": str(token)}
         self._environment = {name: os.environ.get(name) for name in (*wanted, "RAY_AUTH_TOKEN", "RAY_ADDRESS")}
         os.environ.pop("RAY_AUTH_TOKEN", None)  # would be taken before the file

@@ -42,6 +42,8 @@ class OpenTransfer(AttemptMessage, frozen=True):
     """The sender's KV: by it and by its own the receiver knows what will come from whom, and a one-sided one sees by
     its ways whether the writers live."""
     ticket: Ticket
+    probe: bool = False
+    """Nothing goes on from it: the blocks are verified and freed. Refused unless there are free ones for it at once."""
 
 
 class EndTransfer(AttemptMessage, frozen=True):

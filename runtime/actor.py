@@ -1,5 +1,6 @@
 """What prefill and decode actors have in common: they load a model, make a machine, and run its loop in a thread."""
 
+import importlib.metadata
 import logging
 import os
 import queue
@@ -28,10 +29,13 @@ from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import allocate_pool
 from messages.codec import decoder_for
 from messages.common import KVShard, WorkerAddress
-from messages.ids import Address, Epoch, WorkerId
+from messages.fingerprint import protocol
+from messages.ids import Address, Epoch, RequestId, WorkerId
 from runtime.clock import clock_name
+from runtime.core.probe import ProbeEnded, ProbeWanted
 from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
 from runtime.core.timeline import Timelines
+from runtime.facts import WorkerFacts
 from runtime.follower import FOLLOWER_MESSAGES, Follower, FollowerLoop, RemoteRank
 from runtime.kv_port import KVPort, RankPort
 from runtime.leader import RANK_MESSAGES, Leader
@@ -59,6 +63,8 @@ class WorkerActor(ABC):
         self._epoch = Epoch(secrets.randbits(62))
         self._memory: PoolMemory | None = None
         self._own: RankPort | None = None
+        self._port: KVPort | None = None
+        self._address: WorkerAddress | None = None
         self._mailbox: Mailbox | None = None
         self._member: Leader | Follower | None = None
         self._loop: WorkerLoop | FollowerLoop | None = None
@@ -131,8 +137,8 @@ class WorkerActor(ABC):
         scheduler = Scheduler(pool, limits, eos, host, preemption=config.preemption)
         self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group), runner.layers)
         others = [] if leader is None else [RemoteRank(leader, ready) for ready in leader.wait_until_ready()]
-        port = KVPort(self._own, others)
-        address = WorkerAddress(
+        self._port = port = KVPort(self._own, others)
+        self._address = address = WorkerAddress(
             worker=WorkerId(config.worker),
             epoch=self._epoch,
             mailbox=mailbox.address,
@@ -172,6 +178,27 @@ class WorkerActor(ABC):
         layout = kv_layout(model, config.dtype, config.block_size, kv_dtype=config.kv_dtype, group=group)
         self._memory = allocate_pool(config.transport, config.num_blocks, layout.block_bytes)
         return layout, self._memory
+
+    def facts(self) -> WorkerFacts:
+        """What `baton doctor` compares between workers."""
+        assert self._address is not None and self._port is not None, "not started, or no rank 0"
+        config = self._config
+        return WorkerFacts(
+            address=self._address,
+            role=config.role,
+            node=os.uname().nodename,
+            baton=_version("baton-serve"),
+            torch=torch.__version__,
+            protocol=protocol(),
+            ranks=self._port.ranks,
+            max_model_len=config.max_model_len,
+        )
+
+    def probe(self, decode: WorkerAddress, num_blocks: int, within: float) -> ProbeEnded:
+        """Hand ``num_blocks`` free blocks of this prefill worker over to ``decode``, as a test."""
+        assert isinstance(self._loop, WorkerLoop), "not started, or no rank 0"
+        wanted = ProbeWanted(RequestId(f"probe-{secrets.token_hex(16)}"), decode, num_blocks)
+        return self._loop.probe(wanted, within=within)
 
     def inspect(self) -> dict[str, int]:
         """What is in the machine between two turns of its loop, after ``check_integrity``; for tests and status."""
@@ -237,6 +264,13 @@ class WorkerActor(ABC):
 def _shard(layout: KVLayout, model: ModelConfig, group: ParallelGroup) -> KVShard:
     """What blocks of a rank are, of the model's."""
     return shard_of(layout, model.num_kv_heads, group.heads(model.num_heads, model.num_kv_heads).kv.start)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _nobody(step: StepInput) -> None:

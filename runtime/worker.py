@@ -5,6 +5,7 @@ given to another sequence.
 """
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,9 +25,11 @@ from kv_transfer.core.session import (
     TakeDigests,
     WritersGone,
 )
+from messages.ids import RequestId
 from messages.rank_to_leader import Join, RankEvent, RankMessage
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
+from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted
 from runtime.core.timeline import Timelines
 from runtime.kv_port import FromRank, KVPort, PortFailed
 from runtime.leader import Leader
@@ -80,6 +83,7 @@ class WorkerLoop:
         self._timelines = timelines
         self._leader = leader
         self._stopping = threading.Event()
+        self._probes: dict[RequestId, queue.SimpleQueue[ProbeEnded]] = {}
 
     def run(self) -> None:
         """Until ``stop``: take what has come, schedule, run, update.
@@ -107,6 +111,22 @@ class WorkerLoop:
         """Ask the loop to end, from any thread."""
         self._stopping.set()
         self._mailbox.post(None)
+
+    def probe(self, wanted: ProbeWanted, *, within: float) -> ProbeEnded:
+        """Have a hand-over tested, from any thread that may wait."""
+        answers: queue.SimpleQueue[ProbeEnded] = queue.SimpleQueue()
+        self._probes[wanted.request] = answers
+        try:
+            self._mailbox.post(wanted)
+            try:
+                return answers.get(timeout=within)
+            except queue.Empty:
+                self._mailbox.post(ProbeStopped(wanted.request, f"nothing came of it within {within:g} s"))
+                return answers.get(timeout=within)
+        except queue.Empty:
+            return ProbeEnded(wanted.request, f"{self._machine.membership.address.worker} does not answer")
+        finally:
+            del self._probes[wanted.request]
 
     def ask(self, question: Callable[[Machine], None]) -> None:
         """Have ``question`` answered between two turns of the loop, from any thread."""
@@ -173,5 +193,9 @@ class WorkerLoop:
                 case LookForWriters(key, writers):
                     if port.all_gone(writers):
                         self._perform(self._machine.handle(WritersGone(key), time.monotonic()))
+                case ProbeEnded(request):
+                    waiting = self._probes.get(request)
+                    if waiting is not None:
+                        waiting.put(action)
                 case _:
                     raise AssertionError(f"nobody performs {action}")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from msgspec import structs
 
-from decode_worker.core.reservation import Action, KVLanded, Reservations, Step
+from decode_worker.core.reservation import NO_ROOM_FOR_PROBE, Action, KVLanded, Reservations, Step
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
@@ -233,6 +233,8 @@ class DecodeMachine:
             self._reservations.route(order)
         except CannotPair as error:
             return str(error), True
+        if order.probe and self._pool.counts().free * self._pool.block_size < order.generation.num_tokens:
+            return NO_ROOM_FOR_PROBE, True
         return self._misfit(order.generation), False
 
     def _generate(self, order: Generate, now: float) -> list[Action]:
@@ -262,8 +264,11 @@ class DecodeMachine:
             detail = f"the first token is {first.token}, the vocabulary has {self._settings.vocab_size}"
             return [self._failed(order.request, order.attempt, order.gateway, FailReason.TRANSFER, detail)]
         kv_bytes = (len(landed.blocks) - landed.num_cached) * self._settings.block_bytes
-        self.membership.transfers += 1
         self.membership.kv_bytes_received += kv_bytes
+        if order.probe:
+            self._pool.free(landed.blocks)
+            return []
+        self.membership.transfers += 1
         start = count_tokens(order.generation.generated)
         self._deliveries.open(order.request, order.attempt, order.gateway, start, kv_bytes=kv_bytes)
         if first.prompt_logprobs is not None:

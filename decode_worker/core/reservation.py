@@ -58,6 +58,8 @@ SHARE_WITHIN = 1.0
 REMEMBERED = 4096
 """Finished transfers whose end is acked again should the ack have been lost."""
 
+NO_ROOM_FOR_PROBE = "no free blocks for a probe"
+
 
 class KVLanded(NamedTuple):
     """The KV of ``order`` stands verified in ``blocks``, which are the caller's from now on."""
@@ -197,12 +199,17 @@ class Reservations:
             total = -(-order.generation.num_tokens // self._pool.block_size)
             needed = total - len(cached)
             if not has_room(needed + self._pool.num_unheld(cached), _promise(order, 0), self._promises()):
-                break
+                if not order.probe:
+                    break
+                del self._waiting[order.request]
+                steps.append(self.refuse(order, NO_ROOM_FOR_PROBE))
+                continue
             self._pool.share(cached)
             blocks = self._pool.allocate(needed)
             assert blocks is not None, "there was room"
             del self._waiting[order.request]
-            self._pool.looked_up(order.generation.num_tokens, len(cached) * self._pool.block_size)
+            if not order.probe:
+                self._pool.looked_up(order.generation.num_tokens, len(cached) * self._pool.block_size)
             steps += self._open_session(waiting, cached, blocks, now)
             room -= 1
             if not room:
@@ -329,7 +336,7 @@ class Reservations:
             match action:
                 case Ended(outcome=Outcome.DONE):
                     self._closed(key)
-                    self._stats.received(reservation.session.repairs, now - reservation.promised_at, None)
+                    self._count(reservation, now, None)
                     self._remember(key)
                     assert reservation.session.first is not None
                     blocks = np.concatenate([reservation.cached, reservation.session.blocks])
@@ -337,8 +344,7 @@ class Reservations:
                     steps.append(KVLanded(reservation.order, blocks, *landed))
                 case Ended():
                     self._closed(key)
-                    aborted = reservation.aborted or reason
-                    self._stats.received(reservation.session.repairs, now - reservation.promised_at, aborted)
+                    self._count(reservation, now, reservation.aborted or reason)
                     self._pool.free(reservation.session.blocks)
                     self._pool.free(reservation.cached)
                 case OpenLanding() | CloseLanding() | TakeDigests() | LookForWriters():
@@ -346,6 +352,10 @@ class Reservations:
                 case message:
                     steps.append(Send(reservation.order.prefill.mailbox, message))  # type: ignore[arg-type]
         return steps
+
+    def _count(self, ended: _Reservation, now: float, aborted: AbortReason | None) -> None:
+        if not ended.order.probe:
+            self._stats.received(ended.session.repairs, now - ended.promised_at, aborted)
 
     def _closed(self, key: TransferKey) -> None:
         reservation = self._open.pop(key)

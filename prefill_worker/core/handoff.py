@@ -29,6 +29,7 @@ from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, OpenTransfer
 from runtime.core.actions import ForgetPeer, Send
+from runtime.core.probe import ProbeEnded
 
 PeerMessage = TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
 TransportAnswer = Pushed | PushFailed | Cancelled | Digested
@@ -44,7 +45,7 @@ class HandoffEnded(NamedTuple):
     trace: TransferTrace
 
 
-Action = Send | Push | CancelPushes | TakeDigests | ForgetPeer
+Action = Send | Push | CancelPushes | TakeDigests | ForgetPeer | ProbeEnded
 Step = Action | HandoffEnded
 
 
@@ -54,6 +55,7 @@ class _Handoff:
     seq: Sequence
     transport: str
     session: SendSession
+    probe: bool = False
     aborted: AbortReason | None = None
     """Why it was given up, once it is."""
     peer_dead: bool = False
@@ -116,7 +118,7 @@ class Handoffs:
         avoid = self._failed.get((decode.worker, decode.epoch), ())
         return route(choose(self._ranks, decode.kv, avoid), self._ranks, decode.kv)
 
-    def open(self, order: Prefill, seq: Sequence, now: float) -> list[Step]:
+    def open(self, order: Prefill, seq: Sequence, now: float, *, probe: bool = False) -> list[Step]:
         """Ask decode for room; from here on the sequence's blocks are freed by the hand-over's end."""
         key = TransferKey(order.request, order.attempt)
         way = self._route(order.decode)
@@ -129,10 +131,11 @@ class Handoffs:
             transport=way.transport,
             ranks=self._ranks,
             ticket=order.ticket,
+            probe=probe,
         )
         session = SendSession(key, message, way, self._timeouts)
         self._pool.pin(seq.block_table)
-        self._open[key] = _Handoff(order, seq, way.transport, session)
+        self._open[key] = _Handoff(order, seq, way.transport, session, probe)
         return self._steps(key, session.open(now))
 
     def computing(self, key: TransferKey, coming: int, now: float) -> list[Step]:
@@ -200,7 +203,8 @@ class Handoffs:
                     self._pool.unpin(handoff.seq.block_table)
                     self._pool.free(handoff.seq.block_table)
                     trace = handoff.session.trace
-                    self._stats.sent(trace, None if action.outcome is Outcome.DONE else handoff.aborted)
+                    if not handoff.probe:
+                        self._stats.sent(trace, None if action.outcome is Outcome.DONE else handoff.aborted)
                     steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable, trace))
                 case Push() | CancelPushes() | TakeDigests():
                     steps.append(action)

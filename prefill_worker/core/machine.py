@@ -41,6 +41,7 @@ from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
 from runtime.core.pace import STEP_SECONDS, StepPace
+from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted, probe_order
 from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
@@ -55,7 +56,9 @@ TransferEvent = (
     | Pushed | PushFailed | Cancelled | Digested
 )  # fmt: skip
 TRACES = 256
-Event = Prefill | Abort | EndAck | TokensWanted | TransferEvent | RegisterWanted | PeerLost
+Event = (
+    Prefill | Abort | EndAck | TokensWanted | TransferEvent | RegisterWanted | PeerLost | ProbeWanted | ProbeStopped
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,8 @@ class PrefillMachine:
         self._pool = pool
         self._handoffs = handoffs
         self._legs: dict[RequestId, _Leg] = {}
+        self._probes: set[RequestId] = set()
+        """Under way."""
         self._peers: set[Address] = set()
         """Mailboxes of decode workers that came with a ticket; no other is answered."""
         self.forged = 0
@@ -138,6 +143,10 @@ class PrefillMachine:
                 return [*self.membership.wanted(event)]
             case PeerLost():
                 return self._peer_lost(event)
+            case ProbeWanted():
+                return self._probe(event, now)
+            case ProbeStopped():
+                return self._stop(event.request, Attempt(1), event.detail)
             case CancelTransfer() if event.mailbox not in self._peers:
                 self.forged += 1
                 return []
@@ -268,6 +277,38 @@ class PrefillMachine:
         self._scheduler.add(leg.seq)
         return actions
 
+    def _probe(self, wanted: ProbeWanted, now: float) -> list[Action]:
+        """Hand over blocks that hold nothing, if there are free ones."""
+        problem = self._handoffs.misfit(wanted.decode)
+        free = self._pool.counts().free
+        if not problem and wanted.num_blocks > free:
+            problem = f"{self._settings.address.worker} has {free} free blocks, of the {wanted.num_blocks} of a probe"
+        if problem:
+            return [ProbeEnded(wanted.request, problem)]
+        blocks = self._pool.allocate(wanted.num_blocks)
+        assert blocks is not None, "they are free"
+        order = probe_order(wanted, self._settings.address, self._pool.block_size, self._settings.cluster_key)
+        self._peers.add(order.decode.mailbox)
+        self._probes.add(wanted.request)
+        return self._settle([
+            *self._handoffs.open(order, sequence(wanted.request, order.generation, blocks=blocks), now, probe=True),
+            *self._handoffs.computed(wanted.key, wanted.num_blocks, now),
+            *self._handoffs.end(wanted.key, FirstToken(0), now),
+        ])  # fmt: skip
+
+    def _probed(self, ended: HandoffEnded) -> ProbeEnded:
+        self._probes.remove(ended.order.request)
+        trace = ended.trace
+        problem = "" if ended.outcome is Outcome.DONE else ended.detail or "it was given up"
+        return ProbeEnded(
+            ended.order.request,
+            problem,
+            trace.num_bytes,
+            answer_seconds=trace.accepted - trace.opened,
+            push_seconds=trace.last_byte - trace.first_push,
+            whole_seconds=trace.acked - trace.opened,
+        )
+
     def _arrive(self, leg: _Leg, progress: Progress, now: float) -> list[Step]:
         """The leg's sequence is through: deliver the first token, end the hand-over or drop it."""
         order = leg.order
@@ -333,6 +374,9 @@ class PrefillMachine:
         for step in steps:
             if not isinstance(step, HandoffEnded):
                 actions.append(step)
+                continue
+            if step.order.request in self._probes:
+                actions.append(self._probed(step))
                 continue
             self.traces.append(step.trace)
             self.membership.transfers += step.outcome is Outcome.DONE

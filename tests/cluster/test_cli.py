@@ -16,7 +16,7 @@ from cluster import cli, state
 from tests.cluster.server import Server
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("up", "down", "status", "validate", "submit", "chat", "trace", "demo")
+COMMANDS = ("up", "down", "status", "validate", "submit", "chat", "trace", "doctor", "demo")
 TOPOLOGY = "pools: [{{name: a, role: colocated, resources: {{cpus: 0.1}}}}]\nmodel: {model}\ngateway: {{port: 0}}\n"
 
 

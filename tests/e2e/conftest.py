@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from cluster import state
+from cluster.doctor import examine
 from cluster.launch import Cluster
 from cluster.topology import Topology
 from cluster.validate import check
@@ -54,6 +55,10 @@ class Running:
         """``Cluster.inspect``."""
         return self._ask("inspect")
 
+    def examine(self) -> dict[str, Any]:
+        """What ``baton doctor --json`` says."""
+        return self._ask("examine")
+
     def stop(self) -> list[str]:
         """Take it down; what could not be removed."""
         left = self._ask("stop")
@@ -77,14 +82,19 @@ def launch(kind: str, tests: Connection) -> None:
     cluster.start()
     try:
         tests.send(cluster.url)
-        while tests.recv() == "inspect":
+        while (wanted := tests.recv()) != "stop":
             try:
-                tests.send(cluster.inspect())
+                tests.send(cluster.inspect() if wanted == "inspect" else examined(cluster))
             except AssertionError as error:
                 tests.send(error)
     finally:
         left = cluster.stop()
     tests.send(left.items)
+
+
+def examined(cluster: Cluster) -> dict[str, Any]:
+    workers = sorted({process.worker for process in cluster.processes.values() if process.worker})
+    return examine(workers, cluster.call).to_json()
 
 
 @pytest.fixture(scope="package")

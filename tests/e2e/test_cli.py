@@ -63,6 +63,7 @@ def test_up_status_submit_chat_down(tmp_path: Path) -> None:
     assert "runs already" in baton("up", "--detach", COLOCATED, "--port", "0", code=1)
     status = baton("status")
     assert "worker-0" in status and "worker-1" in status and "2048" in status
+    assert "nothing to measure" in (said := baton("doctor")) and "2 workers go together" in said
 
     prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     lines = [request(number, f"Story {number}: once") for number in range(20)]

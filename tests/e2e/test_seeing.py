@@ -4,15 +4,27 @@ import io
 import json
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from cluster.trace import trace
-from tests.e2e.conftest import Running
+from cluster.trace import ask, fetch, trace
+from tests.e2e.conftest import Running, wait_until, wait_until_idle
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("cluster", ["shm"], indirect=True)]
 KV_BYTES = 96 << 10
 """Of one block of the bundled model in fp32."""
+
+
+def figure(page: str, name: str, **labels: str) -> float:
+    """Of all workers together."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 def test_a_trace_shows_a_request_from_its_arrival_to_its_end_by_one_clock(cluster: Running, tmp_path: Path) -> None:
@@ -39,3 +51,41 @@ def test_a_trace_shows_a_request_from_its_arrival_to_its_end_by_one_clock(cluste
     assert sum(event["name"].startswith("decode ") for event in events) == 3
     table = shown.getvalue()
     assert "KV left prefill-" in table and "ui.perfetto.dev" in table
+
+
+def test_the_doctor_measures_every_pair_of_a_running_cluster_and_takes_nothing(cluster: Running) -> None:
+    found = cluster.examine()
+    assert not found["findings"] and found["num_pairs"] == 4
+    assert {(pair["prefill"], pair["decode"]) for pair in found["pairs"]} == {
+        (f"prefill-{one}", f"decode-{other}") for one in range(2) for other in range(2)
+    }
+    for pair in found["pairs"]:
+        assert pair["problem"] is None and pair["bytes"] % KV_BYTES == 0 and pair["bytes"] > KV_BYTES
+        assert pair["bytes_per_second"] > 0 and pair["one_block_seconds"] > 0
+    assert len({(worker["baton"], worker["protocol"], worker["torch"]) for worker in found["workers"]}) == 1
+    wait_until_idle(cluster, within=5)
+
+
+def test_the_metrics_page_counts_the_hand_overs_of_both_ends(cluster: Running) -> None:
+    name = "baton_kv_transfer_bytes_total"
+
+    def one_request_was_counted() -> bool:
+        """And nothing that another test had done before, but that comes to the page only now."""
+        before = httpx.get(cluster.url + "/metrics").text
+        moved = fetch(cluster.url, ask(cluster.url, "Once upon a time " * 300, 4))["otherData"]["transfers"][0]
+
+        def grown(name: str, **labels: str) -> float:
+            return figure(httpx.get(cluster.url + "/metrics").text, name, **labels) - figure(before, name, **labels)
+
+        def both_ends_are_counted() -> bool:
+            bytes_moved = [grown(name, direction=direction) for direction in ("sent", "received")]
+            ended = [grown("baton_kv_transfers_total", role=role) for role in ("prefill", "decode")]
+            return min(bytes_moved) >= moved["bytes"] and min(ended) >= 1
+
+        wait_until(both_ends_are_counted, 5, "the hand-over")
+        assert all(grown("baton_kv_transfer_seconds_total", role=role) > 0 for role in ("prefill", "decode"))
+        assert grown("baton_kv_transfer_hidden_bytes_total") > 0
+        return all(grown(name, direction=direction) == moved["bytes"] for direction in ("sent", "received"))
+
+    wait_until(one_request_was_counted, 30, "the bytes of one request")
+    assert figure(httpx.get(cluster.url + "/metrics").text, "baton_kv_quarantined_blocks") == 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
@@ -18,7 +19,7 @@ from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAcc
 from messages.prefill_to_decode import EndTransfer, FirstToken, TransferClosed
 from messages.sampling import SamplingParams
 from prefill_worker.core.handoff import Handoffs
-from tests.workers.test_machines import ATTEMPT, DECODE, KEY_OF_TRANSFER, OPEN, ORDER, PREFILL, REQUEST, SHARD
+from tests.workers.test_machines import ATTEMPT, DECODE, KEY_OF_TRANSFER, OPEN, ORDER, PREFILL, REQUEST, SOURCE
 
 KEY = KEY_OF_TRANSFER
 GOOD, BAD = bytes(2 * DIGEST_BYTES), bytes([1]) * 2 * DIGEST_BYTES
@@ -34,7 +35,7 @@ def counts(**fields: Any) -> TransferCounts:
 def handoff() -> Handoffs:
     """A hand-over of two blocks that was opened at 1 s."""
     pool = BlockPool(8, 16)
-    handoffs = Handoffs(PREFILL, (SHARD,), "zmq", pool, TIMEOUTS)
+    handoffs = Handoffs(PREFILL, SOURCE, pool, TIMEOUTS)
     blocks = pool.allocate(2)
     seq = Sequence(REQUEST, np.ones(20, np.int32), SamplingParams(max_tokens=5), blocks=blocks)
     handoffs.open(ORDER, seq, 1.0)
@@ -100,8 +101,8 @@ def test_a_sender_counts_why_it_was_given_up(
 def landing(*, one_sided: bool = False) -> Reservations:
     """Two blocks, promised at 1 s."""
     pool = BlockPool(8, 16)
-    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, one_sided=one_sided, timeouts=TIMEOUTS)
-    reservations.opened(OPEN, 0.0)
+    reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, timeouts=TIMEOUTS)
+    reservations.opened(OPEN if one_sided else replace(OPEN, transport="zmq"), 0.0)
     reservations.admit(1, lambda *_: True, 1.0)
     reservations.handle(LandingOpened(KEY), 1.0)
     return reservations
