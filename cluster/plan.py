@@ -21,6 +21,7 @@ from gateway.core.session import SessionTimeouts
 from messages.common import Role
 from router.actor import RouterConfig
 from router.core.machine import RouterSettings
+from runtime.core.disaggregation import Disaggregation, Policy
 from runtime.worker_config import WorkerConfig
 
 LOOPBACK = "127.0.0.1"
@@ -70,8 +71,14 @@ class Plan:
             wait_timeout=wanted.wait_timeout,
             retry_after=wanted.retry_after,
             block_size=self.topology.kv.block_size,
+            disaggregation=self.disaggregation,
         )
         return RouterConfig(host=LOOPBACK, settings=settings)
+
+    @property
+    def disaggregation(self) -> Disaggregation:
+        wanted = self.topology.disaggregation
+        return Disaggregation(policy=Policy(wanted.policy), max_local_prefill_length=wanted.max_local_prefill_length)
 
     def gateway_config(self, router: str) -> GatewayConfig:
         topology = self.topology
@@ -111,6 +118,7 @@ class Plan:
             preemption=Preemption(self.topology.kv.preemption),
             swap_blocks=self.topology.kv.swap_space // self.layout(pool).block_bytes,
             transport=self.transport,
+            disaggregation=self.disaggregation,
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
             prefill_chunk=pool.prefill_chunk,

@@ -18,6 +18,7 @@ from cluster.complaints import complaints
 from cluster.document import Document, Loc, read
 from cluster.errors import TopologyError
 from messages.common import Role
+from runtime.core.disaggregation import MAX_LOCAL_PREFILL_LENGTH
 
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -116,6 +117,16 @@ class KV(Section):
     """auto: what the model computes in. int8 and fp8 have a scale for each head's K or V in a block."""
 
 
+class Disaggregation(Section):
+    """Whether a prompt is computed by a prefill worker, and its KV handed over, or by the worker that decodes it."""
+
+    policy: Literal["auto", "always", "never"] = "auto"
+    """auto: decode computes it where that is measured to be clearly cheaper. always, never: hand every prompt over, or
+    none."""
+    max_local_prefill_length: Annotated[int, Field(ge=0, le=10_000_000)] = MAX_LOCAL_PREFILL_LENGTH
+    """auto: uncached tokens that a decode worker computes itself at most."""
+
+
 class Gateway(Section):
     host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -153,6 +164,7 @@ class Topology(Section):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda)$")] = "cpu"
     pools: Annotated[tuple[Pool, ...], Field(min_length=1, max_length=100, strict=False)]
     kv: KV = KV()
+    disaggregation: Disaggregation = Disaggregation()
     gateway: Gateway = Gateway()
     router: RouterSection = RouterSection()
     limits: Limits = Limits()

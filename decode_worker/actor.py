@@ -50,6 +50,7 @@ class DecodeWorker(WorkerActor):
             max_num_seqs=self._config.max_num_seqs,
             max_model_len=self._config.max_model_len,
             vocab_size=runner.config.vocab_size,
+            disaggregation=self._config.disaggregation,
         )
         reservations = Reservations(address.mailbox, address.kv, pool, timeouts=TransferTimeouts())
         return DecodeMachine(settings, scheduler, pool, reservations)

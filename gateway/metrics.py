@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
+from msgspec import structs
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from messages.common import AbortReason
+from messages.common import AbortReason, Role
 from messages.router_to_gateway import ClusterState, WorkerState
 
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -17,6 +18,8 @@ WORKER_GAUGES = {
     "waiting": "sequences that wait",
     "assigned": "requests placed there and not finished",
     "steps": "engine steps",
+    "prefill_rate": "prompt tokens a second, of late",
+    "transfer_rate": "KV bytes a second of hand-overs, from the computed prompt to the ack, of late",
 }
 CACHE_COUNTERS = {
     "prefix_cache_queries": "tokens that were looked up in the prefix cache",
@@ -111,6 +114,18 @@ class Metrics(Collector):
         queued = GaugeMetricFamily("baton_router_queued", "requests that wait for a placement")
         queued.add_metric([], self.cluster.queued)
         yield queued
+        decided = CounterMetricFamily(
+            "baton_disaggregation_decisions",
+            "prompts by who decided where they are computed, and why",
+            labels=("decided_by", "reason"),
+        )
+        for by, decisions in [
+            ("router", self.cluster.decisions),
+            *((worker.worker, worker.decisions) for worker in self.cluster.workers if worker.role is Role.DECODE),
+        ]:
+            for reason, count in structs.asdict(decisions).items():
+                decided.add_metric([by, reason], count)
+        yield decided
         alive = GaugeMetricFamily("baton_worker_alive", "whether the worker reports", labels=("worker", "role"))
         blocks = GaugeMetricFamily("baton_kv_blocks", "KV blocks", labels=("worker", "role", "state"))
         caches = {

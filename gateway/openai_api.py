@@ -254,7 +254,12 @@ def _json(body: Any, status: int = 200) -> Response:
 def _cluster(state: ClusterState) -> dict[str, Any]:
     """Workers as objects; on the wire between processes they are arrays."""
     workers = [_fields(worker) | {"epoch": str(worker.epoch)} for worker in state.workers]
-    return {"ready": state.ready, "queued": state.queued, "workers": workers}
+    return {
+        "ready": state.ready,
+        "queued": state.queued,
+        "decisions": _fields(state.decisions),
+        "workers": workers,
+    }
 
 
 def _fields(part: Part) -> dict[str, Any]:

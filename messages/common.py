@@ -25,6 +25,8 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Detail = Annotated[str, Meta(max_length=2_000)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(ge=0)]
+Rate = Annotated[float, Meta(ge=0, le=1e18)]
+"""A second; 0 while it is not known."""
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 PackedTokens = Annotated[Tokens, Meta(max_length=4 * MAX_SEQUENCE)]
 PackedBlocks = Annotated[bytes, Meta(max_length=4 * MAX_SEQUENCE)]
@@ -180,6 +182,8 @@ class AbortReason(StrEnum):
 
     REFUSED = "refused"
     """The decode worker gave no room."""
+    YIELDED = "yielded"
+    """The decode worker computes the prompt itself."""
     WITHDRAWN = "withdrawn"
     """This worker did not want it any more: the gateway has aborted the attempt, a step has failed, or the
     first token was the last."""
@@ -199,6 +203,7 @@ class AbortCounts(Part, frozen=True):
     """Hand-overs that were given up, by ``AbortReason``."""
 
     refused: Count = 0
+    yielded: Count = 0
     withdrawn: Count = 0
     peer: Count = 0
     peer_lost: Count = 0
@@ -225,11 +230,27 @@ class TransferCounts(Part, frozen=True):
     aborts: AbortCounts = AbortCounts()
 
 
+class DecisionCounts(Part, frozen=True):
+    """Prompts by the reason why they were handed over, or computed by their decode worker (``never``, ``costs_less``),
+    since the start; see ``runtime.core.disaggregation``."""
+
+    always: Count = 0
+    never: Count = 0
+    too_long: Count = 0
+    unmeasured: Count = 0
+    decode_busy: Count = 0
+    costs_more: Count = 0
+    costs_less: Count = 0
+    too_late: Count = 0
+
+
 class FailReason(StrEnum):
     """Why a worker gave up an attempt."""
 
     REFUSED = "refused"
     """The decode worker did not take the hand-over (layout, ticket, capacity)."""
+    PEER_LOST = "peer_lost"
+    """The decode worker has left the membership."""
     TRANSFER = "transfer"
     """The KV did not arrive whole in time."""
     CAPACITY = "capacity"

@@ -46,3 +46,11 @@ class CancelTransfer(AttemptMessage, frozen=True):
     mailbox: Address
     """The receiver's, for a sender that has forgotten the transfer."""
     detail: Detail
+
+
+class TailOffered(AttemptMessage, frozen=True):
+    """The receiver would compute what it lacks of the prompt itself: answered by ``TailYielded``, unless the sender has
+    got further than its open. Then the transfer goes on, and so it does when this is lost."""
+
+    mailbox: Address
+    """The receiver's."""

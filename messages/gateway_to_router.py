@@ -1,7 +1,15 @@
 """What a gateway asks and tells the router."""
 
-from messages.common import AttemptMessage, Count, Message, Name
-from messages.ids import Address, WorkerId
+from messages.common import AttemptMessage, Count, Message, Name, Part
+from messages.ids import Address, Epoch, WorkerId
+
+
+class Computed(Part, frozen=True):
+    """An earlier attempt had this prefill worker compute ``num_tokens`` of the tokens: their KV may be there still."""
+
+    worker: WorkerId
+    epoch: Epoch
+    num_tokens: Count
 
 
 class PlacementWanted(AttemptMessage, frozen=True):
@@ -14,6 +22,7 @@ class PlacementWanted(AttemptMessage, frozen=True):
     max_new_tokens: Count
     avoid: tuple[WorkerId, ...] = ()
     """Workers that failed earlier attempts; used only where no other is left."""
+    computed: Computed | None = None
 
 
 class Prefilled(AttemptMessage, frozen=True):

@@ -14,6 +14,7 @@ from messages.common import (
     Logprobs,
     Name,
     Part,
+    Rate,
     Ticket,
     TokenId,
     WorkerAddress,
@@ -44,6 +45,12 @@ class OpenTransfer(AttemptMessage, frozen=True):
     ticket: Ticket
     probe: bool = False
     """Nothing goes on from it: the blocks are verified and freed. Refused unless there are free ones for it at once."""
+    cached_tokens: Count = 0
+    """What the sender need not compute."""
+    prefill_rate: Rate = 0.0
+    """The sender's prompt tokens a second, of late."""
+    transfer_rate: Rate = 0.0
+    """KV bytes a second of its hand-overs to this receiver, from the computed prompt to the ack."""
 
 
 class EndTransfer(AttemptMessage, frozen=True):
@@ -68,3 +75,11 @@ class TransferClosed(AttemptMessage, frozen=True):
     """The sender will write no more for this attempt (and all older ones), whoever ended it."""
 
     reason: Detail
+
+
+class TailYielded(AttemptMessage, frozen=True):
+    """``TailOffered`` is taken: nothing has been pushed, nothing will be, and no token was sampled. The attempt is the
+    receiver's from here, prompt and all. Sent again until ``TransferAcked`` comes."""
+
+    mailbox: Address
+    """The sender's."""

@@ -5,9 +5,11 @@ from messages.common import (
     BlockCounts,
     CacheCounts,
     Count,
+    DecisionCounts,
     Detail,
     Message,
     Part,
+    Rate,
     Role,
     Ticket,
     TransferCounts,
@@ -57,6 +59,9 @@ class WorkerState(Part, frozen=True):
     """Requests that the router has placed there and not yet seen finished."""
     cache: CacheCounts = CacheCounts()
     handovers: TransferCounts = TransferCounts()
+    prefill_rate: Rate = 0.0
+    transfer_rate: Rate = 0.0
+    decisions: DecisionCounts = DecisionCounts()
 
 
 class ClusterState(Message, frozen=True):
@@ -65,3 +70,5 @@ class ClusterState(Message, frozen=True):
     """Requests waiting for a placement."""
     ready: bool
     """Whether every role that a request needs has a live worker."""
+    decisions: DecisionCounts = DecisionCounts()
+    """Of the router, on requests that it has placed."""

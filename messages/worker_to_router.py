@@ -1,6 +1,17 @@
 """What workers, and whoever watches them, tell the router."""
 
-from messages.common import BlockCounts, CacheCounts, Count, Detail, Message, Role, TransferCounts, WorkerAddress
+from messages.common import (
+    BlockCounts,
+    CacheCounts,
+    Count,
+    DecisionCounts,
+    Detail,
+    Message,
+    Rate,
+    Role,
+    TransferCounts,
+    WorkerAddress,
+)
 from messages.ids import Epoch, WorkerId
 from messages.seals import Sealed
 
@@ -30,6 +41,12 @@ class Report(Message, frozen=True):
     transfers: Count
     cache: CacheCounts = CacheCounts()
     handovers: TransferCounts = TransferCounts()
+    prefill_rate: Rate = 0.0
+    """Prompt tokens a second, of late."""
+    transfer_rate: Rate = 0.0
+    """KV bytes a second of hand-overs, from the computed prompt to the ack; of who sends them."""
+    decisions: DecisionCounts = DecisionCounts()
+    """Of a decode worker, on the transfers opened to it."""
 
 
 class WorkerDied(Message, frozen=True):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from engine.core.scheduler import Preemption
 from messages.common import Role
+from runtime.core.disaggregation import ALWAYS, Disaggregation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class WorkerConfig:
     """Tokens of an answer that room is kept for; the router counts as many."""
     transport: str
     """How KV leaves and enters this worker: auto, shm, zmq, inproc."""
+    disaggregation: Disaggregation = ALWAYS
+    """Of a decode worker: when it computes prompts itself."""
     max_num_seqs: int
     max_num_batched_tokens: int
     """Token budget of one step."""

@@ -6,15 +6,18 @@
 3. Each step's tokens go straight to the gateways, one batch each.
 4. At the end the gateway acks; until then its tokens are kept here.
 
-``Generate`` (a colocated pool) starts at 3, with nothing computed. A newer attempt of a request, or ``Abort``, ends an
-older one wherever it stands; an older one that comes late is dropped.
+``Generate`` (a colocated pool, or a prompt that is cheaper to compute than to ship) starts at 3, with nothing computed.
+So does an order of 1 of which nearly everything is cached, if the prefill worker agrees (``TailYielded``).
+
+A newer attempt of a request, or ``Abort``, ends an older one wherever it stands; an older one that comes late is
+dropped.
 """
 
 from dataclasses import asdict, dataclass, field
 
 from msgspec import structs
 
-from decode_worker.core.reservation import NO_ROOM_FOR_PROBE, Action, KVLanded, Reservations, Step
+from decode_worker.core.reservation import NO_ROOM_FOR_PROBE, Action, KVLanded, Reservations, Step, TailTaken
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
@@ -26,7 +29,7 @@ from messages.codec import count_tokens
 from messages.common import FailReason, Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, TokensWanted
 from messages.ids import Address, Attempt, RequestId
-from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed, TransferProgress
+from messages.prefill_to_decode import EndTransfer, OpenTransfer, TailYielded, TransferClosed, TransferProgress
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
 from messages.seals import genuine
@@ -34,20 +37,23 @@ from messages.tickets import valid_between
 from messages.worker_to_gateway import AttemptFailed
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.deliveries import Deliveries
+from runtime.core.disaggregation import ALWAYS, Case, Disaggregation, Reason, decide
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
-from runtime.core.pace import STEP_SECONDS, StepPace
+from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
 from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
     Generate, Abort, EndAck, TokensWanted,
-    OpenTransfer, TransferProgress, EndTransfer, TransferClosed,
+    OpenTransfer, TransferProgress, EndTransfer, TransferClosed, TailYielded,
     RegisterWanted, PeerLost,
 )  # fmt: skip
 """What a decode worker's mailbox takes."""
 
 TransferEvent = TransferProgress | EndTransfer | TransferClosed | LandingOpened | Landed | Digested | WritersGone
-Event = Generate | Abort | EndAck | TokensWanted | OpenTransfer | TransferEvent | RegisterWanted | PeerLost
+Event = (
+    Generate | Abort | EndAck | TokensWanted | OpenTransfer | TransferEvent | TailYielded | RegisterWanted | PeerLost
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,7 @@ class DecodeSettings:
     max_num_seqs: int
     max_model_len: int
     vocab_size: int
+    disaggregation: Disaggregation = ALWAYS
 
 
 @dataclass(slots=True)
@@ -111,9 +118,11 @@ class DecodeMachine:
                 return self._opened(event, now)
             case Generate():
                 return self._generate(event, now)
-            case EndTransfer() if event.mailbox not in self._peers:
+            case EndTransfer() | TailYielded() if event.mailbox not in self._peers:
                 self.forged += 1
                 return []
+            case TailYielded():
+                return self._settle(self._reservations.yielded(event, now))
             case Abort():
                 return self._stop(event.request, event.attempt, "the gateway wants no more of it", now)
             case EndAck():
@@ -152,12 +161,16 @@ class DecodeMachine:
         if self._scheduler.num_waiting or leaving:
             return plan, []
         room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
-        return plan, self._settle(self._reservations.admit(room, self._scheduler.has_room, now))
+        return plan, self._settle(self._reservations.admit(room, self._scheduler.has_room, now, self._offers))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: deliver its tokens."""
         self.membership.steps += 1
-        self._pace.took(int(plan.num_tokens.sum()), now - self._begun)
+        seconds = now - self._begun
+        self._pace.took(int(plan.num_tokens.sum()), seconds)
+        prompt_tokens = int(plan.num_tokens[plan.num_tokens > 1].sum())
+        if prompt_tokens >= MEASURED:  # what the others of the step took is counted in: rather too slow than too fast
+            self.membership.prefill_rate.took(prompt_tokens, seconds)
         failed: list[Action] = []
         for progress in self._scheduler.update(plan, output):
             if progress.finish_reason is FinishReason.ABORT:
@@ -191,12 +204,16 @@ class DecodeMachine:
     def inspect(self) -> dict[str, int]:
         """What is here now, and the pool's accounting; for status pages and tests."""
         counts = asdict(self._pool.counts()) | structs.asdict(cache_counts(self._pool, self._scheduler))
-        return counts | {
-            "runs": len(self._runs),
-            "reservations": len(self._reservations),
-            "deliveries": len(self._deliveries),
-            "forged": self.forged,
-        }
+        return (
+            counts
+            | {
+                "runs": len(self._runs),
+                "reservations": len(self._reservations),
+                "deliveries": len(self._deliveries),
+                "forged": self.forged,
+            }
+            | structs.asdict(self.membership.decisions.counts())
+        )
 
     def _peer_lost(self, event: PeerLost, now: float) -> list[Action]:
         if not genuine(self._settings.cluster_key, event):
@@ -244,10 +261,37 @@ class DecodeMachine:
         reason = self._misfit(order.generation)
         if reason:
             return [*actions, self._failed(order.request, order.attempt, order.gateway, FailReason.CAPACITY, reason)]
+        self._run_whole(order)
+        return actions
+
+    def _run_whole(self, order: Generate | OpenTransfer) -> None:
+        """Prompt and answer, but for what is cached."""
         start = count_tokens(order.generation.generated)
         self._deliveries.open(order.request, order.attempt, order.gateway, start)
         self._start(order.attempt, order.gateway, sequence(order.request, order.generation))
-        return actions
+
+    def _offers(self, order: OpenTransfer, num_cached: int) -> Reason | None:
+        """Why this worker had better compute what it lacks of the prompt itself; None where it had not. An offer is
+        counted when it is known what came of it."""
+        settings, generation, block_size = self._settings, order.generation, self._pool.block_size
+        # A prompt that is scored is computed from its first token on.
+        cached = 0 if generation.sampling.prompt_logprobs is not None else num_cached * block_size
+        case = Case(
+            num_tokens=generation.num_tokens,
+            decode_cached=min(cached, generation.num_tokens - 1),
+            prefill_cached=order.cached_tokens,
+            decode_rate=self.membership.prefill_rate.value,
+            prefill_rate=order.prefill_rate,
+            transfer_rate=order.transfer_rate,
+            token_bytes=settings.block_bytes / block_size,
+            decode_running=self._scheduler.num_running,
+            decode_queued=self._scheduler.waiting_tokens,
+        )
+        reason = decide(settings.disaggregation, case)
+        if reason.local:
+            return reason
+        self.membership.decisions.add(reason)
+        return None
 
     def _misfit(self, generation: Generation) -> str:
         return misfit(generation, self._pool, self._settings.vocab_size, self._settings.max_model_len)
@@ -263,6 +307,8 @@ class DecodeMachine:
             self._pool.free(landed.blocks)
             detail = f"the first token is {first.token}, the vocabulary has {self._settings.vocab_size}"
             return [self._failed(order.request, order.attempt, order.gateway, FailReason.TRANSFER, detail)]
+        if landed.offered is not None:
+            self.membership.decisions.add(Reason.TOO_LATE)
         kv_bytes = (len(landed.blocks) - landed.num_cached) * self._settings.block_bytes
         self.membership.kv_bytes_received += kv_bytes
         if order.probe:
@@ -330,6 +376,9 @@ class DecodeMachine:
         for step in steps:
             if isinstance(step, KVLanded):
                 actions += self._landed(step)
+            elif isinstance(step, TailTaken):
+                self.membership.decisions.add(step.reason)
+                self._run_whole(step.order)
             else:
                 actions.append(step)
         return actions

@@ -2,6 +2,8 @@
 
 What the pool has cached of a sequence is not sent: its leading blocks are shared, and only those behind them promised.
 While one transfer brings blocks that another one needs too, that one waits a moment for them.
+Where decode had better compute a prompt itself it offers that to the sender, and gets ready for the transfer all the
+same; ``TailYielded`` then ends it, and the prompt is the caller's to run.
 Promised blocks are held in the pool. They become a sequence's own when the KV is verified, and go back to the pool when
 the transfer ends otherwise; those that a one-sided writer could still reach stay in quarantine until it has confirmed.
 """
@@ -38,10 +40,18 @@ from kv_transfer.core.stats import TransferStats
 from kv_transfer.core.ways import KINDS, endpoints, route
 from messages.codec import count_tokens, unpack_tokens
 from messages.common import AbortReason, KVRank, TransferCounts
-from messages.decode_to_prefill import CancelTransfer, TransferAcked, TransferRefused
+from messages.decode_to_prefill import CancelTransfer, TailOffered, TransferAcked, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
+from messages.prefill_to_decode import (
+    EndTransfer,
+    FirstToken,
+    OpenTransfer,
+    TailYielded,
+    TransferClosed,
+    TransferProgress,
+)
 from runtime.core.actions import ForgetPeer, Send
+from runtime.core.disaggregation import Reason
 
 BLOCKS_OF = {
     ReceiveState.PROMISED: BlockState.PROMISED,
@@ -70,12 +80,23 @@ class KVLanded(NamedTuple):
     """Leading blocks that were here already."""
     hashes: BlockHashes
     first: FirstToken
+    offered: Reason | None
+    """Why the sender was offered to be spared this, if it was."""
 
 
+class TailTaken(NamedTuple):
+    """The prompt of ``order`` is to be computed here."""
+
+    order: OpenTransfer
+    reason: Reason
+
+
+Offers = Callable[[OpenTransfer, int], Reason | None]
+"""Why to offer to compute the prompt of an order, of which so many leading blocks are cached; None not to."""
 HasRoom = Callable[[int, Promise, Iterable[Promise]], bool]
 """``Scheduler.has_room``."""
 Action = Send | OpenLanding | CloseLanding | TakeDigests | LookForWriters | ForgetPeer
-Step = Action | KVLanded
+Step = Action | KVLanded | TailTaken
 
 
 @dataclass(slots=True)
@@ -86,6 +107,7 @@ class _Reservation:
     """Leading blocks of the sequence that were here already, and are held for it."""
     hashes: BlockHashes
     promised_at: float
+    offered: Reason | None
     blocks_are: BlockState = BlockState.HELD
     aborted: AbortReason | None = None
     """Why it was given up, once it is."""
@@ -188,7 +210,7 @@ class Reservations:
         )
         return Send(order.prefill.mailbox, refused)
 
-    def admit(self, room: int, has_room: HasRoom, now: float) -> list[Step]:
+    def admit(self, room: int, has_room: HasRoom, now: float, offers: Offers | None = None) -> list[Step]:
         """Promise blocks to those that wait, in order, at most ``room`` of them and while the pool has blocks."""
         steps: list[Step] = []
         for waiting in list(self._waiting.values()) if room > 0 else ():
@@ -208,15 +230,19 @@ class Reservations:
             blocks = self._pool.allocate(needed)
             assert blocks is not None, "there was room"
             del self._waiting[order.request]
+            offered = None
             if not order.probe:
                 self._pool.looked_up(order.generation.num_tokens, len(cached) * self._pool.block_size)
-            steps += self._open_session(waiting, cached, blocks, now)
+                offered = offers(order, len(cached)) if offers is not None else None
+            steps += self._open_session(waiting, cached, blocks, offered, now)
             room -= 1
             if not room:
                 break
         return steps
 
-    def _open_session(self, waiting: _Waiting, cached: Blocks, blocks: Blocks, now: float) -> list[Step]:
+    def _open_session(
+        self, waiting: _Waiting, cached: Blocks, blocks: Blocks, offered: Reason | None, now: float
+    ) -> list[Step]:
         order = waiting.order
         key = TransferKey(order.request, order.attempt)
         one_sided = KINDS[order.transport].one_sided
@@ -224,10 +250,14 @@ class Reservations:
         session = ReceiveSession(
             key, self._mailbox, blocks, len(cached), self.route(order), one_sided, self._timeouts, writers
         )
-        self._open[key] = _Reservation(order, session, cached, waiting.hashes, now)
+        self._open[key] = _Reservation(order, session, cached, waiting.hashes, now, offered)
         for name in waiting.hashes.names[len(cached) :]:
             self._landing.setdefault(name, key)
-        return self._steps(key, session.accept(now), now)
+        accepted = self._steps(key, session.accept(now), now)
+        if offered is None:
+            return accepted
+        offer = TailOffered(request=order.request, attempt=order.attempt, mailbox=self._mailbox)
+        return [Send(order.prefill.mailbox, offer), *accepted]  # an accept that comes first would begin the pushes
 
     def _promises(self) -> list[Promise]:
         """What has been promised, and will run."""
@@ -259,6 +289,19 @@ class Reservations:
                 cancel = CancelTransfer(request=key.request, attempt=key.attempt, mailbox=self._mailbox, detail=detail)
                 return [Send(event.mailbox, cancel)]
         return []
+
+    def yielded(self, event: TailYielded, now: float) -> list[Step]:
+        """The sender leaves the prompt to this worker, and writes nothing. Acked in any case: it holds nothing else."""
+        key = TransferKey(event.request, event.attempt)
+        acked = Send(event.mailbox, TransferAcked(request=key.request, attempt=key.attempt))
+        reservation = self._open.get(key)
+        if reservation is None:
+            return [acked]
+        order, reason = reservation.order, reservation.offered
+        wanted = reservation.session.state in (ReceiveState.PROMISED, ReceiveState.LANDING)
+        closed = TransferClosed(request=key.request, attempt=key.attempt, reason="left to decode")
+        steps = [acked, *self._steps(key, reservation.session.handle(closed, now), now, AbortReason.YIELDED)]
+        return [*steps, TailTaken(order, reason)] if wanted and reason is not None else steps
 
     def give_up(self, request: RequestId, attempt: Attempt, detail: str, now: float) -> list[Step]:
         """End the transfers of every attempt of ``request`` up to ``attempt``."""
@@ -340,7 +383,12 @@ class Reservations:
                     self._remember(key)
                     assert reservation.session.first is not None
                     blocks = np.concatenate([reservation.cached, reservation.session.blocks])
-                    landed = (len(reservation.cached), reservation.hashes, reservation.session.first)
+                    landed = (
+                        len(reservation.cached),
+                        reservation.hashes,
+                        reservation.session.first,
+                        reservation.offered,
+                    )
                     steps.append(KVLanded(reservation.order, blocks, *landed))
                 case Ended():
                     self._closed(key)

@@ -24,7 +24,7 @@ from gateway.core import salts
 from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
 from messages.codec import count_tokens, unpack_tokens
 from messages.common import FailReason, Generation, Logprobs, WorkerAddress
-from messages.gateway_to_router import Finished, PlacementWanted, Prefilled
+from messages.gateway_to_router import Computed, Finished, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, RequestId, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
@@ -173,6 +173,8 @@ class Session:
         self._timeouts = timeouts
         self._max_attempts = max_attempts
         self._avoid: dict[WorkerId, None] = {}
+        self._computed: Computed | None = None  # by the last prefill worker that is not to blame for a failed attempt
+        self._placed_tokens = 0  # of this attempt's prompt, what was generated before counted in
         self._mailboxes: dict[WorkerId, Address] = {}  # of all attempts' workers
         self._decode_streams = False  # whether decode has sent tokens of this attempt: prefill is done
         self._attempt_kv_bytes = 0
@@ -244,6 +246,7 @@ class Session:
             num_tokens=count_tokens(self.prompt) + self.num_generated,
             max_new_tokens=max(0, self.sampling.max_tokens - self.num_generated),
             avoid=tuple(self._avoid),
+            computed=self._computed,
         )
         return Send(self._router, wanted)
 
@@ -252,6 +255,7 @@ class Session:
             return []
         self._move(Status.STARTING)
         self.placed = placed
+        self._placed_tokens = count_tokens(self.prompt) + self.num_generated
         for worker in self._workers():
             self._mailboxes[worker.worker] = worker.mailbox
         self._give_up_at = now + self._timeouts.first_token
@@ -285,7 +289,7 @@ class Session:
         if not event.reason.retryable:
             return self._fail(InvalidRequest("the request does not fit: " + event.detail, code="capacity_exceeded"))
         match event.reason:
-            case FailReason.REFUSED:
+            case FailReason.REFUSED | FailReason.PEER_LOST:
                 blamed = [decode]
             case FailReason.TRANSFER:
                 blamed = [event.worker, decode]
@@ -307,6 +311,11 @@ class Session:
             message = f"all {self.attempt} attempts to run the request failed"
             return [*actions, *self._end(Status.FAILED, AttemptsExhausted(message, retry_after=1.0))]
         self._avoid.update(dict.fromkeys(blamed))
+        prefill = self.placed.prefill if self.placed is not None else None
+        if prefill is not None:
+            self._computed = Computed(prefill.worker, prefill.epoch, self._placed_tokens)
+        if self._computed is not None and self._computed.worker in self._avoid:
+            self._computed = None
         self._move(Status.PLACING)
         return [*actions, *self._place(now)]
 

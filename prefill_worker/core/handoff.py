@@ -27,8 +27,10 @@ from messages.common import AbortReason, KVRank, TransferCounts, WorkerAddress
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
-from messages.prefill_to_decode import FirstToken, OpenTransfer
+from messages.prefill_to_decode import FirstToken, OpenTransfer, TailYielded
+from prefill_worker.core.yields import Yields
 from runtime.core.actions import ForgetPeer, Send
+from runtime.core.pace import RecentRate
 from runtime.core.probe import ProbeEnded
 
 PeerMessage = TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
@@ -43,6 +45,7 @@ class HandoffEnded(NamedTuple):
     detail: str
     retryable: bool
     trace: TransferTrace
+    aborted: AbortReason | None
 
 
 Action = Send | Push | CancelPushes | TakeDigests | ForgetPeer | ProbeEnded
@@ -81,6 +84,10 @@ class Handoffs:
         self._stats = TransferStats()
         self._failed: dict[tuple[WorkerId, Epoch], set[str]] = {}
         """Transports by which a decode worker could not be written to: the next attempt goes another way, if any."""
+        self._yields = Yields(timeouts.resend, timeouts.open)
+        self._rates: dict[WorkerId, RecentRate] = {}
+        self.transfer_rate = RecentRate()
+        """KV bytes a second of all hand-overs, from the computed prompt to the ack."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -104,7 +111,13 @@ class Handoffs:
 
     @property
     def wake_at(self) -> float:
-        return min((handoff.session.wake_at for handoff in self._open.values()), default=float("inf"))
+        sessions = min((handoff.session.wake_at for handoff in self._open.values()), default=float("inf"))
+        return min(sessions, self._yields.wake_at)
+
+    @property
+    def num_yielded(self) -> int:
+        """Prompts that were left to their decode workers, since the start."""
+        return self._stats.aborts[AbortReason.YIELDED]
 
     def misfit(self, decode: WorkerAddress) -> str:
         """Why KV cannot be handed over to ``decode``; empty where it can."""
@@ -118,8 +131,14 @@ class Handoffs:
         avoid = self._failed.get((decode.worker, decode.epoch), ())
         return route(choose(self._ranks, decode.kv, avoid), self._ranks, decode.kv)
 
-    def open(self, order: Prefill, seq: Sequence, now: float, *, probe: bool = False) -> list[Step]:
-        """Ask decode for room; from here on the sequence's blocks are freed by the hand-over's end."""
+    def open(
+        self, order: Prefill, seq: Sequence, now: float, prefill_rate: float = 0.0, *, probe: bool = False
+    ) -> list[Step]:
+        """Ask decode for room; from here on the sequence's blocks are freed by the hand-over's end.
+
+        ``prefill_rate``: tokens a second, for decode to judge by whether it had better compute the prompt itself; 0
+        while it is not known.
+        """
         key = TransferKey(order.request, order.attempt)
         way = self._route(order.decode)
         message = OpenTransfer(
@@ -132,6 +151,9 @@ class Handoffs:
             ranks=self._ranks,
             ticket=order.ticket,
             probe=probe,
+            cached_tokens=seq.num_cached_tokens,
+            prefill_rate=prefill_rate,
+            transfer_rate=self._rate_to(order.decode.worker).value,
         )
         session = SendSession(key, message, way, self._timeouts)
         self._pool.pin(seq.block_table)
@@ -155,11 +177,31 @@ class Handoffs:
     def give_up(self, key: TransferKey, detail: str) -> list[Step]:
         return self._steps(key, self._open[key].session.give_up(detail), AbortReason.WITHDRAWN)
 
+    def leave_to_decode(self, key: TransferKey, now: float) -> Send | None:
+        """Decode offers to compute the prompt. It may where nothing has been pushed: then the hand-over is over, its
+        blocks are free, and this says so to decode. None where it goes on."""
+        handoff = self._open[key]
+        if handoff.session.state is not SendState.OPENING:
+            return None
+        handoff.session.give_up("decode computes the prompt")  # which the message below says, and more
+        del self._open[key]
+        self._pool.unpin(handoff.seq.block_table)
+        self._pool.free(handoff.seq.block_table)
+        self._stats.sent(handoff.session.trace, AbortReason.YIELDED)
+        message = TailYielded(request=key.request, attempt=key.attempt, mailbox=self._address.mailbox)
+        return self._yields.tell(handoff.order.decode, message, now)
+
+    def fence(self, request: RequestId, attempt: Attempt) -> None:
+        """What was left to decode of attempts up to ``attempt`` is over."""
+        self._yields.fence(request, attempt)
+
     def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool) -> list[Step]:
         """A decode worker is gone: every hand-over to it fails."""
         steps: list[Step] = []
         if dead:
             self._failed.pop((worker, epoch), None)
+        self._yields.peer_lost(worker, epoch)
+        self._rates.pop(worker, None)
         for key, handoff in list(self._open.items()):
             if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch):
                 handoff.peer_dead = dead
@@ -173,16 +215,29 @@ class Handoffs:
         key = event.key if isinstance(event, TransportAnswer) else TransferKey(event.request, event.attempt)
         handoff = self._open.get(key)
         if handoff is None:
+            if isinstance(event, TransferAcked):
+                self._yields.acked(key)
             return []
         actions = handoff.session.handle(event, now)
         if isinstance(event, PushFailed) and actions:  # else given up before, as when the step has failed
             decode = handoff.order.decode
             self._failed.setdefault((decode.worker, decode.epoch), set()).add(handoff.transport)
-        return self._steps(key, actions, _reason(event))
+        steps = self._steps(key, actions, _reason(event))
+        if isinstance(event, TransferAcked) and key not in self._open and not handoff.probe:
+            trace = handoff.session.trace
+            for rate in (self.transfer_rate, self._rate_to(handoff.order.decode.worker)):
+                rate.took(trace.num_bytes, trace.acked - trace.computed)
+        return steps
+
+    def _rate_to(self, decode: WorkerId) -> RecentRate:
+        return self._rates.setdefault(decode, RecentRate())
 
     def tick(self, now: float) -> list[Step]:
+        told: list[Step] = [*self._yields.tick(now)]
         due = [(key, handoff.session) for key, handoff in self._open.items() if handoff.session.wake_at <= now]
-        return [step for key, session in due for step in self._steps(key, session.tick(now), AbortReason.TIMEOUT)]
+        return told + [
+            step for key, session in due for step in self._steps(key, session.tick(now), AbortReason.TIMEOUT)
+        ]
 
     def older_than(self, request: RequestId, attempt: Attempt) -> list[TransferKey]:
         """Hand-overs of attempts of ``request`` up to and including ``attempt``."""
@@ -203,9 +258,11 @@ class Handoffs:
                     self._pool.unpin(handoff.seq.block_table)
                     self._pool.free(handoff.seq.block_table)
                     trace = handoff.session.trace
+                    aborted = None if action.outcome is Outcome.DONE else handoff.aborted
                     if not handoff.probe:
-                        self._stats.sent(trace, None if action.outcome is Outcome.DONE else handoff.aborted)
-                    steps.append(HandoffEnded(handoff.order, action.outcome, action.detail, action.retryable, trace))
+                        self._stats.sent(trace, aborted)
+                    ended = (action.outcome, action.detail, action.retryable, trace, aborted)
+                    steps.append(HandoffEnded(handoff.order, *ended))
                 case Push() | CancelPushes() | TakeDigests():
                     steps.append(action)
                 case message if not handoff.peer_dead:

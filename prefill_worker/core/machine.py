@@ -8,6 +8,9 @@
 4. The first token goes straight to the gateway; the transfer ends with it.
 5. The blocks stay pinned until decode's ack (``handoff.py``); then nothing of the request is left here.
 
+Decode may offer to compute the prompt itself (``TailOffered``). As long as nothing was pushed and no token sampled, it
+is left to it: 3 to 5 fall away.
+
 A newer attempt of a request, or ``Abort``, ends an older one wherever it stands; an older one that comes late is
 dropped.
 """
@@ -25,8 +28,15 @@ from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Outcome
 from kv_transfer.core.trace import TransferTrace
 from messages.codec import count_tokens
-from messages.common import FailReason, Role, WorkerAddress
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.common import AbortReason, FailReason, Role, WorkerAddress
+from messages.decode_to_prefill import (
+    BlocksWanted,
+    CancelTransfer,
+    TailOffered,
+    TransferAccepted,
+    TransferAcked,
+    TransferRefused,
+)
 from messages.gateway_to_worker import Abort, EndAck, Prefill, TokensWanted
 from messages.ids import Address, Attempt, RequestId
 from messages.prefill_to_decode import FirstToken, TransferClosed
@@ -40,13 +50,13 @@ from runtime.core.actions import ForgetPeer, Send
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
-from runtime.core.pace import STEP_SECONDS, StepPace
+from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
 from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted, probe_order
 from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
     Prefill, Abort, EndAck, TokensWanted,
-    TransferAccepted, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer,
+    TransferAccepted, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer, TailOffered,
     RegisterWanted, PeerLost,
 )  # fmt: skip
 """What a prefill worker's mailbox takes."""
@@ -57,7 +67,8 @@ TransferEvent = (
 )  # fmt: skip
 TRACES = 256
 Event = (
-    Prefill | Abort | EndAck | TokensWanted | TransferEvent | RegisterWanted | PeerLost | ProbeWanted | ProbeStopped
+    Prefill | Abort | EndAck | TokensWanted | TransferEvent | TailOffered | RegisterWanted | PeerLost
+    | ProbeWanted | ProbeStopped
 )  # fmt: skip
 
 
@@ -119,6 +130,7 @@ class PrefillMachine:
             settings.address, Role.PREFILL, settings.router, settings.cluster_key,
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
         )  # fmt: skip
+        self.membership.transfer_rate = handoffs.transfer_rate
 
     @property
     def wake_at(self) -> float:
@@ -147,12 +159,14 @@ class PrefillMachine:
                 return self._probe(event, now)
             case ProbeStopped():
                 return self._stop(event.request, Attempt(1), event.detail)
-            case CancelTransfer() if event.mailbox not in self._peers:
+            case CancelTransfer() | TailOffered() if event.mailbox not in self._peers:
                 self.forged += 1
                 return []
             case CancelTransfer() if TransferKey(event.request, event.attempt) not in self._handoffs:
                 closed = TransferClosed(request=event.request, attempt=event.attempt, reason="nothing is being sent")
                 return [Send(event.mailbox, closed)]
+            case TailOffered():
+                return self._tail_offered(event, now)
             case _:
                 return self._settle(self._handoffs.handle(event, now))
 
@@ -182,7 +196,7 @@ class PrefillMachine:
             leg = self._legs[RequestId(seq.seq_id)]
             if not leg.opened and not leg.single_token:
                 leg.opened = True
-                steps += self._handoffs.open(leg.order, seq, now)
+                steps += self._handoffs.open(leg.order, seq, now, self.membership.prefill_rate.value)
                 # What was cached can go while the rest computes.
                 steps += self._handoffs.computed(leg.key, seq.num_final_blocks, now)
             elif leg.opened:
@@ -193,7 +207,10 @@ class PrefillMachine:
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
         """The step has run: push what is complete, deliver first tokens."""
         self.membership.steps += 1
-        self._pace.took(int(plan.num_tokens.sum()), now - self._begun)
+        num_tokens, seconds = int(plan.num_tokens.sum()), now - self._begun
+        self._pace.took(num_tokens, seconds)
+        if num_tokens >= MEASURED:
+            self.membership.prefill_rate.took(num_tokens, seconds)
         steps: list[Step] = []
         handed_over: list[RequestId] = []
         for progress in self._scheduler.update(plan, output):
@@ -243,8 +260,20 @@ class PrefillMachine:
             "legs": len(self._legs),
             "handoffs": len(self._handoffs),
             "deliveries": len(self._deliveries),
+            "tails_yielded": self._handoffs.num_yielded,
             "forged": self.forged,
         }
+
+    def _tail_offered(self, event: TailOffered, now: float) -> list[Action]:
+        leg = self._legs.get(event.request)
+        if leg is None or leg.order.attempt != event.attempt or leg.key not in self._handoffs:
+            return []  # its first token is there, or the attempt is over
+        yielded = self._handoffs.leave_to_decode(leg.key, now)
+        if yielded is None:
+            return []
+        del self._legs[event.request]
+        self._scheduler.remove(event.request)
+        return [yielded]
 
     def _peer_lost(self, event: PeerLost) -> list[Action]:
         if not genuine(self._settings.cluster_key, event):
@@ -340,6 +369,7 @@ class PrefillMachine:
 
     def _stop(self, request: RequestId, attempt: Attempt, detail: str) -> list[Action]:
         """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""
+        self._handoffs.fence(request, attempt)
         actions: list[Action] = []
         leg = self._legs.get(request)
         if leg is not None and leg.order.attempt <= attempt:
@@ -392,4 +422,6 @@ class PrefillMachine:
 def _reason(ended: HandoffEnded) -> FailReason:
     if not ended.retryable:
         return FailReason.CAPACITY
+    if ended.aborted is AbortReason.PEER_LOST:
+        return FailReason.PEER_LOST
     return FailReason.REFUSED if ended.outcome is Outcome.REFUSED else FailReason.TRANSFER

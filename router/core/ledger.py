@@ -1,8 +1,9 @@
 """What the router has placed and not yet seen finished: the load of every worker between its reports.
 
 Tokens are counted on the prefill worker from ``Placed`` to ``Prefilled``, on the decode worker from ``Placed`` to
-``Finished``. A newer attempt of a request takes the place of the older one. What nobody will ever finish, because a
-message was lost or a gateway died, is found by the worker's reports, and at last by its age.
+``Finished``; prompts that a decode worker computes itself also apart, up to ``Prefilled``. A newer attempt of a request
+takes the place of the older one. What nobody will ever finish, because a message was lost or a gateway died, is found
+by the worker's reports, and at last by its age.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ class Entry:
     prefill_tokens: int
     decode: WorkerView | None
     decode_tokens: int
+    prompt_tokens: int
+    """Of a prompt that ``decode`` computes itself."""
     lost: WorkerLost | None = None
     """Set when one of the workers left before its part was over."""
 
@@ -64,19 +67,26 @@ class Ledger:
             prefill_tokens=wanted.num_tokens if prefill is not None else 0,
             decode=decode,
             decode_tokens=expected,
+            prompt_tokens=wanted.num_tokens if prefill is None else 0,
         )
         self._entries[wanted.request] = entry
         if prefill is not None:
             self._add(prefill, wanted.request, entry.prefill_tokens)
+        decode.prompt_tokens += entry.prompt_tokens
         self._add(decode, wanted.request, entry.decode_tokens)
 
     def prefilled(self, request: RequestId, attempt: Attempt) -> None:
-        """The prefill worker's tokens are computed; it still holds the KV until the hand-over is through."""
+        """The prompt is computed; a prefill worker still holds the KV until the hand-over is through."""
         entry = self._entries.get(request)
-        if entry is not None and entry.attempt == attempt and entry.prefill is not None:
+        if entry is None or entry.attempt != attempt:
+            return
+        if entry.prefill is not None:
             entry.prefill.tokens -= entry.prefill_tokens
             entry.prefill_tokens = 0
             self._changed(entry.prefill)
+        if entry.decode is not None:
+            entry.decode.prompt_tokens -= entry.prompt_tokens
+            entry.prompt_tokens = 0
 
     def close(self, request: RequestId) -> None:
         """The request is over, or gets another placement; harmless for one that is not in the ledger."""
@@ -134,6 +144,7 @@ class Ledger:
         """Every worker's load is the sum of its entries."""
         tokens: dict[WorkerView, int] = {}
         requests: dict[WorkerView, set[RequestId]] = {}
+        prompts: dict[WorkerView, int] = {}
         for request, entry in self._entries.items():
             for worker, count in ((entry.prefill, entry.prefill_tokens), (entry.decode, entry.decode_tokens)):
                 if worker is None:
@@ -142,7 +153,10 @@ class Ledger:
                 assert worker.alive, f"{request} is placed on {worker.worker}, which is lost"
                 tokens[worker] = tokens.get(worker, 0) + count
                 requests.setdefault(worker, set()).add(request)
+            if entry.decode is not None:
+                prompts[entry.decode] = prompts.get(entry.decode, 0) + entry.prompt_tokens
         for worker in workers:
+            assert worker.prompt_tokens == prompts.get(worker, 0), f"{worker.worker}: {worker.prompt_tokens} of prompts"
             assert worker.tokens == tokens.get(worker, 0), f"{worker.worker}: {worker.tokens} tokens"
             assert worker.requests.keys() == requests.get(worker, set()), f"{worker.worker}: {worker.requests}"
 
@@ -158,8 +172,9 @@ class Ledger:
 
     def _leave_decode(self, request: RequestId, entry: Entry) -> None:
         if entry.decode is not None:
+            entry.decode.prompt_tokens -= entry.prompt_tokens
             self._remove(entry.decode, request, entry.decode_tokens)
-            entry.decode, entry.decode_tokens = None, 0
+            entry.decode, entry.decode_tokens, entry.prompt_tokens = None, 0, 0
 
     def _remove(self, worker: WorkerView, request: RequestId, tokens: int) -> None:
         del worker.requests[request]

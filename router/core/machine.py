@@ -2,7 +2,9 @@
 
 1. ``PlacementWanted`` comes from a gateway. Longer than any worker can hold: ``Rejected`` for good.
 2. Live workers of every role it needs, with room: the policy picks them, the ledger counts it on them, a ticket is
-   minted, and ``Placed`` goes back. Asked again for the same attempt, the router answers the same.
+   minted, and ``Placed`` goes back. A further attempt goes to the prefill worker that has its KV, if it can; a prompt
+   that is cheaper to compute than to ship goes to the decode worker alone. Asked again for the same attempt, the
+   router answers the same.
 3. None live, or all full: it waits in line, first come first served, until there is one or its time is up
    (``Rejected``). A further attempt goes to the front, however long the line is: its client may be reading already.
 4. ``Prefilled`` takes it off the prefill worker's load, ``Finished`` off the ledger.
@@ -11,6 +13,8 @@
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from msgspec import structs
 
 from messages import tickets
 from messages.common import Role, WorkerAddress
@@ -25,8 +29,10 @@ from router.core.ledger import Ledger
 from router.core.line import Line
 from router.core.membership import Members
 from router.core.policies.least_load import LeastLoad, outstanding_sequences, outstanding_tokens
+from router.core.policies.take_over import stays
 from router.core.views import WorkerView
 from runtime.core.actions import Send, WakeAt
+from runtime.core.disaggregation import ALWAYS, Case, Decisions, Disaggregation, Reason, decide
 from runtime.core.fences import Fences
 
 
@@ -38,6 +44,18 @@ class Forget(NamedTuple):
     """Nobody listens at ``address`` any more."""
 
     address: Address
+
+
+class Found(NamedTuple):
+    """Where a request can run now."""
+
+    prefill: WorkerView | None
+    """None where one worker does it all."""
+    decode: WorkerView
+    expected: int
+    """Tokens to count on ``decode``."""
+    reason: Reason | None
+    """Why it is handed over, or not; None in a colocated pool."""
 
 
 Action = Send | WakeAt | Forget
@@ -56,6 +74,7 @@ class RouterSettings:
     """Seconds without a report after which a worker is taken for lost."""
     block_size: int = 16
     """Tokens in a KV block of the workers."""
+    disaggregation: Disaggregation = ALWAYS
     max_waiting: int = 1024
     """Requests that may wait for a worker; further attempts of placed ones may always."""
     wait_timeout: float = 30.0
@@ -83,6 +102,7 @@ class Router:
         self._ledger = Ledger(self._load_changed)
         self.forged = 0
         """Messages without a proof that they come from the cluster; dropped."""
+        self.decisions = Decisions()
         self._finished = Fences()
         self._line = Line(settings.wait_timeout)
         self._moved = False  # whether this event may have made room for the head of the line
@@ -116,7 +136,8 @@ class Router:
     def inspect(self) -> dict[str, int]:
         """Figures for tests and logs."""
         workers = len(list(self._members.live()))
-        return {"workers": workers, "placed": len(self._ledger), "waiting": len(self._line), "forged": self.forged}
+        counts = {"workers": workers, "placed": len(self._ledger), "waiting": len(self._line), "forged": self.forged}
+        return counts | structs.asdict(self.decisions.counts())
 
     def check_integrity(self) -> None:
         """Ledger, membership and queue are each sound and agree; ``AssertionError`` says where not."""
@@ -163,7 +184,9 @@ class Router:
         found = self._find(wanted)
         if found is None:
             return []
-        prefill, decode, expected = found
+        prefill, decode, expected, reason = found
+        if reason is not None:
+            self.decisions.add(reason)
         ticket = None
         if prefill is not None:
             key = self._settings.cluster_key
@@ -178,16 +201,46 @@ class Router:
         self._ledger.place(wanted, placed, prefill, decode, expected, now)
         return [Send(wanted.gateway, placed)]
 
-    def _find(self, wanted: PlacementWanted) -> tuple[WorkerView | None, WorkerView, int] | None:
-        """A prefill worker (None in a colocated pool), a decode worker with room, and the tokens to count there."""
+    def _find(self, wanted: PlacementWanted) -> Found | None:
+        """Live workers of every role it needs, the one that decodes with room."""
         expected = expected_tokens(wanted, self._settings.block_size)
-        prefill = None
         if self._members.has_live(Role.COLOCATED):
-            decode = self._choose(Role.COLOCATED, wanted, expected)
-        else:
-            prefill = self._choose(Role.PREFILL, wanted)
-            decode = self._choose(Role.DECODE, wanted, expected) if prefill is not None else None
-        return None if decode is None else (prefill, decode, expected)
+            worker = self._choose(Role.COLOCATED, wanted, expected)
+            return None if worker is None else Found(None, worker, expected, None)
+        best = self._choose(Role.PREFILL, wanted)
+        decode = self._choose(Role.DECODE, wanted, expected) if best is not None else None
+        if best is None or decode is None:
+            return None
+        prefill = self._previous(wanted, best) or best
+        reason = self._decide(wanted, prefill, decode)
+        return Found(None if reason.local else prefill, decode, expected, reason)
+
+    def _previous(self, wanted: PlacementWanted, best: WorkerView) -> WorkerView | None:
+        """The prefill worker that has the KV of an earlier attempt, if this one should go there rather than to
+        ``best``."""
+        computed = wanted.computed
+        view = None if computed is None else self._members.get(computed.worker, computed.epoch)
+        if computed is None or view is None or not view.alive or view.role is not Role.PREFILL:
+            return None
+        fits = view.max_model_len >= wanted.num_tokens + wanted.max_new_tokens
+        return view if fits and view.worker not in wanted.avoid and stays(view, best, computed) else None
+
+    def _decide(self, wanted: PlacementWanted, prefill: WorkerView, decode: WorkerView) -> Reason:
+        """Whether ``decode`` computes the prompt itself. Nothing is known here of its prefix cache."""
+        computed = wanted.computed
+        at_hand = computed is not None and (computed.worker, computed.epoch) == (prefill.worker, prefill.epoch)
+        case = Case(
+            num_tokens=wanted.num_tokens,
+            prefill_cached=min(computed.num_tokens, wanted.num_tokens) if at_hand and computed is not None else 0,
+            decode_rate=decode.prefill_rate,
+            prefill_rate=prefill.prefill_rate,
+            transfer_rate=prefill.transfer_rate,
+            token_bytes=decode.token_bytes,
+            decode_running=len(decode.requests),
+            decode_queued=decode.prompt_tokens,
+            prefill_queued=prefill.tokens,
+        )
+        return decide(self._settings.disaggregation, case)
 
     def _choose(self, role: Role, wanted: PlacementWanted, expected: int | None = None) -> WorkerView | None:
         """``expected``: only a worker that has room for as many tokens."""
@@ -257,6 +310,7 @@ class Router:
             workers=tuple(view.state() for view in sorted(self._members, key=lambda view: (view.role, view.worker))),
             queued=len(self._line),
             ready=self._members.ready,
+            decisions=self.decisions.counts(),
         )
         return [Send(event.gateway, state)]
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from messages.common import BlockCounts, CacheCounts, Role, TransferCounts, WorkerAddress
+from kv_transfer.core.lanes import layout_of
+from messages.common import BlockCounts, CacheCounts, DecisionCounts, Role, TransferCounts, WorkerAddress
 from messages.ids import Epoch, RequestId, WorkerId
 from messages.router_to_gateway import WorkerState
 from messages.worker_to_router import Register, Report
@@ -23,6 +24,8 @@ class WorkerView:
     block_size: int
     num_blocks: int
     """Of its KV pool; 0 until it says so."""
+    token_bytes: float = 0.0
+    """KV of one token, as it is handed over to this worker."""
     alive: bool = True
     dead_for_good: bool = False
     """Its process is gone or has said good-bye: whatever still comes in its name is late."""
@@ -32,12 +35,21 @@ class WorkerView:
     tokens: int = 0
     """Tokens placed here whose work the router does not know to be over: of prompts where they are prefilled, as in
     ``admission.expected_tokens`` where they are decoded."""
+    prompt_tokens: int = 0
+    """Of those, tokens of prompts that a worker which decodes computes itself, until their first token."""
 
     @classmethod
     def registered(cls, message: Register, now: float, block_size: int = 16) -> "WorkerView":
-        num_blocks = min((endpoint.num_blocks for endpoint in message.address.kv), default=0)
+        kv = message.address.kv
         return cls(
-            message.address, message.role, message.max_num_seqs, message.max_model_len, now, block_size, num_blocks
+            address=message.address,
+            role=message.role,
+            max_num_seqs=message.max_num_seqs,
+            max_model_len=message.max_model_len,
+            heard=now,
+            block_size=block_size,
+            num_blocks=min((endpoint.num_blocks for endpoint in kv), default=0),
+            token_bytes=sum(layout_of(each.shard).block_bytes / each.shard.block_size for each in kv),
         )
 
     @property
@@ -52,6 +64,16 @@ class WorkerView:
     def pool_tokens(self) -> int:
         """Tokens that its KV pool holds; 0 while nobody knows."""
         return self.num_blocks * self.block_size
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second; 0 while nobody knows."""
+        return self.report.prefill_rate if self.report else 0.0
+
+    @property
+    def transfer_rate(self) -> float:
+        """KV bytes a second of hand-overs from it; 0 while nobody knows."""
+        return self.report.transfer_rate if self.report else 0.0
 
     def take(self, report: Report, now: float) -> bool:
         """Note a report, unless a younger one came before it: then False."""
@@ -78,4 +100,7 @@ class WorkerView:
             assigned=len(self.requests),
             cache=report.cache if report else CacheCounts(),
             handovers=report.handovers if report else TransferCounts(),
+            prefill_rate=self.prefill_rate,
+            transfer_rate=self.transfer_rate,
+            decisions=report.decisions if report else DecisionCounts(),
         )

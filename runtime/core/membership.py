@@ -8,6 +8,8 @@ from messages.router_to_worker import RegisterWanted
 from messages.seals import seal
 from messages.worker_to_router import Leaving, Register, Report
 from runtime.core.actions import Send
+from runtime.core.disaggregation import Decisions
+from runtime.core.pace import RecentRate
 
 REPORT_EVERY = 0.1
 """Seconds."""
@@ -40,6 +42,11 @@ class Membership:
         self.kv_bytes_received = 0
         self.transfers = 0
         self.steps = 0
+        self.prefill_rate = RecentRate()
+        """Prompt tokens a second."""
+        self.transfer_rate = RecentRate()
+        """KV bytes a second of hand-overs from here."""
+        self.decisions = Decisions()
 
     def register(self) -> Send:
         return Send(self._router, self._register)
@@ -78,6 +85,9 @@ class Membership:
             transfers=self.transfers,
             cache=cache,
             handovers=handovers(),
+            prefill_rate=self.prefill_rate.value,
+            transfer_rate=self.transfer_rate.value,
+            decisions=self.decisions.counts(),
         )
         again = [self.register()] if self._number % REGISTER_EVERY == 0 else []
         return [*again, Send(self._router, report)]

@@ -13,10 +13,17 @@ from engine.core.scheduler import StepPlan
 from kv_transfer.core.events import Cancelled, Landed, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Push, TakeDigests
 from messages.codec import count_tokens
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.decode_to_prefill import (
+    BlocksWanted,
+    CancelTransfer,
+    TailOffered,
+    TransferAccepted,
+    TransferAcked,
+    TransferRefused,
+)
 from messages.gateway_to_worker import Abort, Generate, Prefill
 from messages.ids import Address, RequestId, WorkerId
-from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed
+from messages.prefill_to_decode import EndTransfer, OpenTransfer, TailYielded, TransferClosed
 from messages.worker_to_gateway import MAX_MARKS, AttemptFailed, Fact, Mark, Timeline, TokenBatch
 from runtime.core.actions import Send
 
@@ -174,6 +181,13 @@ def _asked(action: Push | TakeDigests) -> dict[str, Fact]:
     return {"first": action.first, "blocks": len(blocks)}
 
 
+_PLAIN_EVENTS = {
+    Cancelled: _Note("transfer", "stopped writing", {}),
+    TailOffered: _Note("transfer", "decode offers to compute the prompt", {}),
+    TailYielded: _Note("transfer", "prompt taken over", {}),
+}
+
+
 def _of_event(event: Any) -> _Note | None:
     """What has come from the other end, or from the transport."""
     match event:
@@ -196,9 +210,7 @@ def _of_event(event: Any) -> _Note | None:
             return _Note("transfer", "landed", {"blocks": len(event.indices)})
         case PushFailed():
             return _Note("transfer", "push failed", {"detail": event.detail[:256]})
-        case Cancelled():
-            return _Note("transfer", "stopped writing", {})
-    return None
+    return _PLAIN_EVENTS.get(type(event))
 
 
 def _of_message(message: Any) -> _Note | None:
@@ -206,6 +218,10 @@ def _of_message(message: Any) -> _Note | None:
     match message:
         case OpenTransfer():
             return _Note("transfer", "opened", {})
+        case TailOffered():
+            return _Note("transfer", "offers to compute the prompt", {})
+        case TailYielded():
+            return _Note("transfer", "prompt left to decode", {}, last=True)
         case EndTransfer():
             return _Note("transfer", "end sent", {"round": message.round, "blocks": message.num_blocks})
         case TransferClosed():

@@ -11,7 +11,7 @@ from gateway import hub
 from gateway.actor import GatewayActor
 from gateway.metrics import Metrics
 from gateway.server import GatewayServer
-from messages.common import AbortCounts, AbortReason, BlockCounts, Role, TransferCounts, WorkerAddress
+from messages.common import AbortCounts, AbortReason, BlockCounts, DecisionCounts, Role, TransferCounts, WorkerAddress
 from messages.gateway_to_router import Finished, PlacementWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, WorkerLost, WorkerState
@@ -94,6 +94,25 @@ def test_the_metrics_page_stays_well_formed_whatever_a_workers_name_is() -> None
     assert value(samples, "baton_router_queued") == 3
     shown = {dict(labels)["worker"] for name, labels in samples if name == "baton_worker_alive"}
     assert shown == set(names)
+
+
+def test_the_metrics_page_says_who_has_decided_where_prompts_are_computed_and_why() -> None:
+    decode = WorkerState(
+        worker=DECODE, epoch=Epoch(1), role=Role.DECODE, alive=True, running=0, waiting=0, steps=0,
+        blocks=BlockCounts(0, 0, 0, 0), kv_bytes_sent=0, kv_bytes_received=0, transfers=0, assigned=0,
+        prefill_rate=1500.5, transfer_rate=2e9, decisions=DecisionCounts(too_late=3, costs_less=4),
+    )  # fmt: skip
+    metrics = Metrics()
+    decisions = DecisionCounts(unmeasured=5)
+    metrics.cluster = ClusterState(workers=(decode,), queued=0, ready=True, decisions=decisions)
+    samples = samples_of(metrics.text().decode())
+    for by, counts in ((DECODE, decode.decisions), ("router", decisions)):
+        for reason in counts.__struct_fields__:
+            counted = value(samples, "baton_disaggregation_decisions_total", decided_by=by, reason=reason)
+            assert counted == getattr(counts, reason)
+    labels = {"worker": DECODE, "role": "decode"}
+    assert value(samples, "baton_worker_prefill_rate", **labels) == 1500.5
+    assert value(samples, "baton_worker_transfer_rate", **labels) == 2e9
 
 
 def test_the_metrics_page_says_how_kv_moves() -> None:

@@ -24,7 +24,7 @@ from gateway.core.session import (
 )
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import FailReason, Logprobs, Ticket, WorkerAddress
-from messages.gateway_to_router import Finished, PlacementWanted, Prefilled
+from messages.gateway_to_router import Computed, Finished, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
@@ -268,6 +268,41 @@ def test_a_refused_hand_over_blames_decode(play: Play) -> None:
     play.place()
     play.fail(FailReason.REFUSED, by="p0")
     assert play.sent_to(ROUTER, PlacementWanted)[0].avoid == ("d0",)
+
+
+@pytest.mark.parametrize("how", ["refused", "its peer says that it is lost", "the router says so", "it fails"])
+def test_after_decodes_fault_the_router_hears_which_prefill_worker_has_computed_the_prompt(how: str) -> None:
+    play = streaming()
+    match how:
+        case "refused":
+            play = Play()
+            play.place()
+            play.fail(FailReason.REFUSED, by="p0")
+        case "its peer says that it is lost":
+            play = Play()
+            play.place()
+            play.fail(FailReason.PEER_LOST, by="p0")
+        case "the router says so":
+            play.lose("d0")
+        case _:
+            play.fail(FailReason.ENGINE, by="d0")
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert wanted.avoid == ("d0",)
+    assert wanted.computed == Computed(WorkerId("p0"), Epoch(1), 3)  # what it was given; the rest came from decode
+    play.place(None, "d1")  # which dies too: the KV is where it was
+    play.lose("d1")
+    assert play.sent_to(ROUTER, PlacementWanted)[0].computed == wanted.computed
+    play.place("p1", "d2")
+    play.lose("d2")
+    assert play.sent_to(ROUTER, PlacementWanted)[0].computed == Computed(WorkerId("p1"), Epoch(1), wanted.num_tokens)
+
+
+@pytest.mark.parametrize("how", ["transfer", "lost"])
+def test_a_prefill_worker_that_is_to_blame_is_not_asked_for_its_kv(play: Play, how: str) -> None:
+    play.place()
+    assert play.lose("p0") if how == "lost" else play.fail(FailReason.TRANSFER, by="p0")
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert "p0" in wanted.avoid and wanted.computed is None
 
 
 def test_what_can_never_fit_is_the_requests_fault(play: Play) -> None:
