@@ -142,10 +142,12 @@ class BlockPool:
 
     def states(self, blocks: Blocks) -> NDArray[np.int8]:
         """The ``BlockState`` of each of these, int8."""
+        incoming = self._incoming[blocks]
+        if incoming.all():
+            return incoming
         idle = np.where(self._registered[blocks], BlockState.CACHED, BlockState.FREE)
         claimed = np.where(self._pins[blocks] > 0, BlockState.PINNED, BlockState.HELD)
         states = np.where(self._refs[blocks] > 0, claimed, idle).astype(np.int8)
-        incoming = self._incoming[blocks]
         return np.where(incoming > 0, incoming, states)
 
     def register(self, block: int, digest: bytes) -> None:

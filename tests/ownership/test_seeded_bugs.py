@@ -1,0 +1,135 @@
+"""Promise: the property test would find these bugs. Each is put into the real code, and has to be caught."""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decode_worker.core.reservation import Reservations
+from engine.core.blocks import BlockPool
+from kv_transfer.core.session import (
+    Digested,
+    Outcome,
+    ReceiveSession,
+    ReceiveState,
+    SendSession,
+    SendState,
+    TakeDigests,
+)
+from kv_transfer.transports.copying import Landings
+from runtime.core.fences import Fences
+from tests.ownership.test_property import run
+from tests.ownership.world import Faults
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+SCHEDULES = 600
+"""Within which each has to be caught; most take a few."""
+
+
+def ack_before_verifying(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("kv_transfer.core.session.mismatches", lambda expected, actual: np.empty(0, np.int32))
+
+
+def free_without_quarantine(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReceiveSession, "_writable", property(lambda session: False))
+
+
+def believe_that_all_of_a_dead_worker_is_gone(patch: pytest.MonkeyPatch) -> None:
+    def peer_lost(session: ReceiveSession, *, dead: bool, now: float) -> list[Any]:
+        if dead and session.state is not ReceiveState.CLOSED:
+            session._outcome = Outcome.FAILED
+            return session._close()
+        return session.give_up("silent", Outcome.FAILED, now=now)
+
+    patch.setattr(ReceiveSession, "peer_lost", peer_lost)
+
+
+def forget_the_attempt(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fences, "admits", lambda fences, request, attempt: True)
+
+
+def leave_the_landing_open(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Landings, "close", lambda landings, key: None)
+
+
+def free_while_the_transport_reads(patch: pytest.MonkeyPatch) -> None:
+    give_up = SendSession.give_up
+
+    def at_once(session: SendSession, detail: str, outcome: Outcome = Outcome.CLOSED) -> list[Any]:
+        actions = give_up(session, detail, outcome)
+        return [*actions, *session._close(outcome, detail)] if session.state is SendState.CLOSING else actions
+
+    patch.setattr(SendSession, "give_up", at_once)
+
+
+def leak_what_was_cached(patch: pytest.MonkeyPatch) -> None:
+    free = BlockPool.free
+
+    def some(pool: BlockPool, blocks: Any) -> None:
+        free(pool, blocks[:-1] if len(blocks) > 2 else blocks)
+
+    patch.setattr(BlockPool, "free", some)
+
+
+def share_what_is_still_landing(patch: pytest.MonkeyPatch) -> None:
+    open_session = Reservations._open_session
+
+    def known_at_once(reservations: Reservations, waiting: Any, cached: Any, blocks: Any, now: float) -> Any:
+        steps = open_session(reservations, waiting, cached, blocks, now)
+        for block, name in zip(blocks.tolist(), waiting.hashes.names[len(cached) :], strict=False):
+            reservations._pool._by_hash[name] = block
+            reservations._pool._hashes[block] = name
+            reservations._pool._registered[block] = True
+        return steps
+
+    patch.setattr(Reservations, "_open_session", known_at_once)
+
+
+def verify_while_data_may_land(patch: pytest.MonkeyPatch) -> None:
+    verify = ReceiveSession._verify_if_landed
+
+    def only_digests(session: ReceiveSession) -> list[Any]:
+        return [action for action in verify(session) if isinstance(action, TakeDigests)]
+
+    patch.setattr(ReceiveSession, "_verify_if_landed", only_digests)
+
+
+def hash_what_is_not_there(patch: pytest.MonkeyPatch) -> None:
+    """The sender's own digests are taken for the receiver's."""
+    handle = ReceiveSession.handle
+
+    def believe(session: ReceiveSession, event: Any, now: float) -> list[Any]:
+        if isinstance(event, Digested) and session._end is not None:
+            event = event._replace(digests=session._end.digests)
+        return handle(session, event, now)
+
+    patch.setattr(ReceiveSession, "handle", believe)
+
+
+BUGS: dict[Patch, dict[str, Any]] = {
+    ack_before_verifying: {"corrupt": 0.5},
+    hash_what_is_not_there: {"corrupt": 0.5},
+    free_without_quarantine: {"aborts": True, "one_sided": True},
+    believe_that_all_of_a_dead_worker_is_gone: {"deaths": True, "one_sided": True, "prefill_ranks": 2},
+    forget_the_attempt: {"aborts": True, "reorder": True},
+    leave_the_landing_open: {"one_sided": False},
+    free_while_the_transport_reads: {"aborts": True, "one_sided": True},
+    leak_what_was_cached: {},
+    share_what_is_still_landing: {},
+    verify_while_data_may_land: {"one_sided": False, "loss": 0.3, "corrupt": 0.5, "reorder": True},
+}
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__.replace("_", " "))
+def test_a_seeded_bug_is_caught(bug: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = dict(BUGS[bug])
+    shape = {"one_sided": wanted.pop("one_sided", None), "prefill_ranks": wanted.pop("prefill_ranks", 1)}
+    faults = Faults()._replace(**wanted)
+    bug(monkeypatch)
+    with pytest.raises((AssertionError, KeyError, ValueError, IndexError)):
+        for seed in range(SCHEDULES):
+            rng = Random(seed)
+            one_sided = rng.random() < 0.5 if shape["one_sided"] is None else shape["one_sided"]
+            run(seed, rng.randint(20, 80), faults, one_sided, shape["prefill_ranks"], 1)
