@@ -76,8 +76,8 @@ def leak_what_was_cached(patch: pytest.MonkeyPatch) -> None:
 def share_what_is_still_landing(patch: pytest.MonkeyPatch) -> None:
     open_session = Reservations._open_session
 
-    def known_at_once(reservations: Reservations, waiting: Any, cached: Any, blocks: Any, now: float) -> Any:
-        steps = open_session(reservations, waiting, cached, blocks, now)
+    def known_at_once(reservations: Reservations, waiting: Any, cached: Any, blocks: Any, *rest: Any) -> Any:
+        steps = open_session(reservations, waiting, cached, blocks, *rest)
         for block, name in zip(blocks.tolist(), waiting.hashes.names[len(cached) :], strict=False):
             reservations._pool._by_hash[name] = block
             reservations._pool._hashes[block] = name

@@ -1,0 +1,166 @@
+"""Promise: of 100,000 spoiled blocks none is read: each is found before the first token, asked for again, and made good
+or given up."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kv_transfer.core.digest import DIGEST_BYTES
+from kv_transfer.core.digest import digests as digests_of
+from kv_transfer.core.events import Landed
+from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested
+from kv_transfer.core.lanes import Route, plan_lanes
+from kv_transfer.core.session import (
+    MAX_REPAIRS,
+    Ended,
+    LandingOpened,
+    Outcome,
+    ReceiveSession,
+    ReceiveState,
+    TakeDigests,
+    TransferTimeouts,
+)
+from messages.codec import unpack_tokens
+from messages.common import KVEndpoint
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAcked
+from messages.ids import Address, Attempt
+from messages.prefill_to_decode import EndTransfer, FirstToken
+from runtime.kv_port import LaneHasher
+from tests.kv_transfer.kv_pair import key, shard_of_bytes
+
+BLOCK_BYTES, COUNT, NUM_BLOCKS = 512, 250, 256
+SHARD = shard_of_bytes(BLOCK_BYTES)
+ROUTE = Route((KVEndpoint("zmq", "tcp://127.0.0.1:1", SHARD, NUM_BLOCKS),), plan_lanes([SHARD], [SHARD]))
+INJECTIONS = 100_000
+KINDS = ("flip", "swap", "stale attempt", "stale request", "old content", "truncated")
+
+
+class Pools:
+    """What prefill has, what decode got, and the real digests of both."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.here = rng.integers(0, 256, (NUM_BLOCKS, BLOCK_BYTES), np.uint8)
+        self.there = self.here.copy()
+        self.before = rng.integers(0, 256, self.here.shape, np.uint8)
+        """What the blocks held for their last owner."""
+        self.blocks = rng.permutation(NUM_BLOCKS)[:COUNT].astype(np.int32)
+        self.hasher = LaneHasher(self.there, SHARD)
+
+    def end(self, round: int) -> EndTransfer:
+        taken = LaneHasher(self.here, SHARD).digests(self.lane())
+        return EndTransfer(*key(), Address("tcp://127.0.0.1:2"), round, FirstToken(5), COUNT, taken)
+
+    def lane(self) -> DigestLane:
+        ((_, lane),) = Fanout(1, sends=False).fan(TakeDigests(key(), ROUTE, 0, self.blocks))
+        assert isinstance(lane, DigestLane)
+        return lane
+
+    def digests(self) -> bytes:
+        return self.hasher.digests(self.lane())
+
+    def spoil(self, kind: str, places: Any) -> None:
+        """Each block at ``places`` is not what it has to be."""
+        rows, rng = self.blocks[places], self.rng
+        match kind:
+            case "flip":
+                bits = rng.integers(0, 8 * BLOCK_BYTES, len(rows))
+                self.there[rows, bits // 8] ^= (1 << (bits % 8)).astype(np.uint8)
+            case "swap":
+                self.there[rows] = self.there[np.roll(rows, 1)]
+            case "old content":
+                self.there[rows] = self.before[rows]
+            case "truncated":
+                kept = rng.integers(0, BLOCK_BYTES - 8, len(rows))
+                late = np.arange(BLOCK_BYTES) >= kept[:, None]
+                self.there[rows] = np.where(late, self.before[rows], self.there[rows])
+
+
+def receiver() -> ReceiveSession:
+    session = ReceiveSession(
+        key(), Address("tcp://127.0.0.1:3"), np.arange(COUNT, dtype=np.int32), 0, ROUTE, False, TransferTimeouts()
+    )
+    session.accept(0.0)
+    session.handle(LandingOpened(key()), 0.0)
+    return session
+
+
+def verified(session: ReceiveSession, pools: Pools, taken: bytes, round: int) -> list[Any]:
+    """All has landed and the end is here; what the session says to the digests."""
+    session.handle(Landed(key(), np.arange(COUNT, dtype=np.int32)), 0.0)
+    session.handle(pools.end(round), 0.0)
+    assert session.state is ReceiveState.VERIFYING
+    fanout, wanted = Fanout(1, sends=False), TakeDigests(key(), ROUTE, 0, pools.blocks)
+    fanout.fan(wanted)
+    (digested,) = fanout.gather(0, LaneDigested(key(), 0, 0, taken))
+    return session.handle(digested, 0.0)  # type: ignore[arg-type]
+
+
+def test_a_hundred_thousand_spoiled_blocks_are_all_found_before_the_first_token() -> None:
+    rng = np.random.default_rng(11)
+    pools, found, rounds = Pools(rng), 0, 0
+    while found < INJECTIONS:
+        kind = KINDS[rounds % len(KINDS)]
+        places = np.sort(rng.permutation(COUNT)[: rng.integers(2, COUNT)])
+        if kind.startswith("stale"):  # a block, true for another attempt or request, and digests taken for that one
+            other = key(1, 2) if kind == "stale attempt" else key(2, 1)
+            taken = bytearray(pools.digests())
+            theirs = digests_of(pools.there, pools.blocks, other, 0)
+            for place in places.tolist():
+                at = slice(place * DIGEST_BYTES, (place + 1) * DIGEST_BYTES)
+                taken[at] = theirs[at]
+            digests = bytes(taken)
+        else:
+            pools.spoil(kind, places)
+            digests = pools.digests()
+        session = receiver()
+        actions = verified(session, pools, digests, 1)
+        assert session.first is None and not any(isinstance(each, TransferAcked) for each in actions)
+        session.handle(LandingOpened(key()), 0.0)
+        assert session._wanted is not None
+        np.testing.assert_array_equal(unpack_tokens(session._wanted.indices), places, err_msg=kind)
+        found += len(places)
+        rounds += 1
+        pools.there[pools.blocks[places]] = pools.here[pools.blocks[places]]  # sent again
+        session.handle(Landed(key(), places.astype(np.int32)), 0.0)
+        assert isinstance(verified(session, pools, pools.digests(), 2)[0], TransferAcked)
+        assert session.first == FirstToken(5)
+    assert rounds > len(KINDS)
+
+
+def test_blocks_that_stay_bad_are_asked_for_so_often_and_then_given_up() -> None:
+    pools, session = Pools(np.random.default_rng(3)), receiver()
+    pools.spoil("flip", np.array([7]))
+    for round in range(1, MAX_REPAIRS + 1):
+        verified(session, pools, pools.digests(), round)
+        (wanted,) = session.handle(LandingOpened(key()), 0.0)
+        assert isinstance(wanted, BlocksWanted) and unpack_tokens(wanted.indices).tolist() == [7]
+    actions = verified(session, pools, pools.digests(), MAX_REPAIRS + 1)
+    assert any(isinstance(each, CancelTransfer) for each in actions)
+    (ended,) = (each for each in actions if isinstance(each, Ended))
+    assert ended.outcome is Outcome.FAILED and session.first is None
+
+
+@pytest.mark.parametrize("damage", ["digests cut off", "blocks miscounted", "another attempt"])
+def test_an_end_that_is_cut_off_or_of_others_ends_no_transfer_well(damage: str) -> None:
+    pools, session = Pools(np.random.default_rng(5)), receiver()
+    end = pools.end(1)
+    fields = {each: getattr(end, each) for each in end.__struct_fields__}
+    match damage:
+        case "digests cut off":
+            fields["digests"] = end.digests[:-DIGEST_BYTES]
+        case "blocks miscounted":
+            fields["num_blocks"] = COUNT - 1
+        case _:
+            fields["digests"] = digests_of(pools.here, pools.blocks, key(1, 2), 0)
+            assert Attempt(2) != end.attempt
+    session.handle(Landed(key(), np.arange(COUNT, dtype=np.int32)), 0.0)
+    session.handle(EndTransfer(**fields), 0.0)
+    if session.state is ReceiveState.VERIFYING:
+        ((_, lane),) = Fanout(1, sends=False).fan(TakeDigests(key(), ROUTE, 0, pools.blocks))
+        fanout = Fanout(1, sends=False)
+        fanout.fan(TakeDigests(key(), ROUTE, 0, pools.blocks))
+        (digested,) = fanout.gather(0, LaneDigested(key(), 0, 0, pools.hasher.digests(lane)))  # type: ignore[arg-type]
+        session.handle(digested, 0.0)  # type: ignore[arg-type]
+    assert session.first is None
