@@ -11,7 +11,8 @@ Ways take turns, in one run, with blocks scattered at both ends:
   blocks), while another thread takes the sender's digests, as in a worker: the later of both counts. ``verified``
   adds what the receiver does then in a worker: hash what stands in its pool. Every transfer is verified, and blocks
   change from one to the next;
-- ``--peer``: libraries of another Python, see ``kv_peers.py``, without digests; ``--peer-env UCX_TLS=tcp`` is for them.
+- ``--peer``: libraries of another Python, see ``kv_peers.py``, without digests, and stopped while it is not their turn;
+  ``--peer-env UCX_TLS=tcp`` is for them.
 
 Blocks of 2 MiB (16 tokens, 32 layers, 8 KV heads, head size 128, bf16), or of ``--block-kib`` 32, as where each layer
 has a tensor for K and one for V. Figures are medians and bests; CPU is of both ends, in seconds a GB, and says more
@@ -25,6 +26,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import socket
 import statistics
 import subprocess
@@ -174,7 +176,7 @@ class Receiving:
         ports = {way: each.endpoint.address for way, each in zip(ways, self.receivers, strict=True)}
         ports["tcp"] = str(listener.getsockname()[1])
         command = [sys.executable, __file__, "--send", json.dumps([task, ports])]
-        self.sender = stack.enter_context(piped(command))
+        self.sender, _ = stack.enter_context(piped(command))
         self.socket = stack.enter_context(listener.accept()[0])
         threading.Thread(target=self._receive, daemon=True).start()
 
@@ -204,10 +206,18 @@ class Receiving:
 
 
 @contextmanager
-def piped(command: list[str], mark: str = "", env: dict[str, str] | None = None) -> Iterator[Callable[[Any], Any]]:
-    """A process that answers a line of JSON with another, which begins with ``mark``; asked None, it is only heard."""
+def piped(
+    command: list[str], mark: str = "", env: dict[str, str] | None = None
+) -> Iterator[tuple[Callable[[Any], Any], int]]:
+    """How to ask a process that answers a line of JSON with another, which begins with ``mark`` (asked None, it is only
+    heard), and the id of its group of processes."""
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+        start_new_session=True,
     ) as process:
 
         def ask(value: Any) -> Any:
@@ -219,7 +229,7 @@ def piped(command: list[str], mark: str = "", env: dict[str, str] | None = None)
                     return json.loads(line[len(mark) :])
             sys.exit(f"{' '.join(command[:3])} ... has ended")
 
-        yield ask
+        yield ask, process.pid
         assert process.stdin is not None
         process.stdin.close()
 
@@ -234,13 +244,19 @@ def peers(arguments: argparse.Namespace, task: Task, stack: ExitStack) -> dict[s
     script = str(Path(__file__).with_name("kv_peers.py"))
     for python, name in arguments.peer:
         command = [python, script, name, str(task.num_blocks), str(task.block_kib << 10)]
-        ask = stack.enter_context(piped(command, "=", env))
+        ask, group = stack.enter_context(piped(command, "=", env))
 
-        def run(way: str, target: Any, source: Any, digests: bool, ask: Any = ask) -> tuple[float, float, float]:
+        def run(
+            way: str, target: Any, source: Any, digests: bool, ask: Any = ask, group: int = group
+        ) -> tuple[float, float, float]:
+            os.killpg(group, signal.SIGCONT)
             seconds, cpu = ask([way, target.tolist(), source.tolist()])
+            os.killpg(group, signal.SIGSTOP)  # some poll without end, which would cost the others a processor
             return seconds, seconds, cpu
 
+        stack.callback(os.killpg, group, signal.SIGCONT)
         found |= dict.fromkeys(ask(None), run)
+        os.killpg(group, signal.SIGSTOP)
     return found
 
 

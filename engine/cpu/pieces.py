@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.cpu.jit import kernel
 from engine.cpu.simd import I64, WORDS, at, counted_loop, i32_at, i64_at, load, operation, pointer, store
 
-STREAM_FROM = 4 << 20
+STREAM_FROM = 256 << 10
 """Bytes of one call from which on it goes past the cache."""
 _LINE, _UNROLLED, _PAGE = 64, 4, 4096
 _PAGES, _SHORT = 4, 32 << 10

@@ -73,6 +73,8 @@ MESSAGE_BYTES = 4 << 20
 """Payload of one message; a larger block is a message of its own."""
 GATHER_BELOW = 64 << 10
 """Blocks smaller than this are gathered into one part: a part each would cost more than the copy."""
+JOIN_BELOW = 1 << 20
+"""Neighbouring blocks that are smaller than this go as one part: to look for them costs as much as sending a part."""
 WINDOW_BYTES = 16 << 20
 WINDOW_MESSAGES = 32
 STALLED_AFTER = 5.0
@@ -319,6 +321,8 @@ class _Link:
     def _parts(self, source: Blocks) -> list[Pool]:
         if self._pool.shape[1] < GATHER_BELOW:
             return [self._pool[source].reshape(-1)]
+        if self._pool.shape[1] >= JOIN_BELOW:
+            return [self._pool[block] for block in source.tolist()]
         runs = plan(source, np.arange(len(source), dtype=np.int32), max_blocks=len(source))
         return [
             self._pool[start : start + count].reshape(-1)
