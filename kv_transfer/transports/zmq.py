@@ -3,7 +3,7 @@
 A push, end to end:
 
 1. The sender's thread cuts it into messages of a few MiB: a header, and views of the pool, which libzmq reads in place;
-   or, of some layers, or where the receiver keeps other heads or another dtype, of a buffer that is used again once it
+   or, of few layers, or where the receiver keeps other heads or another dtype, of a buffer that is used again once it
    has been taken.
 2. No more than ``WINDOW_BYTES`` are under way to one peer, so that memory is bounded at both ends.
 3. The receiver's thread checks sizes against the header, and the header against the rows that are open for its key. It
@@ -82,6 +82,8 @@ STALLED_AFTER = 5.0
 TURN_MS = 500
 """Milliseconds between looks at the clock while something is under way."""
 MESSAGES_A_TURN = 64
+IN_PLACE_FROM = 256 << 10
+"""Blocks' ranges of layers that are smaller than this are packed: a part each would cost more than the copy."""
 BUFFER_BYTES = 64 << 10
 """The smallest buffer that a message is packed into."""
 
@@ -296,8 +298,11 @@ class _Link:
                 first_head=lane.heads.first, num_heads=lane.heads.num,
             )  # fmt: skip
             source = job.source[job.begun : end]
-            buffer = None if lane.whole and num_layers == lane.num_layers else self._buffer(size)
-            parts = self._parts(source) if buffer is None else [_packed(lane, source, layers, buffer[:size])]
+            in_place = lane.whole and (num_layers == lane.num_layers or block_bytes >= IN_PLACE_FROM)
+            buffer = None if in_place else self._buffer(size)
+            parts = (
+                self._parts(lane, source, layers) if buffer is None else [_packed(lane, source, layers, buffer[:size])]
+            )
             try:
                 tracker = self.socket.send_multipart([encode(header), *parts], zmq.NOBLOCK, copy=False, track=True)
             except zmq.Again:
@@ -318,11 +323,13 @@ class _Link:
         free = self._buffers.setdefault(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), [])
         return free.pop() if free else np.empty(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), np.uint8)
 
-    def _parts(self, source: Blocks) -> list[Pool]:
-        if self._pool.shape[1] < GATHER_BELOW:
+    def _parts(self, lane: LaneCopy, source: Blocks, layers: Layers) -> list[Pool]:
+        """Views of a whole lane's blocks, or a gathered copy of small ones."""
+        if lane.row_bytes < GATHER_BELOW:
             return [self._pool[source].reshape(-1)]
-        if self._pool.shape[1] >= JOIN_BELOW:
-            return [self._pool[block] for block in source.tolist()]
+        if lane.row_bytes >= JOIN_BELOW or layers.end - layers.first < lane.num_layers:
+            begin, end = (lane.layer_bytes * layer for layer in layers)
+            return [self._pool[block, begin:end] for block in source.tolist()]
         runs = plan(source, np.arange(len(source), dtype=np.int32), max_blocks=len(source))
         return [
             self._pool[start : start + count].reshape(-1)
