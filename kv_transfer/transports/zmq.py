@@ -325,9 +325,10 @@ class _Link:
 
     def _parts(self, lane: LaneCopy, source: Blocks, layers: Layers) -> list[Pool]:
         """Views of a whole lane's blocks, or a gathered copy of small ones."""
-        if lane.row_bytes < GATHER_BELOW:
+        whole = layers == Layers(0, lane.num_layers)
+        if whole and lane.row_bytes < GATHER_BELOW:
             return [self._pool[source].reshape(-1)]
-        if lane.row_bytes >= JOIN_BELOW or layers.end - layers.first < lane.num_layers:
+        if not whole or lane.row_bytes >= JOIN_BELOW:
             begin, end = (lane.layer_bytes * layer for layer in layers)
             return [self._pool[block, begin:end] for block in source.tolist()]
         runs = plan(source, np.arange(len(source), dtype=np.int32), max_blocks=len(source))

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from engine.layer_gate import LayerGate, StepLayers
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed
 from kv_transfer.core.lanes import layout_of
+from kv_transfer.transports import zmq
 from messages.common import KVShard
 from tests.kv_transfer.kv_pair import WAIT, Pair, key, scattered
 from tests.kv_transfer.test_transports import TWO_SIDED, MakePair, every_transport
@@ -168,3 +169,15 @@ def test_only_who_listens_is_told_and_each_step_is_another() -> None:
         first.advance(1)
     assert told == [(2, False), (3, False)] and first.complete
     assert not gate.upcoming.watched and not gate.upcoming.complete
+
+
+def test_layers_go_over_zmq_as_views_of_the_pool(make_pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq, "IN_PLACE_FROM", 1)
+    live = Live(make_pair, "zmq", False)
+    with live.gate.step() as layers:
+        live.push(layers)
+        live.compute(layers, 1)
+        until(lambda: live.there(1))
+        live.compute(layers, LAYERS)
+    assert live.pair.sent.next() == Pushed(key(), 3, COUNT)
+    assert live.there(LAYERS)
