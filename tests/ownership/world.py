@@ -160,12 +160,13 @@ class World:
         self.requests[request.request] = request
         self.place(request)
 
-    def place(self, request: Request) -> None:
-        """A new attempt; the workers of the last one hear of it from the new one, or not at all."""
+    def place(self, request: Request, on: str = "") -> None:
+        """A new attempt, on any decode worker or ``on`` this one; the workers of the last one hear of it from the new
+        one, or not at all."""
         if request.attempt and self.rng.random() < 0.5:
             self.abort(request)
         request.attempt += 1
-        decode = self.workers[self.rng.choice(("decode-0", "decode-1"))]
+        decode = self.workers[on or self.rng.choice(("decode-0", "decode-1"))]
         prefill = self.workers["prefill-0"]
         request.pair = (prefill.name, decode.name)
         key = (request.request, Attempt(request.attempt))
