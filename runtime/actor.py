@@ -28,11 +28,10 @@ from kv_transfer.core.lanes import shard_of
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import allocate_pool
 from messages.codec import decoder_for
-from messages.common import KVShard, Role, WorkerAddress
+from messages.common import KVShard, WorkerAddress
 from messages.fingerprint import protocol
 from messages.ids import Address, Epoch, RequestId, WorkerId
 from runtime.clock import clock_name
-from runtime.core.disaggregation import Policy
 from runtime.core.probe import ProbeEnded, ProbeWanted
 from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
 from runtime.core.timeline import Timelines
@@ -41,7 +40,6 @@ from runtime.follower import FOLLOWER_MESSAGES, Follower, FollowerLoop, RemoteRa
 from runtime.kv_port import KVPort, RankPort
 from runtime.leader import RANK_MESSAGES, Leader
 from runtime.mailbox import Mailbox
-from runtime.warm_up import measure_prefill
 from runtime.worker import Machine, WorkerLoop
 from runtime.worker_config import WorkerConfig
 
@@ -147,18 +145,7 @@ class WorkerActor(ABC):
             kv=port.ranks if port.receives else (),
         )
         machine = self._make_machine(address, scheduler, pool, runner, port)
-        decides = config.role is not Role.COLOCATED and config.disaggregation.policy is Policy.AUTO
-
-        def warm_up() -> None:
-            if decides:
-                took = measure_prefill(
-                    runner, num_blocks=config.num_blocks, block_size=config.block_size,
-                    max_model_len=config.max_model_len,
-                )  # fmt: skip
-                machine.membership.prefill_rate.took(*took)
-
-        timelines = Timelines(address.worker, clock_name())
-        return WorkerLoop(machine, runner, mailbox, port, timelines, leader, warm_up)
+        return WorkerLoop(machine, runner, mailbox, port, Timelines(address.worker, clock_name()), leader)
 
     def _follow(self, mailbox: Mailbox) -> FollowerLoop:
         """Another rank, which does what rank 0 has decided."""

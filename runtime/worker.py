@@ -74,16 +74,14 @@ class WorkerLoop:
         port: KVPort,
         timelines: Timelines,
         leader: Leader | None = None,
-        warm_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """``leader`` of the worker's other ranks, if it has any; ``warm_up`` is called before anybody hears of it."""
+        """``leader`` of the worker's other ranks, if it has any."""
         self._machine = machine
         self._runner = runner
         self._mailbox = mailbox
         self._port = port
         self._timelines = timelines
         self._leader = leader
-        self._warm_up = warm_up
         self._stopping = threading.Event()
         self._probes: dict[RequestId, queue.SimpleQueue[ProbeEnded]] = {}
 
@@ -93,7 +91,6 @@ class WorkerLoop:
         Raises what a digest or the machine raised, and ``GroupLost`` when one of the worker's ranks is lost.
         """
         machine, now = self._machine, time.monotonic
-        self._warm_up()
         self._perform([machine.membership.register()])
         busy = False
         while not self._stopping.is_set():

@@ -56,6 +56,11 @@ Event = (
 )  # fmt: skip
 
 
+MEASURED_FOR = 30.0
+"""Seconds for which a measured pace of prompts is believed. One that was slow by chance would keep all further prompts
+away, and so never be measured again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings:
     """What the machine needs to know of its worker."""
@@ -97,6 +102,8 @@ class DecodeMachine:
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
         self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
+        self._measured_at = float("-inf")
+        """When the pace of prompts was, last."""
         self._begun = 0.0
         """When the step that runs was planned."""
         self._fences = Fences()
@@ -141,6 +148,8 @@ class DecodeMachine:
         """What is due by the clock."""
         actions = self._settle(self._reservations.tick(now))
         actions += self._deliveries.tick(now)
+        if now - self._measured_at > MEASURED_FOR:
+            self.membership.prefill_rate.forget()
         waiting = self._reservations.num_waiting + len(self._reservations) + self._scheduler.num_waiting
         actions += self.membership.report(
             block_counts(self._pool),
@@ -171,6 +180,7 @@ class DecodeMachine:
         prompt_tokens = int(plan.num_tokens[plan.num_tokens > 1].sum())
         if prompt_tokens >= MEASURED:  # what the others of the step took is counted in: rather too slow than too fast
             self.membership.prefill_rate.took(prompt_tokens, seconds)
+            self._measured_at = now
         failed: list[Action] = []
         for progress in self._scheduler.update(plan, output):
             if progress.finish_reason is FinishReason.ABORT:

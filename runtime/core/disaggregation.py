@@ -48,7 +48,7 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     """Handed over: the tail is longer than decode may compute."""
     UNMEASURED = "unmeasured"
-    """Handed over: some rate is not known yet."""
+    """Handed over: the prefill worker, or its transfers, have not been measured yet."""
     DECODE_BUSY = "decode_busy"
     """Handed over: cheaper for this request, but those that decode runs would wait for it."""
     COSTS_MORE = "costs_more"
@@ -73,7 +73,8 @@ class Case:
     prefill_cached: int = 0
     """The same of the prefill worker."""
     decode_rate: float
-    """Prompt tokens a second."""
+    """Prompt tokens a second. Where it is not known it is taken to be the prefill worker's, for both have the same
+    engine: what comes of that measures it."""
     prefill_rate: float
     transfer_rate: float
     """KV bytes a second between the two, once the prompt is computed."""
@@ -93,9 +94,9 @@ def decide(settings: Disaggregation, case: Case) -> Reason:
     tail = case.num_tokens - case.decode_cached
     if tail > settings.max_local_prefill_length:
         return Reason.TOO_LONG
-    if not (case.decode_rate > 0 and case.prefill_rate > 0 and case.transfer_rate > 0):
+    if not (case.prefill_rate > 0 and case.transfer_rate > 0):
         return Reason.UNMEASURED
-    alone = (case.decode_queued + max(tail, MEASURED)) / case.decode_rate
+    alone = (case.decode_queued + max(tail, MEASURED)) / (case.decode_rate or case.prefill_rate)
     remote = (case.prefill_queued + max(case.num_tokens - case.prefill_cached, MEASURED)) / case.prefill_rate
     bearable = CLEARLY * (remote + tail * case.token_bytes / case.transfer_rate)
     if alone * (1 + case.decode_running) <= bearable:

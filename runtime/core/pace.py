@@ -28,6 +28,10 @@ class RecentRate:
             self._amount = KEPT * self._amount + amount
             self._seconds = KEPT * self._seconds + seconds
 
+    def forget(self) -> None:
+        """What was measured is too old to be believed."""
+        self._amount = self._seconds = 0.0
+
     @property
     def value(self) -> float:
         """A second; 0 while nothing has been measured."""

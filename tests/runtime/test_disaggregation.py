@@ -38,7 +38,8 @@ PLAIN = Case(
         pytest.param({"prefill_cached": 100, "transfer_rate": 1e7}, Reason.COSTS_MORE, id="cached on prefill alone"),
         pytest.param({"num_tokens": 1}, Reason.COSTS_MORE, id="a step of one token takes as long as one of 32"),
         pytest.param({"num_tokens": 1, "transfer_rate": 1e5}, Reason.COSTS_LESS, id="which shipping takes, too"),
-        pytest.param({"decode_rate": 0.0}, Reason.UNMEASURED, id="decode has computed nothing"),
+        pytest.param({"decode_rate": 0.0}, Reason.COSTS_LESS, id="decode has computed nothing, and is tried"),
+        pytest.param({"decode_rate": 0.0, "decode_running": 1}, Reason.DECODE_BUSY, id="but not at others' cost"),
         pytest.param({"prefill_rate": 0.0}, Reason.UNMEASURED, id="prefill has computed nothing"),
         pytest.param({"transfer_rate": 0.0}, Reason.UNMEASURED, id="nothing has been shipped"),
         pytest.param({"transfer_rate": float("nan")}, Reason.UNMEASURED, id="no number"),
@@ -119,3 +120,5 @@ def test_a_rate_follows_what_is_measured_and_one_outlier_does_not_rule_it() -> N
     for _ in range(20):
         rate.took(100, 0.2)
     assert rate.value == pytest.approx(500, rel=0.02)
+    rate.forget()
+    assert rate.value == 0.0

@@ -55,16 +55,16 @@ def test_tails_of_many_prompts_at_once_all_end_with_the_same_tokens(tiny_llama: 
         assert seen["never"] == relay.workers["prefill-0"].inspect()["tails_yielded"]
 
 
-def test_a_worker_that_is_to_decide_knows_its_pace_before_it_serves(tiny_llama: Path) -> None:
+def test_the_first_hand_over_measures_what_decides_on_the_next(tiny_llama: Path) -> None:
     auto = Disaggregation(policy=Policy.AUTO)
+    case = next(case for case in relay_cases(tiny_llama) if len(case.prompt) == 600)
     with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, disaggregation=auto) as relay:
         relay.wait(lambda: len(relay.reports) == 2)
-        assert all(report.prefill_rate > 0 and report.blocks.cached == 0 for report in relay.reports.values())
-        assert all(report.transfer_rate == 0 for report in relay.reports.values())
-        case = next(case for case in relay_cases(tiny_llama) if len(case.prompt) == 600)
+        assert all(report.prefill_rate == report.transfer_rate == 0 for report in relay.reports.values())
         (stream,) = relay.finish(relay.send(case.prompt, GREEDY, **PAIR))
         assert stream.token_ids() == case.answer
         relay.wait(lambda: relay.reports["prefill-0"].transfer_rate > 0)
+        assert relay.reports["prefill-0"].prefill_rate > 0
 
 
 def place(relay: Relay, wanted: PlacementWanted) -> Placed:

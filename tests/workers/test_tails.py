@@ -282,7 +282,7 @@ def opened(pair: Pair, *, prefill_rate: float = 1000.0, transfer_rate: float = 1
 
 def test_decode_offers_by_what_it_has_measured_and_is_told() -> None:
     pair = Pair(AUTO)
-    assert opened(pair) == []
+    assert opened(pair, transfer_rate=0.0) == []
     assert pair.counted() == {"unmeasured": 1}
     pair = Pair(AUTO)
     pair.decode.membership.prefill_rate.took(1000, 1.0)
@@ -322,6 +322,20 @@ def test_a_prompt_that_is_to_be_scored_is_computed_from_its_first_token_on() -> 
     pair.decode.membership.prefill_rate.took(1000, 1.0)
     assert opened(pair, prompt_logprobs=0) == []
     assert pair.counted() == {"too_long": 1}
+
+
+def test_a_pace_that_was_slow_by_chance_is_not_believed_for_ever() -> None:
+    pair = Pair(AUTO)
+    pair.see(pair.decode.handle(generate(Generation(pack_tokens(PROMPT), SamplingParams(max_tokens=1))), pair.now))
+    while pair.step(DECODE):
+        pass
+    assert pair.decode.membership.prefill_rate.value == pytest.approx(32 / 0.01)
+    pair.now += 29.0
+    pair.see(pair.decode.tick(pair.now))
+    assert pair.decode.membership.prefill_rate.value == pytest.approx(32 / 0.01)
+    pair.now += 2.0
+    pair.see(pair.decode.tick(pair.now))
+    assert pair.decode.membership.prefill_rate.value == 0.0
 
 
 def test_workers_report_how_fast_they_compute_prompts() -> None:
