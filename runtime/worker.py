@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
+from engine.layer_gate import LayerGate
 from engine.rank import STEP_ERRORS
 from kv_transfer.core.events import Pushed
 from kv_transfer.core.fanout import WorkerEvent
@@ -60,6 +61,8 @@ class Machine(Protocol):
 class Runner(Protocol):
     """One rank's model; see ``engine.runner``."""
 
+    @property
+    def layers(self) -> LayerGate: ...
     def run(self, plan: StepPlan) -> StepOutput: ...
 
 
@@ -165,7 +168,7 @@ class WorkerLoop:
         return self._told(event)
 
     def _step(self, plan: StepPlan) -> list[Any]:
-        begin = time.monotonic()
+        begin, layers = time.monotonic(), self._watch_layers()
         try:
             output = self._runner.run(plan)
         except STEP_ERRORS as error:  # none may end the loop
@@ -173,8 +176,16 @@ class WorkerLoop:
             return self._machine.fail_step(plan, f"{type(error).__name__} in the engine", time.monotonic())
         end = time.monotonic()
         if self._timelines.watching:
-            self._timelines.ran(plan, begin, end)
+            self._timelines.ran(plan, begin, end, layers)
         return self._machine.update(plan, output, end)
+
+    def _watch_layers(self) -> list[tuple[int, float]]:
+        """How many layers of the step that is to run are there, and when: filled while it runs, for what is traced."""
+        seen: list[tuple[int, float]] = []
+        if self._timelines.watching:
+            step = self._runner.layers.upcoming
+            step.listen(lambda: seen.append((step.num_ready, time.monotonic())))
+        return seen
 
     def _perform(self, actions: Iterable[Any]) -> None:
         port = self._port

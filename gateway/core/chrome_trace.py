@@ -75,13 +75,16 @@ def chrome_trace(trace: Trace, clock: str) -> dict[str, Any]:
 
 
 def transfer_of(timeline: Timeline) -> dict[str, Any] | None:
-    """What a prefill worker's timeline says of its hand-over; None where it pushed nothing."""
+    """What a prefill worker's timeline says of its hand-over; None where it pushed nothing.
+
+    Hidden is what left while the prompt was computed; of its last step, before its last layer was there."""
     pushes = [mark for mark in timeline.marks if mark.name == "push"]
     if not pushes:
         return None
     computed = max((mark.end for mark in timeline.marks if mark.track == "steps"), default=float("-inf"))
     num_bytes = sum(_number(mark, "bytes") for mark in pushes)
-    hidden = sum(_number(mark, "bytes" if mark.end <= computed else "early_bytes") for mark in pushes)
+    whole = max(_number(mark, "first") + _number(mark, "blocks") for mark in pushes)
+    hidden = sum(_hidden_bytes(mark, computed, whole) for mark in pushes)
     begin, end = min(mark.begin for mark in pushes), max(mark.end for mark in pushes)
     return {
         "bytes": num_bytes,
@@ -91,6 +94,11 @@ def transfer_of(timeline: Timeline) -> dict[str, Any] | None:
         "seconds_after_prefill": round(max(0.0, end - computed), 6),
         "repairs": sum(mark.name == "asked for a repair" for mark in timeline.marks),
     }
+
+
+def _hidden_bytes(push: Mark, computed: float, whole: int) -> int:
+    of_last_step = _number(push, "live") and _number(push, "first") + _number(push, "blocks") == whole
+    return _number(push, "early_bytes" if of_last_step or push.end > computed else "bytes")
 
 
 def _number(mark: Mark, fact: str) -> int:

@@ -35,6 +35,8 @@ class Pushed:
     blocks that were final before."""
     at: float = field(default=0.0, compare=False)
     """When the last of them had gone: seconds of the host's monotonic clock."""
+    layers: tuple[tuple[int, float, float], ...] = field(default=(), compare=False)
+    """Of a push layer by layer each piece: the layer that it ended before, when it was begun, when it had gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class _Pushing:
     num_bytes: int = 0
     early_bytes: int = 0
     at: float = 0.0
+    layers: tuple[tuple[int, float, float], ...] = ()
 
 
 class Fanout:
@@ -163,10 +164,13 @@ class Fanout:
         pushing.num_bytes += event.num_bytes
         pushing.early_bytes += event.early_bytes
         pushing.at = max(pushing.at, event.at)
+        pushing.layers += event.layers
         if pushing.left % pushing.lanes:
             return []
-        pushed = Pushed(event.key, event.first, event.count, pushing.num_bytes, pushing.early_bytes, pushing.at)
-        pushing.num_bytes = pushing.early_bytes = 0
+        pushed = Pushed(
+            event.key, event.first, event.count, pushing.num_bytes, pushing.early_bytes, pushing.at, pushing.layers
+        )
+        pushing.num_bytes, pushing.early_bytes, pushing.layers = 0, 0, ()
         if not pushing.left:
             del self._pushing[event]
         return [pushed]

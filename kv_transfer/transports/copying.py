@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -69,6 +69,9 @@ class Job:
     """That have gone to the peer."""
     early_bytes: int = 0
     """Of them, before the last layer was there."""
+    pieces: list[tuple[int, float, float]] = field(default_factory=list)
+    """See ``Pushed.layers``."""
+    piece_begun: float = 0.0
 
     def check(self, num_blocks: int) -> None:
         """Raise ``TransportError`` unless the blocks can be what the caller and the peer say."""
@@ -91,6 +94,7 @@ class Job:
     def next_layers(self, num_layers: int) -> Layers:
         """Of the model's ``num_layers`` those that the next blocks go with; not while it ``waits``."""
         if self.layers is None:
+            self.piece_begun = time.monotonic()
             self.layers = Layers(self.done, num_layers if self.live is None else self.live.num_ready)
         return self.layers
 
@@ -100,6 +104,8 @@ class Job:
         self.num_bytes += num_bytes
         self.begun = end
         if end == len(self.source):
+            if self.live is not None:
+                self.pieces.append((self.layers.end, self.piece_begun, time.monotonic()))
             self.done, self.layers, self.begun = self.layers.end, None, 0
 
     def taken(self, num_bytes: int) -> None:
@@ -110,7 +116,7 @@ class Job:
     @property
     def pushed(self) -> Pushed:
         at = time.monotonic()
-        return Pushed(self.key, self.first, len(self.source), self.num_bytes, self.early_bytes, at)
+        return Pushed(self.key, self.first, len(self.source), self.num_bytes, self.early_bytes, at, tuple(self.pieces))
 
 
 def next_job(jobs: Iterable[Job]) -> Job | None:

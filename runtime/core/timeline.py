@@ -6,6 +6,7 @@ A timeline goes to the gateway when the worker's part in the attempt is over.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,8 +52,11 @@ class _Traced:
     delivered: bool = False
     """Whether a token has gone to the gateway."""
 
-    def add(self, track: str, name: str, begin: float, end: float, facts: dict[str, Fact]) -> None:
-        if len(self.marks) < MAX_MARKS:
+    def add(
+        self, track: str, name: str, begin: float, end: float, facts: dict[str, Fact], *, fine: bool = False
+    ) -> None:
+        """``fine``: a detail, for which there is half of the room."""
+        if len(self.marks) < (MAX_MARKS // 2 if fine else MAX_MARKS):
             self.marks.append(Mark(track, name, begin, end, facts))
         else:
             self.dropped += 1
@@ -92,7 +96,13 @@ class Timelines:
             return
         match event:
             case Pushed(_, first, count):
-                self._end_span(key, "push", first, now, {"blocks": count, "bytes": event.num_bytes})
+                moved: dict[str, Fact] = {"blocks": count, "bytes": event.num_bytes, "early_bytes": event.early_bytes}
+                self._end_span(key, "push", first, event.at or now, moved)
+                before = 0
+                for end, begun, left in event.layers:
+                    first_layer = before if before < end else 0  # of the next lane
+                    self._open[key].add("pushed layers", _layers(first_layer, end), begun, left, {}, fine=True)
+                    before = end
             case Digested(_, first):
                 self._end_span(key, "digest", first, now, {})
             case _:
@@ -114,8 +124,8 @@ class Timelines:
                 if note is not None and key in self._open:
                     self._note(key, note, now)
 
-    def ran(self, plan: StepPlan, begin: float, end: float) -> None:
-        """The model has run ``plan``."""
+    def ran(self, plan: StepPlan, begin: float, end: float, layers: Sequence[tuple[int, float]] = ()) -> None:
+        """The model has run ``plan``; ``layers``: how many were there, and when."""
         by_request = {key.request: traced for key, traced in self._open.items()}
         rows = [row for row, seq in enumerate(plan.sequences) if seq.seq_id in by_request]
         batch = {"sequences": len(plan.sequences), "tokens_of_all": int(plan.num_tokens.sum())} if rows else {}
@@ -123,7 +133,12 @@ class Timelines:
             seq, count, before = plan.sequences[row], int(plan.num_tokens[row]), int(plan.num_computed[row])
             prefill = before + count <= seq.num_prompt_tokens
             name = f"prefill {before}-{before + count}" if prefill else f"decode {before}"
-            by_request[RequestId(seq.seq_id)].add("steps", name, begin, end, {"tokens": count, **batch})
+            traced = by_request[RequestId(seq.seq_id)]
+            traced.add("steps", name, begin, end, {"tokens": count, **batch})
+            first, since = 0, begin
+            for ready, at in layers:
+                traced.add("layers", _layers(first, ready), since, at, {}, fine=True)
+                first, since = ready, at
 
     def _begin(self, order: Prefill | Generate | OpenTransfer, now: float) -> None:
         key = TransferKey(order.request, order.attempt)
@@ -176,9 +191,14 @@ def _key(message: Any) -> Any:
     return key
 
 
+def _layers(begin: int, end: int) -> str:
+    return f"layer {begin}" if end == begin + 1 else f"layers {begin}-{end - 1}"
+
+
 def _asked(action: Push | TakeDigests) -> dict[str, Fact]:
-    blocks = action.source if isinstance(action, Push) else action.blocks
-    return {"first": action.first, "blocks": len(blocks)}
+    if isinstance(action, Push):
+        return {"first": action.first, "blocks": len(action.source), "live": int(action.live)}
+    return {"first": action.first, "blocks": len(action.blocks)}
 
 
 _PLAIN_EVENTS = {

@@ -91,9 +91,10 @@ def test_the_picture_has_everyones_marks_by_the_gateways_clock() -> None:
 def test_what_left_while_the_prompt_was_computed_is_hidden() -> None:
     step = mark("steps", "prefill 0-3", 1.0, 5.0)
     pushes = [
-        mark("transfer", "push", 2.0, 4.0, bytes=600),
-        mark("transfer", "push", 4.0, 5.5, bytes=300, early_bytes=100),
-        mark("transfer", "push", 6.0, 7.0, bytes=100),
+        mark("transfer", "push", 2.0, 4.0, first=0, blocks=6, live=0, bytes=500),
+        mark("transfer", "push", 2.0, 4.0, first=6, blocks=1, live=1, bytes=100, early_bytes=90),
+        mark("transfer", "push", 3.0, 4.5, first=7, blocks=3, live=1, bytes=300, early_bytes=100),
+        mark("transfer", "push", 6.0, 7.0, first=6, blocks=1, live=0, bytes=100, early_bytes=0),
     ]
     again = mark("transfer", "asked for a repair", 5.75)
     assert transfer_of(timeline(PREFILL, step, *pushes, again)) == {

@@ -79,10 +79,10 @@ def test_a_prefill_workers_part_from_the_order_to_the_ack() -> None:
     timelines = watched()
     timelines.saw(prefill(), 1.0)
     timelines.saw(TransferAccepted(*key(), pack_tokens([4, 5, 6]), 1), 2.0)
-    timelines.ran(step(("other", 0, 2), ("r", 0, 3)), 2.0, 5.0)
+    timelines.ran(step(("other", 0, 2), ("r", 0, 3)), 2.0, 5.0, [(1, 3.0), (4, 4.5)])
     timelines.did(push(), 3.0)
     timelines.did(TakeDigests(key(), None, 0, BLOCKS), 3.5)  # type: ignore[arg-type]
-    timelines.saw(Pushed(key(), 0, 2, 100), 4.0)
+    timelines.saw(Pushed(key(), 0, 2, 100, 60, 3.75, ((2, 3.25, 3.5), (4, 3.5, 3.75))), 4.0)
     timelines.saw(Digested(key(), 0, bytes(16)), 4.5)
     timelines.did(tokens(), 5.0)
     timelines.did(tokens(), 5.5)
@@ -94,7 +94,11 @@ def test_a_prefill_workers_part_from_the_order_to_the_ack() -> None:
         Mark("request", "Prefill arrives", 1.0, 1.0, {"prompt": 3, "generated": 0}),
         Mark("transfer", "accepted", 2.0, 2.0, {"blocks": 3, "cached_blocks": 1}),
         Mark("steps", "prefill 0-3", 2.0, 5.0, {"tokens": 3, "sequences": 2, "tokens_of_all": 5}),
-        Mark("transfer", "push", 3.0, 4.0, {"first": 0, "blocks": 2, "bytes": 100}),
+        Mark("layers", "layer 0", 2.0, 3.0, {}),
+        Mark("layers", "layers 1-3", 3.0, 4.5, {}),
+        Mark("transfer", "push", 3.0, 3.75, {"first": 0, "blocks": 2, "live": 0, "bytes": 100, "early_bytes": 60}),
+        Mark("pushed layers", "layers 0-1", 3.25, 3.5, {}),
+        Mark("pushed layers", "layers 2-3", 3.5, 3.75, {}),
         Mark("digests", "digest", 3.5, 4.5, {"first": 0, "blocks": 2}),
         Mark("tokens", "first tokens leave", 5.0, 5.0, {"index": 0, "tokens": 1}),
         Mark("transfer", "acked", 6.0, 6.0, {}),
