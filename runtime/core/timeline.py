@@ -32,6 +32,13 @@ MAX_TRACED = 64
 """Attempts traced at once; the oldest one's timeline goes out as it is when there are more."""
 
 
+_PLAIN: dict[type, str] = {
+    Cancelled: "stopped writing", TailOffered: "decode offers to compute the rest",
+    TailYielded: "prefill leaves the rest to decode",
+}  # fmt: skip
+"""Events of which nothing more is to be said."""
+
+
 class _Note(NamedTuple):
     """What is noted of an event or an action."""
 
