@@ -284,6 +284,8 @@ class _Link:
         """Send what the window lets through."""
         self._full = False
         while len(self.under_way) < WINDOW_MESSAGES and (job := next_job(self.jobs)) is not None:
+            if job.failed:  # since this turn has begun; the next one drops it
+                return
             lane = self.jobs[job]
             layers = job.next_layers(lane.num_layers)
             num_layers = layers.end - layers.first
