@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--trace", type=Path, help="draw this one")
+    parser.add_argument("--words", default="", help="to go with it")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--transport", default="shm")
     options = parser.parse_args()
     if options.trace is not None:
-        trace, said = json.loads(options.trace.read_bytes()), "of a trace"
+        trace, said = json.loads(options.trace.read_bytes()), options.words
     else:
         trace, said = measured(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
