@@ -17,7 +17,7 @@ from cluster.doctor import examine
 from cluster.launch import Cluster
 from cluster.topology import Topology
 from cluster.validate import check
-from messages.common import CacheCounts
+from messages.common import CacheCounts, DecisionCounts
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "topologies"
 FP32 = {"dtype": "float32", "gateway.port": 0}
@@ -36,7 +36,9 @@ CLUSTERS = {
     "colocated": ("colocated.yaml", FP32),
 }
 
-NOT_HELD = ("free", "cached", "total")
+COUNTED = (*CacheCounts.__struct_fields__, *DecisionCounts.__struct_fields__, "tails_yielded")
+"""Since the start; nothing is held of it."""
+NOT_HELD = ("free", "cached", "total", *COUNTED)
 
 
 class Running:
@@ -138,7 +140,7 @@ def wait_until_idle(cluster: Running, within: float) -> float:
     def idle() -> bool:
         for figures in workers(cluster).values():
             assert figures["free"] + figures["held"] + figures["cached"] == figures["total"]
-            if any(count for kind, count in figures.items() if kind not in (*NOT_HELD, *CacheCounts.__struct_fields__)):
+            if any(count for kind, count in figures.items() if kind not in NOT_HELD):
                 return False
         return cluster.inspect()["router"]["placed"] == 0
 
