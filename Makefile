@@ -12,8 +12,11 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	$(BIN)/baton demo
 
+# Tests of computations run two at a time; those that look at the whole machine, or at the clock, by themselves.
+PARALLEL := tests/engine tests/kernels tests/offline tests/workers
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(PARALLEL)
+	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
