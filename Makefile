@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/baton demo
 
 # Tests of computations run two at a time; those that look at the whole machine, or at the clock, by themselves.
-PARALLEL := tests/engine tests/kernels tests/offline tests/workers
+PARALLEL := tests/engine tests/kernels tests/offline tests/ownership tests/workers
 test: .venv/installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(PARALLEL)
 	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
