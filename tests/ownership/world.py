@@ -250,12 +250,12 @@ class World:
                 ways += [worker.hear] if worker.inbox else []
             for rank in worker.ranks:
                 ways += rank.ways
-        for rank in self.remains:
-            ways += [self.end_remains, *rank.ways]
         ways += [partial(self.arrive_data, self.data)] if self.data else []
         if self.late and (not ways or self.rng.random() < 0.05):
             ways = [partial(self.arrive_data, self.late)]
         ways += [self.bring_news] if self.news else []
+        if self.remains and (not ways or self.rng.random() < 0.05):  # they die slowly
+            ways = [self.end_remains, *(way for rank in self.remains for way in rank.ways)]
         if not ways:
             return False
         self.rng.choice(ways)()
