@@ -107,8 +107,7 @@ class KV(Section):
     block_size: Positive = 16
     memory: Size | None = None
     num_blocks: Positive | None = None
-    transport: Literal["auto", "shm", "nccl", "zmq"] = "auto"
-    """auto: for each pair of workers, by where they are."""
+    transport: Literal["auto", "shm", "zmq"] = "auto"
     enable_prefix_caching: bool = True
     preemption: Literal["recompute", "swap"] = "recompute"
     """What becomes of the KV of a sequence that has to make room."""

@@ -1,4 +1,4 @@
-"""Frames of the ``zmq`` and ``nccl`` transports: the header of a data message, and the receiver's answer to it.
+"""Frames of the ``zmq`` transport: the header of a data message, and the receiver's answer to it.
 
 A data message is a header and then one or more parts, each a whole number of blocks, ``count`` blocks in all: some
 layers and heads of the sequence's blocks ``first``, ``first + 1``, ... in order. Where they go is the receiver's own
@@ -12,7 +12,7 @@ from msgspec import Meta
 from kv_transfer.core.events import TransferKey
 from kv_transfer.core.lanes import Heads, Layers
 from messages.codec import Decode, decoder_for
-from messages.common import MAX_SIDE, AttemptMessage, Count, Message, Name, Side
+from messages.common import MAX_SIDE, AttemptMessage, Count, Message, Side
 
 MAX_BLOCKS = 2**16
 """In one data message."""
@@ -49,12 +49,6 @@ class DataHeader(AttemptMessage, frozen=True):
         return Heads(self.first_head, self.num_heads)
 
 
-class Meet(Message, frozen=True):
-    """The first word over a connection of ``nccl``: the group's name in the receiver's store."""
-
-    name: Name
-
-
 class Taken(Message, frozen=True):
     """The receiver has taken, or dropped, every message up to ``number``: so much may follow."""
 
@@ -63,8 +57,7 @@ class Taken(Message, frozen=True):
 
 decode_header: Decode = decoder_for(DataHeader)
 decode_taken: Decode = decoder_for(Taken)
-decode_meet: Decode = decoder_for(Meet)
-"""From one frame to a ``DataHeader``, a ``Taken`` or a ``Meet``; ``BadMessage`` for anything else."""
+"""From one frame to a ``DataHeader``, or a ``Taken``; ``BadMessage`` for anything else."""
 
 
 def whole_blocks(header: DataHeader, sizes: list[int]) -> bool:

@@ -145,13 +145,7 @@ class Look(NamedTuple):
     """More layers are there."""
 
 
-class Call(NamedTuple):
-    """Something else for the thread to do."""
-
-    call: Callable[[], None]
-
-
-Command = Job | Cancel | Forget | Stop | Look | Call
+Command = Job | Cancel | Forget | Stop | Look
 
 
 class BackgroundSender(ABC):

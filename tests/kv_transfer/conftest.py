@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import zmq
-from torch.distributed import TCPStore
 
 from tests.kv_transfer.kv_pair import Pair
 
@@ -31,9 +30,7 @@ def make_pair() -> Iterator[Callable[..., Pair]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _started() -> None:
-    """pyzmq starts its garbage collector with the first zero-copy send, and torch's first store opens a pipe, for
-    good."""
-    TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    """pyzmq starts its garbage collector with the first zero-copy send, for good."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as here, context.socket(zmq.PAIR) as there:
         here.bind("inproc://start")
         there.connect("inproc://start")
