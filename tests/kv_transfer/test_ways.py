@@ -30,8 +30,8 @@ def ranks(*ways: str, host: str = "here", num: int = 1) -> tuple[KVRank, ...]:
         (ranks("shm", "zmq"), ranks("shm", "zmq", host="there"), "zmq"),
         (ranks("shm", "zmq"), ranks("zmq"), "zmq"),
         (ranks("zmq"), ranks("zmq", "shm"), "zmq"),
-        (ranks("cuda_ipc", "nccl"), ranks("nccl", "cuda_ipc"), "cuda_ipc"),
-        (ranks("cuda_ipc", "nccl"), ranks("nccl", "cuda_ipc", host="there"), "nccl"),
+        (ranks("shm", "inproc"), ranks("inproc", "shm"), "inproc"),
+        (ranks("inproc", "zmq"), ranks("zmq", "inproc", host="there"), "zmq"),
         (ranks("shm", "zmq", num=2), ranks("shm", "zmq") + ranks("shm", "zmq", host="there"), "zmq"),
         (ranks("shm", "zmq") + ranks("zmq"), ranks("shm", "zmq"), "zmq"),
     ],
@@ -70,7 +70,7 @@ def test_a_way_that_has_failed_is_taken_again_only_if_there_is_no_other() -> Non
 
 
 @pytest.mark.parametrize(
-    ("transport", "why"), [("shm", "map"), ("pigeon", "no such transport"), ("nccl", "prefill worker offers shm, zmq")]
+    ("transport", "why"), [("shm", "map"), ("pigeon", "no such transport"), ("inproc", "prefill worker offers shm, zmq")]
 )
 def test_a_receiver_takes_no_way_that_does_not_reach_it(transport: str, why: str) -> None:
     with pytest.raises(CannotPair, match=why):
