@@ -21,6 +21,7 @@ from engine.core.prefix import BlockHashes
 from engine.core.scheduler import Promise
 from kv_transfer.core.events import Blocks, Landed, TransferKey
 from kv_transfer.core.lanes import Route
+from kv_transfer.core.receiving import ReceiveSession, ReceiveState
 from kv_transfer.core.session import Action as SessionAction
 from kv_transfer.core.session import (
     CloseLanding,
@@ -30,8 +31,6 @@ from kv_transfer.core.session import (
     LookForWriters,
     OpenLanding,
     Outcome,
-    ReceiveSession,
-    ReceiveState,
     TakeDigests,
     TransferTimeouts,
     WritersGone,

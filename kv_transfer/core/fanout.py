@@ -13,15 +13,7 @@ import numpy as np
 from kv_transfer.core.digest import combined
 from kv_transfer.core.events import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
 from kv_transfer.core.lanes import Heads
-from kv_transfer.core.session import (
-    CancelPushes,
-    CloseLanding,
-    Digested,
-    LandingOpened,
-    OpenLanding,
-    Push,
-    TakeDigests,
-)
+from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, LandingOpened, OpenLanding, Push, TakeDigests
 from messages.common import KVEndpoint, KVShard
 
 

@@ -8,18 +8,9 @@ from engine.core.blocks import BlockPool
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.lanes import CannotPair, Route
+from kv_transfer.core.sending import SendSession, SendState
 from kv_transfer.core.session import Action as SessionAction
-from kv_transfer.core.session import (
-    CancelPushes,
-    Digested,
-    Ended,
-    Outcome,
-    Push,
-    SendSession,
-    SendState,
-    TakeDigests,
-    TransferTimeouts,
-)
+from kv_transfer.core.session import CancelPushes, Digested, Ended, Outcome, Push, TakeDigests, TransferTimeouts
 from kv_transfer.core.stats import TransferStats
 from kv_transfer.core.trace import TransferTrace
 from kv_transfer.core.ways import choose, route

@@ -11,16 +11,8 @@ from kv_transfer.core.digest import digests as digests_of
 from kv_transfer.core.events import Landed
 from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested
 from kv_transfer.core.lanes import Route, plan_lanes
-from kv_transfer.core.session import (
-    MAX_REPAIRS,
-    Ended,
-    LandingOpened,
-    Outcome,
-    ReceiveSession,
-    ReceiveState,
-    TakeDigests,
-    TransferTimeouts,
-)
+from kv_transfer.core.receiving import MAX_REPAIRS, ReceiveSession, ReceiveState
+from kv_transfer.core.session import Ended, LandingOpened, Outcome, TakeDigests, TransferTimeouts
 from messages.codec import unpack_tokens
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAcked

@@ -13,15 +13,7 @@ from kv_transfer.core.digest import DIGEST_BYTES, combined
 from kv_transfer.core.events import Cancelled, Landed, Pushed, PushFailed
 from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested, OpenLanes, PushLane
 from kv_transfer.core.lanes import Route, plan_lanes
-from kv_transfer.core.session import (
-    CancelPushes,
-    CloseLanding,
-    Digested,
-    LandingOpened,
-    OpenLanding,
-    Push,
-    TakeDigests,
-)
+from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, LandingOpened, OpenLanding, Push, TakeDigests
 from messages.common import KVEndpoint
 from tests.kv_transfer.kv_pair import key
 from tests.kv_transfer.test_lanes import split

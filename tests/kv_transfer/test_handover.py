@@ -15,6 +15,8 @@ import pytest
 
 from kv_transfer.core.digest import digests
 from kv_transfer.core.lanes import Route, layout_of
+from kv_transfer.core.receiving import ReceiveSession
+from kv_transfer.core.sending import SendSession
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
@@ -22,8 +24,6 @@ from kv_transfer.core.session import (
     OpenLanding,
     Outcome,
     Push,
-    ReceiveSession,
-    SendSession,
     TakeDigests,
     TransferTimeouts,
 )

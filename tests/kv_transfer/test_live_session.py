@@ -7,17 +7,8 @@ import pytest
 
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed
-from kv_transfer.core.session import (
-    CancelPushes,
-    Digested,
-    Ended,
-    Outcome,
-    Push,
-    SendSession,
-    SendState,
-    TakeDigests,
-    TransferTimeouts,
-)
+from kv_transfer.core.sending import SendSession, SendState
+from kv_transfer.core.session import CancelPushes, Digested, Ended, Outcome, Push, TakeDigests, TransferTimeouts
 from messages.codec import pack_tokens
 from messages.decode_to_prefill import BlocksWanted, TransferAccepted, TransferAcked
 from messages.prefill_to_decode import EndTransfer, FirstToken

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from kv_transfer.core.digest import digests
 from kv_transfer.core.events import Cancelled, Landed, Pushed, TransferKey
 from kv_transfer.core.lanes import Route, plan_lanes
+from kv_transfer.core.receiving import ReceiveSession, ReceiveState
+from kv_transfer.core.sending import SendSession, SendState
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
@@ -26,10 +28,6 @@ from kv_transfer.core.session import (
     OpenLanding,
     Outcome,
     Push,
-    ReceiveSession,
-    ReceiveState,
-    SendSession,
-    SendState,
     TakeDigests,
     TransferTimeouts,
     WritersGone,

@@ -70,7 +70,8 @@ def test_a_way_that_has_failed_is_taken_again_only_if_there_is_no_other() -> Non
 
 
 @pytest.mark.parametrize(
-    ("transport", "why"), [("shm", "map"), ("pigeon", "no such transport"), ("inproc", "prefill worker offers shm, zmq")]
+    ("transport", "why"),
+    [("shm", "map"), ("pigeon", "no such transport"), ("inproc", "prefill worker offers shm, zmq")],
 )
 def test_a_receiver_takes_no_way_that_does_not_reach_it(transport: str, why: str) -> None:
     with pytest.raises(CannotPair, match=why):

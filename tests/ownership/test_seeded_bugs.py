@@ -9,15 +9,9 @@ import pytest
 
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
-from kv_transfer.core.session import (
-    Digested,
-    Outcome,
-    ReceiveSession,
-    ReceiveState,
-    SendSession,
-    SendState,
-    TakeDigests,
-)
+from kv_transfer.core.receiving import ReceiveSession, ReceiveState
+from kv_transfer.core.sending import SendSession, SendState
+from kv_transfer.core.session import Digested, Outcome, TakeDigests
 from kv_transfer.transports.copying import Landings
 from runtime.core.fences import Fences
 from tests.ownership.test_property import run
@@ -29,7 +23,7 @@ SCHEDULES = 600
 
 
 def ack_before_verifying(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("kv_transfer.core.session.mismatches", lambda expected, actual: np.empty(0, np.int32))
+    patch.setattr("kv_transfer.core.receiving.mismatches", lambda expected, actual: np.empty(0, np.int32))
 
 
 def free_without_quarantine(patch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from decode_worker.core.reservation import Reservations
-from kv_transfer.core.session import MAX_REPAIRS
+from kv_transfer.core.receiving import MAX_REPAIRS
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt
 from messages.prefill_to_decode import OpenTransfer

@@ -17,6 +17,7 @@ from engine.layer_gate import StepLayers
 from kv_transfer.core.events import Blocks, Cancelled, Landed, Pool, PushFailed, TransferKey
 from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested, OpenLanes, PushLane
 from kv_transfer.core.lanes import Heads, Layers, layout_of
+from kv_transfer.core.sending import SendState
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
@@ -24,7 +25,6 @@ from kv_transfer.core.session import (
     LookForWriters,
     OpenLanding,
     Push,
-    SendState,
     TakeDigests,
     TransferTimeouts,
     WritersGone,
