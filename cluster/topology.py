@@ -107,7 +107,8 @@ class KV(Section):
     block_size: Positive = 16
     memory: Size | None = None
     num_blocks: Positive | None = None
-    transport: Literal["auto", "shm", "zmq"] = "auto"
+    transport: Literal["auto", "shm", "nccl", "zmq"] = "auto"
+    """auto: for each pair of workers, by where they are."""
     enable_prefix_caching: bool = True
     preemption: Literal["recompute", "swap"] = "recompute"
     """What becomes of the KV of a sequence that has to make room."""

@@ -13,7 +13,7 @@ from cluster.plan import Plan, make_plan, size
 from cluster.topology import Topology
 from engine.core.kv_layout import DTYPE_BYTES
 
-_WAYS = {"auto": "shm on one host, over zmq between hosts"}
+_WAYS = {"auto": "shm on one host, over zmq between hosts", "nccl": "torch.distributed (gloo)"}
 """How transports are told."""
 
 

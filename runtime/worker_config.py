@@ -39,7 +39,7 @@ class WorkerConfig:
     expected_output: int = 1024
     """Tokens of an answer that room is kept for; the router counts as many."""
     transport: str
-    """How KV leaves and enters this worker: auto, shm, zmq, inproc."""
+    """How KV leaves and enters this worker: auto, shm, nccl, zmq, inproc."""
     disaggregation: Disaggregation = ALWAYS
     """Of a decode worker: when it computes prompts itself."""
     max_num_seqs: int

@@ -1,4 +1,4 @@
-"""Frames of the ``zmq`` transport: the header of a data message, and the receiver's answer to it.
+"""Frames of the ``zmq`` and ``nccl`` transports: the header of a data message, and the receiver's answer to it.
 
 A data message is a header and then one or more parts, each a whole number of blocks, ``count`` blocks in all: some
 layers and heads of the sequence's blocks ``first``, ``first + 1``, ... in order. Where they go is the receiver's own
@@ -49,6 +49,14 @@ class DataHeader(AttemptMessage, frozen=True):
         return Heads(self.first_head, self.num_heads)
 
 
+class Meet(Message, frozen=True):
+    """Over a connection of ``nccl``, while a group forms: what one end's torch sets for the other's to read. An empty
+    key: no more will be set."""
+
+    key: Annotated[str, Meta(max_length=256)]
+    value: Annotated[bytes, Meta(max_length=2048)] = b""
+
+
 class Taken(Message, frozen=True):
     """The receiver has taken, or dropped, every message up to ``number``: so much may follow."""
 
@@ -57,7 +65,8 @@ class Taken(Message, frozen=True):
 
 decode_header: Decode = decoder_for(DataHeader)
 decode_taken: Decode = decoder_for(Taken)
-"""From one frame to a ``DataHeader``, or a ``Taken``; ``BadMessage`` for anything else."""
+decode_meet: Decode = decoder_for(Meet)
+"""From one frame to a ``DataHeader``, a ``Taken`` or a ``Meet``; ``BadMessage`` for anything else."""
 
 
 def whole_blocks(header: DataHeader, sizes: list[int]) -> bool:

@@ -8,12 +8,13 @@ from kv_transfer.transports.base import OnEvent, Pool, PoolMemory, Receiver, Sen
 from kv_transfer.transports.inproc import InprocReceiver, InprocSender
 from kv_transfer.transports.memory import PrivateMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
+from kv_transfer.transports.torch_distributed import TorchDistributedReceiver, TorchDistributedSender
 from kv_transfer.transports.zmq import ZmqReceiver, ZmqSender
 from messages.common import KVShard, KVWay
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = ("inproc", "shm", "zmq")
+TRANSPORTS = ("inproc", "shm", "nccl", "zmq")
 AUTO = "auto"
 """Every transport that the pool and this machine allow; see ``kv_transfer.core.ways``."""
 _PROCESS = secrets.token_hex(16)
@@ -72,6 +73,8 @@ def make_sender(transport: str, pool: Pool, shard: KVShard, on_event: OnEvent) -
             return InprocSender(pool, shard, on_event)
         case "shm":
             return ShmSender(pool, shard, on_event)
+        case "nccl":
+            return TorchDistributedSender(pool, shard, on_event)
         case _:
             return ZmqSender(pool, shard, on_event)
 
@@ -87,6 +90,8 @@ def make_receiver(transport: str, host: str, memory: PoolMemory, shard: KVShard,
             if not isinstance(memory, SharedMemory):
                 raise ValueError("transport shm needs a pool that allocate_pool made for shm")
             return ShmReceiver(memory, shard)
+        case "nccl":
+            return TorchDistributedReceiver(memory.pool, host, shard, on_event)
         case _:
             return ZmqReceiver(memory.pool, host, shard, on_event)
 

@@ -145,7 +145,13 @@ class Look(NamedTuple):
     """More layers are there."""
 
 
-Command = Job | Cancel | Forget | Stop | Look
+class Call(NamedTuple):
+    """Something else for the thread to do."""
+
+    call: Callable[[], None]
+
+
+Command = Job | Cancel | Forget | Stop | Look | Call
 
 
 class BackgroundSender(ABC):

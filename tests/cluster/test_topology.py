@@ -169,7 +169,7 @@ WRONG = {
     ),
     "a transport that there is not": (
         GOOD + "kv: {transport: rdma}\n",
-        ["4: kv.transport must be auto, shm or zmq, got"],
+        ["4: kv.transport must be auto, shm, nccl or zmq, g"],
     ),
     "prefill alone": ("model: m\npools:\n  - {name: a, role: prefill}\n", ["3: a prefill pool needs a decode pool"]),
     "decode alone": (

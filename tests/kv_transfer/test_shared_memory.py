@@ -74,7 +74,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize("transport", ["shm", "nccl", "zmq"])
 def test_a_killed_sender_leaves_nothing_and_does_not_hurt_the_receiver(transport: str, make_pair: Any) -> None:
     pair: Pair = make_pair(transport, False, 64, 1 << 20)
     rows = scattered(1, 20)

@@ -178,7 +178,7 @@ def test_an_unknown_transport_is_refused_by_name() -> None:
         lambda: make_sender("pigeon", memory.pool, shard, print),
         lambda: make_receiver("pigeon", "127.0.0.1", memory, shard, print),
     ):
-        with pytest.raises(ValueError, match="unknown KV transport 'pigeon'; there are inproc, shm, zmq"):
+        with pytest.raises(ValueError, match="unknown KV transport 'pigeon'; there are inproc, shm, nccl, zmq"):
             make()
     with pytest.raises(ValueError, match="needs a pool that allocate_pool made for shm"):
         make_receiver("shm", "127.0.0.1", memory, shard, print)
