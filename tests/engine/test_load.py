@@ -152,7 +152,7 @@ def test_loading_peaks_near_one_copy_of_the_shard(
 
 def test_serving_peaks_near_the_weights_and_the_pool(folders: dict[str, Path], measure: Measurer) -> None:
     weights = (folders["llama"] / "model.safetensors").stat().st_size
-    pool, peak = measure("serve", folders["llama"], folders["small llama"], 64 << 20)
+    pool, peak = measure("serve", folders["llama"], folders["small llama"], 160 << 20)
     print(f"{peak / (weights + pool):.2f} of weights and pool")
-    assert pool > weights / 4
+    assert pool > weights  # so that what a step takes, which does not grow with either, is little beside them
     assert peak <= 1.2 * (weights + pool)
