@@ -101,12 +101,3 @@ def test_lanes_are_quantised_on_their_way(four_heads: tuple[Path, Cases], transp
             streams = [relay.finish(relay.send(tokens, GREEDY, **PAIR))[0] for tokens, _ in cases]
             answers.append([stream.token_ids() for stream in streams])
     assert answers[0] == answers[1] == answers[2]
-
-
-@pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (1, 2), (2, 2)], ids="{0[0]}-{0[1]}".format)
-def test_torch_distributed_carries_every_pair_of_degrees(
-    four_heads: tuple[Path, Cases], ranks: tuple[int, int]
-) -> None:
-    model, cases = four_heads[0], four_heads[1][-3:]
-    got, _ = hand_over(model, cases, *ranks, transport="nccl")
-    assert got == [answer for _, answer in cases]
