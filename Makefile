@@ -12,11 +12,11 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	$(BIN)/baton demo
 
-# Tests of computations run two at a time; those that look at the whole machine, or at the clock, by themselves.
-PARALLEL := tests/engine tests/kernels tests/offline tests/ownership tests/workers
+# Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed.
+ALONE := tests/e2e tests/gateway
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(PARALLEL)
-	$(BIN)/pytest $(addprefix --ignore=,$(PARALLEL))
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/pytest $(ALONE)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

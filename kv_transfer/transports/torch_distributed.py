@@ -283,7 +283,7 @@ class TorchDistributedReceiver:
                 posted.append((header, buffer, group.receive(buffer.wire[:size])))
                 continue
             header, buffer, work = posted.popleft()
-            group.finish(work)
+            group.finish(work, self._stalled_after)
             self._take(header, buffer.to_host(self._size(header)))
             free.append(buffer)
             send_frame(connection, Taken(header.number))

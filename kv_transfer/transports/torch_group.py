@@ -16,6 +16,8 @@ from kv_transfer.transports.base import Pool
 from messages.codec import BadMessage, Decode, encode
 
 MAX_FRAME = 4096
+CONNECT_TRIES = 5
+"""That gloo makes, each as long as its timeout, however sure it is that nobody is there."""
 
 
 def check_backend(device: torch.device) -> None:
@@ -109,7 +111,7 @@ class Group:
             self._make(rank, store, host)
             # The first message is what makes NCCL connect.
             first = torch.zeros(1, dtype=torch.uint8, device=device)
-            self.finish(self.send(first) if rank == 0 else self.receive(first))
+            self.finish(self.send(first) if rank == 0 else self.receive(first), within / CONNECT_TRIES)
             store.end()
         except BaseException as error:
             self.abort()
@@ -118,7 +120,7 @@ class Group:
             raise
 
     def _make(self, rank: int, store: Any, host: str) -> None:
-        timeout = timedelta(seconds=self._within)
+        timeout = timedelta(seconds=self._within / CONNECT_TRIES)
         if self._device.type == "cpu":
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
@@ -137,18 +139,18 @@ class Group:
     def receive(self, tensor: torch.Tensor) -> Any:
         return self._group.recv([tensor], 0, 0)
 
-    def finish(self, work: Any) -> None:
+    def finish(self, work: Any, within: float) -> None:
         """Wait for what ``send`` or ``receive`` began. gloo's wait ends in time by itself; NCCL's is only the
         stream's, so that is watched."""
-        work.wait(timedelta(seconds=self._within))
+        work.wait(timedelta(seconds=within))
         if self._device.type == "cpu":
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        deadline = time.monotonic() + self._within
+        deadline = time.monotonic() + within
         while not done.query():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"NCCL has not moved for {self._within:g} s")
+                raise RuntimeError(f"NCCL has not moved for {within:g} s")
             time.sleep(0.0001)  # a look at the device, not at another thread
 
     def abort(self) -> None:

@@ -187,7 +187,7 @@ class Link:
         sent = self._under_way[0]
         if taken.number != sent.number:
             raise TransportError(f"it has taken {taken.number} where {sent.number} was to come")
-        group.finish(self._works.popleft())
+        group.finish(self._works.popleft(), self._stalled_after)
         with self._changed:
             self._under_way.popleft()
             self._buffers.append(sent.buffer)
