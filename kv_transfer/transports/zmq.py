@@ -71,8 +71,8 @@ from messages.common import KVEndpoint, KVShard
 
 MESSAGE_BYTES = 4 << 20
 """Payload of one message; a larger block is a message of its own."""
-GATHER_BELOW = 64 << 10
-"""Blocks smaller than this are gathered into one part: a part each would cost more than the copy."""
+PACK_BELOW = 64 << 10
+"""Blocks smaller than this are packed into one part: a part each would cost more than the copy."""
 JOIN_BELOW = 1 << 20
 """Neighbouring blocks that are smaller than this go as one part: to look for them costs as much as sending a part."""
 WINDOW_BYTES = 16 << 20
@@ -300,7 +300,8 @@ class _Link:
                 first_head=lane.heads.first, num_heads=lane.heads.num,
             )  # fmt: skip
             source = job.source[job.begun : end]
-            in_place = lane.whole and (num_layers == lane.num_layers or block_bytes >= IN_PLACE_FROM)
+            all_layers = num_layers == lane.num_layers
+            in_place = lane.whole and block_bytes >= (PACK_BELOW if all_layers else IN_PLACE_FROM)
             buffer = None if in_place else self._buffer(size)
             parts = (
                 self._parts(lane, source, layers) if buffer is None else [_packed(lane, source, layers, buffer[:size])]
@@ -326,11 +327,8 @@ class _Link:
         return free.pop() if free else np.empty(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), np.uint8)
 
     def _parts(self, lane: LaneCopy, source: Blocks, layers: Layers) -> list[Pool]:
-        """Views of a whole lane's blocks, or a gathered copy of small ones."""
-        whole = layers == Layers(0, lane.num_layers)
-        if whole and lane.row_bytes < GATHER_BELOW:
-            return [self._pool[source].reshape(-1)]
-        if not whole or lane.row_bytes >= JOIN_BELOW:
+        """Views of a whole lane's blocks."""
+        if layers != lane.layers or lane.row_bytes >= JOIN_BELOW:
             begin, end = (lane.layer_bytes * layer for layer in layers)
             return [self._pool[block, begin:end] for block in source.tolist()]
         runs = plan(source, np.arange(len(source), dtype=np.int32), max_blocks=len(source))
