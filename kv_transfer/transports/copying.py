@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -154,16 +155,33 @@ class Call(NamedTuple):
 Command = Job | Cancel | Forget | Stop | Look | Call
 
 
-class BackgroundSender(ABC):
+class LaneSize(Protocol):
+    """What is to be known of a lane's blocks as they travel."""
+
+    num_layers: int
+    layer_bytes: int
+
+
+LaneT = TypeVar("LaneT", bound=LaneSize)
+LaneArgument = TypeVar("LaneArgument", bound=LaneSize, contravariant=True)
+MakeLane = Callable[[KVShard, Heads], LaneT]
+"""How to copy such heads into blocks of such a shard; raises ``ValueError`` where that cannot be."""
+
+
+def lanes_out_of(pool: Pool, shard: KVShard) -> MakeLane[LaneCopy]:
+    """Out of a pool in host memory, whose blocks are those of ``shard``."""
+    pieces.prepare()
+    return partial(LaneCopy, pool, shard)
+
+
+class BackgroundSender(ABC, Generic[LaneT]):
     """Hands what it is asked over to a thread of its own, which alone touches peers and reports events."""
 
-    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent, name: str) -> None:
-        self._pool = pool
-        self._shard = shard
-        self._lanes: dict[tuple[KVShard, Heads], LaneCopy] = {}
+    def __init__(self, make_lane: MakeLane[LaneT], on_event: OnEvent, name: str) -> None:
+        self._make_lane = make_lane
+        self._lanes: dict[tuple[KVShard, Heads], LaneT] = {}
         self._on_event = on_event
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        pieces.prepare()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def push(
@@ -199,12 +217,12 @@ class BackgroundSender(ABC):
     def _post(self, command: Command) -> None:
         self._commands.put(command)
 
-    def _lane(self, job: Job) -> LaneCopy:
+    def _lane(self, job: Job) -> LaneT:
         """How the blocks of ``job`` are copied; raises ``TransportError`` if they cannot be."""
         way = (job.to.shard, job.heads)
         if way not in self._lanes:
             try:
-                self._lanes[way] = LaneCopy(self._pool, self._shard, *way)
+                self._lanes[way] = self._make_lane(*way)
             except ValueError as error:
                 raise TransportError(str(error)) from error
         return self._lanes[way]
@@ -214,11 +232,11 @@ class BackgroundSender(ABC):
         """The thread: carry out commands until ``Stop``."""
 
 
-class Target(Protocol):
+class Target(Protocol[LaneArgument]):
     """A peer's pool as ``CopyingSender`` sees it."""
 
     def write(
-        self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks, layers: Layers
+        self, key: TransferKey, first: int, target: Blocks, lane: LaneArgument, source: Blocks, layers: Layers
     ) -> None:
         """Copy the lane of blocks ``source`` into the peer's, some ``layers`` of them; raises ``TransportError`` when
         the peer is gone."""
@@ -226,15 +244,24 @@ class Target(Protocol):
     def release(self) -> None: ...
 
 
-class CopyingSender(BackgroundSender):
+class CopyingSender(BackgroundSender[LaneT]):
     """Pushes by copying in its own thread, in the order of the pushes, but for those that wait for a layer."""
 
     def __init__(
-        self, pool: Pool, shard: KVShard, on_event: OnEvent, name: str, attach: Callable[[KVEndpoint], Target]
+        self,
+        num_blocks: int,
+        make_lane: MakeLane[LaneT],
+        on_event: OnEvent,
+        name: str,
+        attach: Callable[[KVEndpoint], Target[LaneT]],
+        step_bytes: int = STEP_BYTES,
     ) -> None:
-        super().__init__(pool, shard, on_event, name)
+        """``num_blocks``: of the sender's pool."""
+        super().__init__(make_lane, on_event, name)
+        self._num_blocks = num_blocks
         self._attach = attach
-        self._targets: dict[KVEndpoint, Target] = {}
+        self._step_bytes = step_bytes
+        self._targets: dict[KVEndpoint, Target[LaneT]] = {}
         self._jobs: deque[Job] = deque()
         self._thread.start()
 
@@ -264,6 +291,8 @@ class CopyingSender(BackgroundSender):
                     self._forget(address)
                 case Look():
                     pass
+                case Call(call):
+                    call()
                 case Stop():
                     return False
 
@@ -291,11 +320,11 @@ class CopyingSender(BackgroundSender):
             return
         try:
             if not job.begun and not job.done:
-                job.check(len(self._pool))
+                job.check(self._num_blocks)
             lane, target = self._lane(job), self._target(job.to)
             layers = job.next_layers(lane.num_layers)
             row_bytes = (layers.end - layers.first) * lane.layer_bytes
-            end = min(job.begun + blocks_in(STEP_BYTES, row_bytes), len(job.source))
+            end = min(job.begun + blocks_in(self._step_bytes, row_bytes), len(job.source))
             part = slice(job.begun, end)
             target.write(job.key, job.first + job.begun, job.target[part], lane, job.source[part], layers)
         except TransportError as error:
@@ -310,7 +339,7 @@ class CopyingSender(BackgroundSender):
             self._jobs.remove(job)
             self._on_event(job.pushed)
 
-    def _target(self, to: KVEndpoint) -> Target:
+    def _target(self, to: KVEndpoint) -> Target[LaneT]:
         if to not in self._targets:
             self._targets[to] = self._attach(to)
         return self._targets[to]

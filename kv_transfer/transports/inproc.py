@@ -6,7 +6,7 @@ import threading
 
 from kv_transfer.core.lanes import Layers
 from kv_transfer.transports.base import Blocks, Heads, Landed, OnEvent, Pool, TransferKey, TransportError
-from kv_transfer.transports.copying import CopyingSender, Landings
+from kv_transfer.transports.copying import CopyingSender, Landings, lanes_out_of
 from kv_transfer.transports.records import LaneCopy
 from messages.common import KVEndpoint, KVShard
 
@@ -76,8 +76,8 @@ class _Peer:
         pass
 
 
-class InprocSender(CopyingSender):
+class InprocSender(CopyingSender[LaneCopy]):
     """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
 
     def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent) -> None:
-        super().__init__(pool, shard, on_event, "kv-inproc", lambda to: _Peer(to.address))
+        super().__init__(len(pool), lanes_out_of(pool, shard), on_event, "kv-inproc", lambda to: _Peer(to.address))

@@ -8,7 +8,7 @@ import select
 from engine.shared_memory import owner_gone
 from kv_transfer.core.lanes import Layers, layout_of
 from kv_transfer.transports.base import Blocks, Heads, OnEvent, Pool, TransferKey, TransportError
-from kv_transfer.transports.copying import CopyingSender, check_blocks
+from kv_transfer.transports.copying import CopyingSender, check_blocks, lanes_out_of
 from kv_transfer.transports.memory import PeerMemory, SharedMemory
 from kv_transfer.transports.records import LaneCopy
 from messages.common import KVEndpoint, KVShard
@@ -53,8 +53,8 @@ class _Peer:
         self._memory.release()
 
 
-class ShmSender(CopyingSender):
+class ShmSender(CopyingSender[LaneCopy]):
     """Reports ``Pushed`` when the blocks stand in the peer's pool."""
 
     def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent) -> None:
-        super().__init__(pool, shard, on_event, "kv-shm", _Peer)
+        super().__init__(len(pool), lanes_out_of(pool, shard), on_event, "kv-shm", _Peer)

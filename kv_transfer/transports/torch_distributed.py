@@ -48,8 +48,9 @@ from kv_transfer.transports.copying import (
     Landings,
     Look,
     Stop,
+    lanes_out_of,
 )
-from kv_transfer.transports.records import unpack
+from kv_transfer.transports.records import LaneCopy, unpack
 from kv_transfer.transports.torch_group import Buffer, Group, check_backend, receive_frame, send_frame
 from kv_transfer.transports.torch_link import MESSAGE_BYTES, STALLED_AFTER, Link, hang_up
 from messages.codec import BadMessage
@@ -61,7 +62,7 @@ MAX_PEERS = 512
 _CPU = torch.device("cpu")
 
 
-class TorchDistributedSender(BackgroundSender):
+class TorchDistributedSender(BackgroundSender[LaneCopy]):
     """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
 
     def __init__(
@@ -75,7 +76,8 @@ class TorchDistributedSender(BackgroundSender):
     ) -> None:
         """``device``: what the group sends from; its kind names the backend."""
         check_backend(device)
-        super().__init__(pool, shard, on_event, "kv-nccl-send")
+        super().__init__(lanes_out_of(pool, shard), on_event, "kv-nccl-send")
+        self._pool = pool
         self._device, self._stalled_after = device, stalled_after
         self._links: dict[str, Link] = {}
         self._ending: list[Link] = []

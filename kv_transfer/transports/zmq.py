@@ -63,6 +63,7 @@ from kv_transfer.transports.copying import (
     Look,
     Stop,
     blocks_in,
+    lanes_out_of,
     next_job,
 )
 from kv_transfer.transports.records import LaneCopy, unpack
@@ -88,11 +89,12 @@ BUFFER_BYTES = 64 << 10
 """The smallest buffer that a message is packed into."""
 
 
-class ZmqSender(BackgroundSender):
+class ZmqSender(BackgroundSender[LaneCopy]):
     """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
 
     def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent, stalled_after: float = STALLED_AFTER) -> None:
-        super().__init__(pool, shard, on_event, "kv-zmq-send")
+        super().__init__(lanes_out_of(pool, shard), on_event, "kv-zmq-send")
+        self._pool = pool
         self._stalled_after = stalled_after
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake = _Wake()
