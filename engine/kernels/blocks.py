@@ -97,6 +97,13 @@ def copy_blocks(records: torch.Tensor, source: torch.Tensor, target: torch.Tenso
     _copy(records, source, records, target)
 
 
+def copy_across(
+    source: torch.Tensor, source_blocks: torch.Tensor, target: torch.Tensor, target_blocks: torch.Tensor
+) -> None:
+    """``target[target_blocks[i]] = source[source_blocks[i]]``, of another cache; int64, none written twice."""
+    _copy(source, source_blocks, target, target_blocks)
+
+
 def _copy(
     source: torch.Tensor, source_blocks: torch.Tensor | None, target: torch.Tensor, target_blocks: torch.Tensor | None
 ) -> None:

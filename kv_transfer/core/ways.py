@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "inproc": Kind(one_sided=False, one_host=True),
+    "cuda_ipc": Kind(one_sided=True, one_host=True),
     "shm": Kind(one_sided=True, one_host=True),
     "nccl": Kind(one_sided=False, one_host=False),
     "zmq": Kind(one_sided=False, one_host=False),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 import zmq
 
 from tests.kv_transfer.kv_pair import Pair
@@ -30,7 +31,10 @@ def make_pair() -> Iterator[Callable[..., Pair]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _started() -> None:
-    """pyzmq starts its garbage collector with the first zero-copy send, for good."""
+    """pyzmq starts its garbage collector with the first zero-copy send, for good; CUDA opens its files when it is first
+    used."""
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
     with zmq.Context() as context, context.socket(zmq.PAIR) as here, context.socket(zmq.PAIR) as there:
         here.bind("inproc://start")
         there.connect("inproc://start")
@@ -47,6 +51,7 @@ def resources() -> tuple[set[str], set[str], set[str]]:
             files.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
         except FileNotFoundError:  # of listdir itself
             continue
+    files = {file for file in files if " /dev/nvidia" not in file}  # CUDA's, which come and go with its memory
     return {thread.name for thread in threading.enumerate()}, files, set(os.listdir("/dev/shm"))
 
 
