@@ -8,12 +8,14 @@
 2. The card's own rates are measured: bytes that a large copy reads and writes a second, and a large bf16 product.
 3. Each kernel's rate beside the card's; then the decode steps of a model of Llama 3.1 8B's shape, random weights,
    beside the time in which its weights and KV can be read; and how much of the product's rate prefill reaches (MFU).
+4. KV is pushed over ``cuda_ipc`` into another process's pool on the same card, compared, and timed.
 
-Needs no Ray and no model: torch, triton, transformers, numpy and safetensors. Ends with status 0, saying so, where
-torch sees no GPU.
+Needs no Ray and no model: torch, triton, transformers, numpy and safetensors; the fourth part msgspec and numba, too,
+and is left out without them. Ends with status 0, saying so, where torch sees no GPU.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -114,7 +116,9 @@ def show(report: dict[str, Any]) -> None:
     print(
         f"copy {report['copy_bytes_s'] / 1e9:,.0f} GB/s, bf16 product {report['matmul_flops_s'] / 1e12:,.0f} TFLOP/s\n"
     )
-    for entry in report["kernels"]:
+    if "transfers_skipped" in report:
+        print(f"cuda_ipc: skipped, {report['transfers_skipped']}")
+    for entry in (*report["kernels"], *report["transfers"]):
         unit, scale, whole = (
             ("TFLOP/s", 1e12, report["matmul_flops_s"]) if entry["flops"] else ("GB/s", 1e9, report["copy_bytes_s"])
         )
@@ -157,6 +161,18 @@ def main() -> int:
         report |= card()
         report["kernels"] = [asdict(rate) for rate in kernel_rates(torch.device("cuda"), device_seconds)]
         report["decode"], report["prefill"] = model_times(report)
+        missing = [name for name in ("msgspec", "numba") if importlib.util.find_spec(name) is None]
+        report["transfers"] = []
+        if missing:
+            report["transfers_skipped"] = f"needs {', '.join(missing)}"
+        else:
+            from benchmarks.gpu_ipc import measure
+
+            check, rates = measure()
+            checks.append(check)
+            wrong += [] if check.passed else [check]
+            report["transfers"] = [asdict(rate) for rate in rates]
+        report["checks"] = [asdict(check) for check in checks]
     if options.json:
         print(json.dumps(report))
         return 1 if wrong else 0

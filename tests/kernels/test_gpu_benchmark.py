@@ -85,10 +85,13 @@ def test_its_report_shows_every_kernel_and_step(monkeypatch, capsys):
         {
             "gpu": "a GPU", "memory_gib": 1, "torch": "2", "triton": "3", "copy_bytes_s": 1e9, "matmul_flops_s": 1e9,
             "kernels": [vars(rate) for rate in rates],
+            "transfers": [{"name": "cuda_ipc of one block", "seconds": 1e-4, "bytes": 1e5, "flops": 0.0}],
+            "transfers_skipped": "needs msgspec",
             "decode": [*(vars(step) for step in steps), {"batch": 64, "context": 8192, "skipped": "needs 70 GiB"}],
             "prefill": [vars(prefill) | {"mfu": 0.5}],
         }
     )  # fmt: skip
     shown = capsys.readouterr().out
     assert all(rate.name in shown for rate in rates)
+    assert "cuda_ipc of one block" in shown and "100.0 us" in shown and "cuda_ipc: skipped, needs msgspec" in shown
     assert "skipped, needs 70 GiB" in shown and "MFU 50%" in shown
