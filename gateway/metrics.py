@@ -19,7 +19,8 @@ WORKER_GAUGES = {
     "assigned": "requests placed there and not finished",
     "steps": "engine steps",
     "prefill_rate": "prompt tokens a second, of late",
-    "transfer_rate": "KV bytes a second of hand-overs, from the computed prompt to the ack, of late",
+    "transfer_latency": "seconds of hand-overs from the computed prompt to the ack, whatever their size, of late",
+    "transfer_rate": "KV bytes a second of them on top of that, 0 where bytes make no difference",
 }
 CACHE_COUNTERS = {
     "prefix_cache_queries": "tokens that were looked up in the prefix cache",

@@ -15,6 +15,7 @@ from messages.common import (
     Name,
     Part,
     Rate,
+    Seconds,
     Ticket,
     TokenId,
     WorkerAddress,
@@ -49,8 +50,11 @@ class OpenTransfer(AttemptMessage, frozen=True):
     """What the sender need not compute."""
     prefill_rate: Rate = 0.0
     """The sender's prompt tokens a second, of late."""
+    transfer_latency: Seconds = 0.0
+    """Of its hand-overs to this receiver, from the computed prompt to the ack, whatever their size; 0 with a rate of 0:
+    not known."""
     transfer_rate: Rate = 0.0
-    """KV bytes a second of its hand-overs to this receiver, from the computed prompt to the ack."""
+    """KV bytes a second on top of that; 0 where they make no difference."""
 
 
 class EndTransfer(AttemptMessage, frozen=True):

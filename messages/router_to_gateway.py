@@ -11,6 +11,7 @@ from messages.common import (
     Part,
     Rate,
     Role,
+    Seconds,
     Ticket,
     TransferCounts,
     WorkerAddress,
@@ -60,6 +61,7 @@ class WorkerState(Part, frozen=True):
     cache: CacheCounts = CacheCounts()
     handovers: TransferCounts = TransferCounts()
     prefill_rate: Rate = 0.0
+    transfer_latency: Seconds = 0.0
     transfer_rate: Rate = 0.0
     decisions: DecisionCounts = DecisionCounts()
 

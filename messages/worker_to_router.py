@@ -9,6 +9,7 @@ from messages.common import (
     Message,
     Rate,
     Role,
+    Seconds,
     TransferCounts,
     WorkerAddress,
 )
@@ -43,8 +44,10 @@ class Report(Message, frozen=True):
     handovers: TransferCounts = TransferCounts()
     prefill_rate: Rate = 0.0
     """Prompt tokens a second, of late."""
+    transfer_latency: Seconds = 0.0
+    """Of its hand-overs, from the computed prompt to the ack, whatever their size; 0 with a rate of 0: not known."""
     transfer_rate: Rate = 0.0
-    """KV bytes a second of hand-overs, from the computed prompt to the ack; of who sends them."""
+    """KV bytes a second on top of that; 0 where they make no difference."""
     decisions: DecisionCounts = DecisionCounts()
     """Of a decode worker, on the transfers opened to it."""
 

@@ -41,6 +41,7 @@ from runtime.core.disaggregation import ALWAYS, Case, Disaggregation, Reason, de
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
 from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
+from runtime.core.recent import Cost
 from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
@@ -54,11 +55,6 @@ TransferEvent = TransferProgress | EndTransfer | TransferClosed | LandingOpened 
 Event = (
     Generate | Abort | EndAck | TokensWanted | OpenTransfer | TransferEvent | TailYielded | RegisterWanted | PeerLost
 )  # fmt: skip
-
-
-MEASURED_FOR = 30.0
-"""Seconds for which a measured pace of prompts is believed. One that was slow by chance would keep all further prompts
-away, and so never be measured again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +98,6 @@ class DecodeMachine:
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
         self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
-        self._measured_at = float("-inf")
-        """When the pace of prompts was, last."""
         self._begun = 0.0
         """When the step that runs was planned."""
         self._fences = Fences()
@@ -148,8 +142,7 @@ class DecodeMachine:
         """What is due by the clock."""
         actions = self._settle(self._reservations.tick(now))
         actions += self._deliveries.tick(now)
-        if now - self._measured_at > MEASURED_FOR:
-            self.membership.prefill_rate.forget()
+        self.membership.prefill_rate.forget_old(now)
         waiting = self._reservations.num_waiting + len(self._reservations) + self._scheduler.num_waiting
         actions += self.membership.report(
             block_counts(self._pool),
@@ -179,8 +172,7 @@ class DecodeMachine:
         self._pace.took(int(plan.num_tokens.sum()), seconds)
         prompt_tokens = int(plan.num_tokens[plan.num_tokens > 1].sum())
         if prompt_tokens >= MEASURED:  # what the others of the step took is counted in: rather too slow than too fast
-            self.membership.prefill_rate.took(prompt_tokens, seconds)
-            self._measured_at = now
+            self.membership.prefill_rate.took(prompt_tokens, seconds, now)
         failed: list[Action] = []
         for progress in self._scheduler.update(plan, output):
             if progress.finish_reason is FinishReason.ABORT:
@@ -292,7 +284,7 @@ class DecodeMachine:
             prefill_cached=order.cached_tokens,
             decode_rate=self.membership.prefill_rate.value,
             prefill_rate=order.prefill_rate,
-            transfer_rate=order.transfer_rate,
+            transfer_cost=Cost(order.transfer_latency, order.transfer_rate),
             token_bytes=settings.block_bytes / block_size,
             decode_running=self._scheduler.num_running,
             decode_queued=self._scheduler.waiting_tokens,

@@ -21,8 +21,8 @@ from messages.ids import Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, OpenTransfer, TailYielded
 from prefill_worker.core.yields import Yields
 from runtime.core.actions import ForgetPeer, Send
-from runtime.core.pace import RecentRate
 from runtime.core.probe import ProbeEnded
+from runtime.core.recent import RecentCost
 
 PeerMessage = TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
 TransportAnswer = Pushed | PushFailed | Cancelled | Digested
@@ -76,9 +76,10 @@ class Handoffs:
         self._failed: dict[tuple[WorkerId, Epoch], set[str]] = {}
         """Transports by which a decode worker could not be written to: the next attempt goes another way, if any."""
         self._yields = Yields(timeouts.resend, timeouts.open)
-        self._rates: dict[WorkerId, RecentRate] = {}
-        self.transfer_rate = RecentRate()
-        """KV bytes a second of all hand-overs, from the computed prompt to the ack."""
+        self._costs: dict[WorkerId, RecentCost] = {}
+        """Of hand-overs to each decode worker."""
+        self.transfer_cost = RecentCost()
+        """Of all hand-overs by their KV bytes, from the computed prompt to the ack."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -132,6 +133,8 @@ class Handoffs:
         """
         key = TransferKey(order.request, order.attempt)
         way = self._route(order.decode)
+        cost = self._cost_to(order.decode.worker)
+        cost.forget_old(now)
         message = OpenTransfer(
             request=order.request,
             attempt=order.attempt,
@@ -144,7 +147,8 @@ class Handoffs:
             probe=probe,
             cached_tokens=seq.num_cached_tokens,
             prefill_rate=prefill_rate,
-            transfer_rate=self._rate_to(order.decode.worker).value,
+            transfer_latency=cost.value.latency,
+            transfer_rate=cost.value.rate,
         )
         session = SendSession(key, message, way, self._timeouts)
         self._pool.pin(seq.block_table)
@@ -192,7 +196,7 @@ class Handoffs:
         if dead:
             self._failed.pop((worker, epoch), None)
         self._yields.peer_lost(worker, epoch)
-        self._rates.pop(worker, None)
+        self._costs.pop(worker, None)
         for key, handoff in list(self._open.items()):
             if (handoff.order.decode.worker, handoff.order.decode.epoch) == (worker, epoch):
                 handoff.peer_dead = dead
@@ -216,14 +220,15 @@ class Handoffs:
         steps = self._steps(key, actions, _reason(event))
         if isinstance(event, TransferAcked) and key not in self._open and not handoff.probe:
             trace = handoff.session.trace
-            for rate in (self.transfer_rate, self._rate_to(handoff.order.decode.worker)):
-                rate.took(trace.num_bytes, trace.acked - trace.computed)
+            for cost in (self.transfer_cost, self._cost_to(handoff.order.decode.worker)):
+                cost.took(trace.num_bytes, trace.acked - trace.computed, now)
         return steps
 
-    def _rate_to(self, decode: WorkerId) -> RecentRate:
-        return self._rates.setdefault(decode, RecentRate())
+    def _cost_to(self, decode: WorkerId) -> RecentCost:
+        return self._costs.setdefault(decode, RecentCost())
 
     def tick(self, now: float) -> list[Step]:
+        self.transfer_cost.forget_old(now)
         told: list[Step] = [*self._yields.tick(now)]
         due = [(key, handoff.session) for key, handoff in self._open.items() if handoff.session.wake_at <= now]
         return told + [

@@ -130,7 +130,7 @@ class PrefillMachine:
             settings.address, Role.PREFILL, settings.router, settings.cluster_key,
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
         )  # fmt: skip
-        self.membership.transfer_rate = handoffs.transfer_rate
+        self.membership.transfer_cost = handoffs.transfer_cost
 
     @property
     def wake_at(self) -> float:
@@ -174,6 +174,7 @@ class PrefillMachine:
         """What is due by the clock."""
         actions = self._settle(self._handoffs.tick(now))
         actions += self._deliveries.tick(now)
+        self.membership.prefill_rate.forget_old(now)
         actions += self.membership.report(
             block_counts(self._pool),
             cache_counts(self._pool, self._scheduler),
@@ -210,7 +211,7 @@ class PrefillMachine:
         num_tokens, seconds = int(plan.num_tokens.sum()), now - self._begun
         self._pace.took(num_tokens, seconds)
         if num_tokens >= MEASURED:
-            self.membership.prefill_rate.took(num_tokens, seconds)
+            self.membership.prefill_rate.took(num_tokens, seconds, now)
         steps: list[Step] = []
         handed_over: list[RequestId] = []
         for progress in self._scheduler.update(plan, output):

@@ -234,7 +234,7 @@ class Router:
             prefill_cached=min(computed.num_tokens, wanted.num_tokens) if at_hand and computed is not None else 0,
             decode_rate=decode.prefill_rate,
             prefill_rate=prefill.prefill_rate,
-            transfer_rate=prefill.transfer_rate,
+            transfer_cost=prefill.transfer_cost,
             token_bytes=decode.token_bytes,
             decode_running=len(decode.requests),
             decode_queued=decode.prompt_tokens,

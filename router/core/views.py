@@ -7,6 +7,7 @@ from messages.common import BlockCounts, CacheCounts, DecisionCounts, Role, Tran
 from messages.ids import Epoch, RequestId, WorkerId
 from messages.router_to_gateway import WorkerState
 from messages.worker_to_router import Register, Report
+from runtime.core.recent import Cost
 
 NO_BLOCKS = BlockCounts(free=0, held=0, cached=0, total=0)
 
@@ -71,9 +72,9 @@ class WorkerView:
         return self.report.prefill_rate if self.report else 0.0
 
     @property
-    def transfer_rate(self) -> float:
-        """KV bytes a second of hand-overs from it; 0 while nobody knows."""
-        return self.report.transfer_rate if self.report else 0.0
+    def transfer_cost(self) -> Cost:
+        """Of a hand-over from it by its KV bytes, from the computed prompt to the ack."""
+        return Cost(self.report.transfer_latency, self.report.transfer_rate) if self.report else Cost(0.0, 0.0)
 
     def take(self, report: Report, now: float) -> bool:
         """Note a report, unless a younger one came before it: then False."""
@@ -101,6 +102,7 @@ class WorkerView:
             cache=report.cache if report else CacheCounts(),
             handovers=report.handovers if report else TransferCounts(),
             prefill_rate=self.prefill_rate,
-            transfer_rate=self.transfer_rate,
+            transfer_latency=self.transfer_cost.latency,
+            transfer_rate=self.transfer_cost.rate,
             decisions=report.decisions if report else DecisionCounts(),
         )

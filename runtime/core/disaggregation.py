@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from messages.common import DecisionCounts
 from runtime.core.pace import MEASURED
+from runtime.core.recent import Cost
 
 CLEARLY = 0.8
 """Computing here must cost no more than this part of handing over: rates are of the past, and decode has others."""
@@ -76,8 +77,8 @@ class Case:
     """Prompt tokens a second. Where it is not known it is taken to be the prefill worker's, for both have the same
     engine: what comes of that measures it."""
     prefill_rate: float
-    transfer_rate: float
-    """KV bytes a second between the two, once the prompt is computed."""
+    transfer_cost: Cost
+    """Of KV bytes between the two, once the prompt is computed."""
     token_bytes: float
     """KV of one token, as it travels."""
     decode_running: int
@@ -94,11 +95,11 @@ def decide(settings: Disaggregation, case: Case) -> Reason:
     tail = case.num_tokens - case.decode_cached
     if tail > settings.max_local_prefill_length:
         return Reason.TOO_LONG
-    if not (case.prefill_rate > 0 and case.transfer_rate > 0):
+    if not (case.prefill_rate > 0 and (case.transfer_cost.latency > 0 or case.transfer_cost.rate > 0)):
         return Reason.UNMEASURED
     alone = (case.decode_queued + max(tail, MEASURED)) / (case.decode_rate or case.prefill_rate)
     remote = (case.prefill_queued + max(case.num_tokens - case.prefill_cached, MEASURED)) / case.prefill_rate
-    bearable = CLEARLY * (remote + tail * case.token_bytes / case.transfer_rate)
+    bearable = CLEARLY * (remote + case.transfer_cost.seconds(tail * case.token_bytes))
     if alone * (1 + case.decode_running) <= bearable:
         return Reason.COSTS_LESS
     return Reason.DECODE_BUSY if alone <= bearable else Reason.COSTS_MORE

@@ -9,7 +9,7 @@ from messages.seals import seal
 from messages.worker_to_router import Leaving, Register, Report
 from runtime.core.actions import Send
 from runtime.core.disaggregation import Decisions
-from runtime.core.pace import RecentRate
+from runtime.core.recent import RecentCost, RecentRate
 
 REPORT_EVERY = 0.1
 """Seconds."""
@@ -44,8 +44,8 @@ class Membership:
         self.steps = 0
         self.prefill_rate = RecentRate()
         """Prompt tokens a second."""
-        self.transfer_rate = RecentRate()
-        """KV bytes a second of hand-overs from here."""
+        self.transfer_cost = RecentCost()
+        """Of a hand-over from here by its KV bytes."""
         self.decisions = Decisions()
 
     def register(self) -> Send:
@@ -72,6 +72,7 @@ class Membership:
             return []
         self.report_at = now + REPORT_EVERY
         self._number += 1
+        transfer = self.transfer_cost.value
         report = Report(
             worker=self.address.worker,
             epoch=self.address.epoch,
@@ -86,7 +87,8 @@ class Membership:
             cache=cache,
             handovers=handovers(),
             prefill_rate=self.prefill_rate.value,
-            transfer_rate=self.transfer_rate.value,
+            transfer_latency=transfer.latency,
+            transfer_rate=transfer.rate,
             decisions=self.decisions.counts(),
         )
         again = [self.register()] if self._number % REGISTER_EVERY == 0 else []

@@ -12,32 +12,6 @@ PATIENCE = 1.25
 """Where no step ends in time: how much longer than the shortest one a step may take."""
 
 
-KEPT = 0.8
-"""What the past weighs beside one more measurement."""
-
-
-class RecentRate:
-    """How much was done a second, of late."""
-
-    def __init__(self) -> None:
-        self._amount = self._seconds = 0.0
-
-    def took(self, amount: float, seconds: float) -> None:
-        """``amount`` was done in so many seconds."""
-        if amount > 0 and seconds > 0:
-            self._amount = KEPT * self._amount + amount
-            self._seconds = KEPT * self._seconds + seconds
-
-    def forget(self) -> None:
-        """What was measured is too old to be believed."""
-        self._amount = self._seconds = 0.0
-
-    @property
-    def value(self) -> float:
-        """A second; 0 while nothing has been measured."""
-        return self._amount / self._seconds if self._seconds else 0.0
-
-
 class StepPace:
     """Learns the pace of steps, and bounds the next one to about ``target`` seconds, at most ``most`` tokens.
 

@@ -60,10 +60,10 @@ def test_the_first_hand_over_measures_what_decides_on_the_next(tiny_llama: Path)
     case = next(case for case in relay_cases(tiny_llama) if len(case.prompt) == 600)
     with relay_of(tiny_llama, Role.PREFILL, Role.DECODE, disaggregation=auto) as relay:
         relay.wait(lambda: len(relay.reports) == 2)
-        assert all(report.prefill_rate == report.transfer_rate == 0 for report in relay.reports.values())
+        assert all(report.prefill_rate == report.transfer_latency == 0 for report in relay.reports.values())
         (stream,) = relay.finish(relay.send(case.prompt, GREEDY, **PAIR))
         assert stream.token_ids() == case.answer
-        relay.wait(lambda: relay.reports["prefill-0"].transfer_rate > 0)
+        relay.wait(lambda: relay.reports["prefill-0"].transfer_latency > 0)
         assert relay.reports["prefill-0"].prefill_rate > 0
 
 

@@ -285,11 +285,11 @@ def test_decode_offers_by_what_it_has_measured_and_is_told() -> None:
     assert opened(pair, transfer_rate=0.0) == []
     assert pair.counted() == {"unmeasured": 1}
     pair = Pair(AUTO)
-    pair.decode.membership.prefill_rate.took(1000, 1.0)
+    pair.decode.membership.prefill_rate.took(1000, 1.0, pair.now)
     assert len(opened(pair)) == 1
     assert pair.counted() == {}  # only when it is known what came of it
     pair = Pair(AUTO)
-    pair.decode.membership.prefill_rate.took(1000, 1.0)
+    pair.decode.membership.prefill_rate.took(1000, 1.0, pair.now)
     assert opened(pair, transfer_rate=1e9, cached=59) == []
     assert pair.counted() == {"costs_more": 1}
 
@@ -297,7 +297,7 @@ def test_decode_offers_by_what_it_has_measured_and_is_told() -> None:
 def test_what_decode_has_cached_shortens_the_tail() -> None:
     brief = Disaggregation(policy=Policy.AUTO, max_local_prefill_length=32)
     pair = Pair(brief)
-    pair.decode.membership.prefill_rate.took(1000, 1.0)
+    pair.decode.membership.prefill_rate.took(1000, 1.0, pair.now)
     assert opened(pair) == []
     assert pair.counted() == {"too_long": 1}
     pair = Pair(brief)
@@ -305,7 +305,7 @@ def test_what_decode_has_cached_shortens_the_tail() -> None:
     pair.see(pair.decode.handle(generate(generation), pair.now))
     while pair.step(DECODE):
         pass
-    pair.decode.membership.prefill_rate.took(1000, 1.0)
+    pair.decode.membership.prefill_rate.took(1000, 1.0, pair.now)
     assert len(opened(pair)) == 1
 
 
@@ -319,7 +319,7 @@ def test_a_prompt_that_is_to_be_scored_is_computed_from_its_first_token_on() -> 
     pair.see(pair.decode.handle(generate(generation), pair.now))
     while pair.step(DECODE):
         pass
-    pair.decode.membership.prefill_rate.took(1000, 1.0)
+    pair.decode.membership.prefill_rate.took(1000, 1.0, pair.now)
     assert opened(pair, prompt_logprobs=0) == []
     assert pair.counted() == {"too_long": 1}
 
