@@ -152,6 +152,11 @@ class Reservations:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __contains__(self, key: TransferKey) -> bool:
+        """Whether blocks are promised to ``key``, or it waits for some."""
+        waiting = self._waiting.get(key.request)
+        return key in self._open or (waiting is not None and waiting.order.attempt == key.attempt)
+
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
@@ -370,6 +375,7 @@ class Reservations:
             self._pool.move(reservation.session.blocks, state)
             if state is BlockState.QUARANTINED:
                 reservation.aborted, reservation.quarantined_at = reason, now
+                self._expect_no_more(key)  # what may still be written is never believed
             elif reservation.blocks_are is BlockState.QUARANTINED:
                 self._stats.quarantine_seconds += now - reservation.quarantined_at
             reservation.blocks_are = state
@@ -405,7 +411,12 @@ class Reservations:
             self._stats.received(ended.session.repairs, now - ended.promised_at, aborted)
 
     def _closed(self, key: TransferKey) -> None:
-        reservation = self._open.pop(key)
+        self._expect_no_more(key)
+        del self._open[key]
+
+    def _expect_no_more(self, key: TransferKey) -> None:
+        """Who needs the blocks of this transfer waits for them no longer."""
+        reservation = self._open[key]
         for name in reservation.hashes.names[len(reservation.cached) :]:
             if self._landing.get(name) == key:
                 del self._landing[name]

@@ -86,6 +86,32 @@ def test_only_what_comes_by_a_one_sided_transport_needs_quarantine() -> None:
     assert pool.counts().held == 0
 
 
+@pytest.mark.parametrize("how", ["the sender falls silent", "the attempt is given up", "it makes no progress"])
+def test_nobody_waits_for_blocks_that_a_quarantined_transfer_was_to_bring(how: str) -> None:
+    reservations, pool = made()
+    reservations.opened(order(1), 0.0)
+    admit(reservations, pool)
+    reservations.handle(LandingOpened(KEY), 0.0)
+    now, again = 0.1, order(2)
+    match how:
+        case "the sender falls silent":
+            again = order(1, attempt=2)
+            reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=now)
+        case "the attempt is given up":
+            reservations.give_up(*KEY, "the gateway wants no more of it", now)
+        case _:
+            now = TransferTimeouts().lease
+            reservations.tick(now)
+    assert reservations.blocks_held == 3, "its own are in quarantine"
+    reservations.opened(again, now)
+    (landing,) = admit(reservations, pool, now=now)
+    assert isinstance(landing, OpenLanding) and landing.key == TransferKey(again.request, again.attempt)
+    reservations.opened(order(3), now)
+    assert admit(reservations, pool, now=now) == [], "which the next one waits for"
+    reservations.handle(WritersGone(KEY), now)
+    assert admit(reservations, pool, now=now) == [], "the end of the quarantine is not the end of the other"
+
+
 def test_those_that_wait_get_their_blocks_in_turn_a_newer_attempt_at_the_end_of_the_line() -> None:
     reservations, pool = made(num_blocks=4)
     for each in (order(1), order(2), order(3), order(1, attempt=2)):
