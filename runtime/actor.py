@@ -145,7 +145,8 @@ class WorkerActor(ABC):
             kv=port.ranks if port.receives else (),
         )
         machine = self._make_machine(address, scheduler, pool, runner, port)
-        return WorkerLoop(machine, runner, mailbox, port, Timelines(address.worker, clock_name()), leader)
+        timelines = Timelines(address.worker, clock_name(), machine.has)
+        return WorkerLoop(machine, runner, mailbox, port, timelines, leader)
 
     def _follow(self, mailbox: Mailbox) -> FollowerLoop:
         """Another rank, which does what rank 0 has decided."""

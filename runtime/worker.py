@@ -15,7 +15,7 @@ from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
 from engine.layer_gate import LayerGate
 from engine.rank import STEP_ERRORS
-from kv_transfer.core.events import Pushed
+from kv_transfer.core.events import Pushed, TransferKey
 from kv_transfer.core.fanout import WorkerEvent
 from kv_transfer.core.session import (
     CancelPushes,
@@ -54,6 +54,7 @@ class Machine(Protocol):
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Any]: ...
     def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Any]: ...
     def leave(self, now: float) -> list[Any]: ...
+    def has(self, key: TransferKey) -> bool: ...
     def check_integrity(self) -> None: ...
     def inspect(self) -> dict[str, int]: ...
 
@@ -151,8 +152,11 @@ class WorkerLoop:
 
     def _told(self, event: Any) -> list[Any]:
         now = time.monotonic()
-        self._timelines.saw(event, now)
-        return self._machine.handle(event, now)
+        new = self._timelines.saw(event, now)
+        actions = self._machine.handle(event, now)
+        if new:
+            self._timelines.begin(event, now)
+        return actions
 
     def _heard(self, message: RankMessage | Join) -> list[Any]:
         """From another rank of this worker, or from who says so."""

@@ -22,7 +22,7 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
 from engine.core.sequence import Sequence
-from kv_transfer.core.events import Landed
+from kv_transfer.core.events import Landed, TransferKey
 from kv_transfer.core.lanes import CannotPair
 from kv_transfer.core.session import Digested, LandingOpened, WritersGone
 from messages.codec import count_tokens
@@ -194,6 +194,11 @@ class DecodeMachine:
         detail = "the worker is shutting down"
         failed = [self._fail(request, FailReason.STOPPING, detail) for request in [*self._runs]]
         return [self.membership.leave(), *failed, *self._settle(self._reservations.give_up_all(detail, now))]
+
+    def has(self, key: TransferKey) -> bool:
+        """Whether an attempt is here: its KV is on its way, or it runs."""
+        run = self._runs.get(key.request)
+        return key in self._reservations or (run is not None and run.attempt == key.attempt)
 
     def check_integrity(self) -> None:
         """Every held block belongs to a run or to a reservation."""

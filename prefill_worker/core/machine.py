@@ -245,6 +245,11 @@ class PrefillMachine:
             actions += self._fail(leg, FailReason.STOPPING, "the worker is shutting down")
         return actions
 
+    def has(self, key: TransferKey) -> bool:
+        """Whether an attempt is here: its prompt is to be computed, or its KV handed over."""
+        leg = self._legs.get(key.request)
+        return key in self._handoffs or (leg is not None and leg.order.attempt == key.attempt)
+
     def check_integrity(self) -> None:
         """Every held block belongs to a leg here or to a hand-over."""
         self._pool.check_integrity()

@@ -2,11 +2,12 @@
 
 It watches: the worker's shell shows it each event before the machine takes it, each action that the machine wants, and
 each step that ran. So no machine knows of tracing, and where nothing is traced it costs one look at an empty dict.
-A timeline goes to the gateway when the worker's part in the attempt is over.
+A timeline begins when the machine has admitted the attempt, whose gateway is not believed before. It goes to it when
+the worker's part in the attempt is over, at the latest when the machine no longer has the attempt.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,13 +31,6 @@ from runtime.core.actions import Send
 
 MAX_TRACED = 64
 """Attempts traced at once; the oldest one's timeline goes out as it is when there are more."""
-
-
-_PLAIN: dict[type, str] = {
-    Cancelled: "stopped writing", TailOffered: "decode offers to compute the rest",
-    TailYielded: "prefill leaves the rest to decode",
-}  # fmt: skip
-"""Events of which nothing more is to be said."""
 
 
 class _Note(NamedTuple):
@@ -70,30 +64,49 @@ class _Traced:
 
 
 class Timelines:
-    """Of one worker. ``now`` is of the shell's monotonic clock, which ``clock`` names."""
+    """Of one worker. ``now`` is of the shell's monotonic clock, which ``clock`` names; ``has`` is its machine's."""
 
-    def __init__(self, worker: WorkerId, clock: str) -> None:
+    def __init__(self, worker: WorkerId, clock: str, has: Callable[[TransferKey], bool]) -> None:
         self._worker = worker
         self._clock = clock
+        self._has = has
         self._open: OrderedDict[TransferKey, _Traced] = OrderedDict()
         self._due: list[tuple[TransferKey, _Traced]] = []
 
     @property
     def watching(self) -> bool:
-        """Whether anything is traced: else only ``saw`` has something to do."""
+        """Whether anything is traced: else only ``saw`` and ``begin`` have something to do."""
         return bool(self._open)
 
     def take(self, now: float) -> list[Send]:
-        """The timelines that have ended since the last time."""
+        """The timelines that have ended since the last time, between two turns of the machine."""
+        for key in [key for key in self._open if not self._has(key)]:
+            self._note(key, _Note("request", "dropped", {}, last=True), now)
         due, self._due = self._due, []
         return [Send(traced.gateway, self._timeline(key, traced, now)) for key, traced in due]
 
-    def saw(self, event: Any, now: float) -> None:
-        """The machine is about to get ``event``."""
-        if isinstance(event, Prefill | Generate | OpenTransfer) and event.generation.traced:
-            self._begin(event, now)
-        if not self._open:
-            return
+    def saw(self, event: Any, now: float) -> bool:
+        """The machine is about to get ``event``. Whether to call ``begin`` when it has: it may be an order to trace."""
+        if isinstance(event, Prefill | Generate | OpenTransfer):
+            # Asked again, an attempt that is here has its timeline, or has had it.
+            return event.generation.traced and not self._has(TransferKey(event.request, event.attempt))
+        if self._open:
+            self._note_event(event, now)
+        return False
+
+    def begin(self, order: Prefill | Generate | OpenTransfer, now: float) -> None:
+        """The machine has got ``order``, which ``saw`` took for a new one: trace it if it was admitted."""
+        key = TransferKey(order.request, order.attempt)
+        if not self._has(key):
+            return  # forged, late, or refused
+        if len(self._open) == MAX_TRACED:
+            self._end(next(iter(self._open)))
+        traced = self._open[key] = _Traced(order.gateway)
+        work = order.generation
+        tokens: dict[str, Fact] = {"prompt": count_tokens(work.prompt), "generated": count_tokens(work.generated)}
+        traced.add("request", f"{type(order).__name__} arrives", now, now, tokens)
+
+    def _note_event(self, event: Any, now: float) -> None:
         if isinstance(event, Abort):
             for key in [key for key in self._open if key.request == event.request and key.attempt <= event.attempt]:
                 self._note(key, _Note("request", "aborted by the gateway", {}, last=True), now)
@@ -146,17 +159,6 @@ class Timelines:
             for ready, at in layers:
                 traced.add("layers", _layers(first, ready), since, at, {}, fine=True)
                 first, since = ready, at
-
-    def _begin(self, order: Prefill | Generate | OpenTransfer, now: float) -> None:
-        key = TransferKey(order.request, order.attempt)
-        if key in self._open:
-            return  # asked again
-        if len(self._open) == MAX_TRACED:
-            self._end(next(iter(self._open)))
-        self._open[key] = _Traced(order.gateway)
-        work = order.generation
-        tokens: dict[str, Fact] = {"prompt": count_tokens(work.prompt), "generated": count_tokens(work.generated)}
-        self._open[key].add("request", f"{type(order).__name__} arrives", now, now, tokens)
 
     def _note(self, key: TransferKey, note: _Note, now: float) -> None:
         self._open[key].add(note.track, note.name, now, now, note.facts)
