@@ -8,7 +8,7 @@ import pytest
 
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.digest import digests as digests_of
-from kv_transfer.core.events import Landed
+from kv_transfer.core.events import Landed, TransferKey
 from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested
 from kv_transfer.core.lanes import Route, plan_lanes
 from kv_transfer.core.receiving import MAX_REPAIRS, ReceiveSession, ReceiveState
@@ -25,7 +25,13 @@ BLOCK_BYTES, COUNT, NUM_BLOCKS = 512, 250, 256
 SHARD = shard_of_bytes(BLOCK_BYTES)
 ROUTE = Route((KVEndpoint("zmq", "tcp://127.0.0.1:1", SHARD, NUM_BLOCKS),), plan_lanes([SHARD], [SHARD]))
 INJECTIONS = 100_000
-KINDS = ("flip", "swap", "stale attempt", "stale request", "old content", "truncated")
+OTHERS = ("attempt", "request", "place")
+STALE = tuple(f"stale {other}" for other in OTHERS)
+"""What another attempt, another request, or another block of this one put there has stayed."""
+TAKEN_FOR = tuple(f"taken for another {other}" for other in OTHERS)
+"""The same, and the sender made the same mistake: the digests in its end are those of just these bytes, taken for the
+other. Only what a digest is bound to tells them apart; for another attempt, even the bytes are the right ones."""
+KINDS = ("flip", "swap", "truncated", *STALE, *TAKEN_FOR)
 
 
 class Pools:
@@ -40,12 +46,13 @@ class Pools:
         self.blocks = rng.permutation(NUM_BLOCKS)[:COUNT].astype(np.int32)
         self.hasher = LaneHasher(self.there, SHARD)
 
-    def end(self, round: int) -> EndTransfer:
-        taken = LaneHasher(self.here, SHARD).digests(self.lane())
+    def end(self, round: int, expected: bytes | None = None) -> EndTransfer:
+        """``expected``: the sender's digests, where they are not those of what it has."""
+        taken = expected or LaneHasher(self.here, SHARD).digests(self.lane())
         return EndTransfer(*key(), Address("tcp://127.0.0.1:2"), round, FirstToken(5), COUNT, taken)
 
-    def lane(self) -> DigestLane:
-        ((_, lane),) = Fanout(1, sends=False).fan(TakeDigests(key(), ROUTE, 0, self.blocks))
+    def lane(self, of: TransferKey | None = None) -> DigestLane:
+        ((_, lane),) = Fanout(1, sends=False).fan(TakeDigests(of or key(), ROUTE, 0, self.blocks))
         assert isinstance(lane, DigestLane)
         return lane
 
@@ -61,12 +68,31 @@ class Pools:
                 self.there[rows, bits // 8] ^= (1 << (bits % 8)).astype(np.uint8)
             case "swap":
                 self.there[rows] = self.there[np.roll(rows, 1)]
-            case "old content":
+            case "stale attempt":  # computed in other chunks: a rounding is another one
+                self.there[rows, -1] ^= 1
+            case "stale request" | "taken for another request":
                 self.there[rows] = self.before[rows]
+            case "stale place" | "taken for another place":
+                self.there[rows] = self.there[np.roll(rows, 1)]
+            case "taken for another attempt":
+                pass  # it computed the same
             case "truncated":
                 kept = rng.integers(0, BLOCK_BYTES - 8, len(rows))
                 late = np.arange(BLOCK_BYTES) >= kept[:, None]
                 self.there[rows] = np.where(late, self.before[rows], self.there[rows])
+
+    def taken_for(self, other: str, places: Any) -> bytes:
+        """The sender's digests: at ``places`` those of the bytes that stand at the receiver, taken for ``other``."""
+        mistaken = self.here.copy()
+        mistaken[self.blocks[places]] = self.there[self.blocks[places]]
+        hasher = LaneHasher(mistaken, SHARD)
+        digests = np.frombuffer(hasher.digests(self.lane()), "<u8").copy()
+        if other == "place":  # the blocks have moved, and their digests with them
+            digests[places] = np.frombuffer(self.end(1).digests, "<u8")[np.roll(places, 1)]
+        else:
+            theirs = hasher.digests(self.lane(key(1, 2) if other == "attempt" else key(2, 1)))
+            digests[places] = np.frombuffer(theirs, "<u8")[places]
+        return digests.tobytes()
 
 
 def receiver() -> ReceiveSession:
@@ -78,10 +104,12 @@ def receiver() -> ReceiveSession:
     return session
 
 
-def verified(session: ReceiveSession, pools: Pools, taken: bytes, round: int) -> list[Any]:
+def verified(
+    session: ReceiveSession, pools: Pools, taken: bytes, round: int, expected: bytes | None = None
+) -> list[Any]:
     """All has landed and the end is here; what the session says to the digests."""
     session.handle(Landed(key(), np.arange(COUNT, dtype=np.int32)), 0.0)
-    session.handle(pools.end(round), 0.0)
+    session.handle(pools.end(round, expected), 0.0)
     assert session.state is ReceiveState.VERIFYING
     fanout, wanted = Fanout(1, sends=False), TakeDigests(key(), ROUTE, 0, pools.blocks)
     fanout.fan(wanted)
@@ -95,19 +123,10 @@ def test_a_hundred_thousand_spoiled_blocks_are_all_found_before_the_first_token(
     while found < INJECTIONS:
         kind = KINDS[rounds % len(KINDS)]
         places = np.sort(rng.permutation(COUNT)[: rng.integers(2, COUNT)])
-        if kind.startswith("stale"):  # a block, true for another attempt or request, and digests taken for that one
-            other = key(1, 2) if kind == "stale attempt" else key(2, 1)
-            taken = bytearray(pools.digests())
-            theirs = digests_of(pools.there, pools.blocks, other, 0)
-            for place in places.tolist():
-                at = slice(place * DIGEST_BYTES, (place + 1) * DIGEST_BYTES)
-                taken[at] = theirs[at]
-            digests = bytes(taken)
-        else:
-            pools.spoil(kind, places)
-            digests = pools.digests()
+        pools.spoil(kind, places)
+        expected = pools.taken_for(kind.rpartition(" ")[2], places) if kind in TAKEN_FOR else None
         session = receiver()
-        actions = verified(session, pools, digests, 1)
+        actions = verified(session, pools, pools.digests(), 1, expected)
         assert session.first is None and not any(isinstance(each, TransferAcked) for each in actions)
         session.handle(LandingOpened(key()), 0.0)
         assert session._wanted is not None
