@@ -189,14 +189,15 @@ class WorkerActor(ABC):
             role=config.role,
             node=os.uname().nodename,
             baton=_version("baton-serve"),
-            torch=torch.__version__,
+            torch=str(torch.__version__),  # a class of its own, for which who reads it would have to import PyTorch
             protocol=protocol(),
             ranks=self._port.ranks,
             max_model_len=config.max_model_len,
         )
 
     def probe(self, decode: WorkerAddress, num_blocks: int, within: float) -> ProbeEnded:
-        """Hand ``num_blocks`` free blocks of this prefill worker over to ``decode``, as a test."""
+        """Hand ``num_blocks`` blocks of this prefill worker, which nobody owns, over to ``decode``, as a test; answers
+        in twice ``within`` seconds at most."""
         assert isinstance(self._loop, WorkerLoop), "not started, or no rank 0"
         wanted = ProbeWanted(RequestId(f"probe-{secrets.token_hex(16)}"), decode, num_blocks)
         return self._loop.probe(wanted, within=within)

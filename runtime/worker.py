@@ -30,7 +30,7 @@ from messages.ids import RequestId
 from messages.rank_to_leader import Join, RankEvent, RankMessage
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.membership import Membership
-from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted
+from runtime.core.probe import NOTHING_CAME, ProbeEnded, ProbeStopped, ProbeWanted
 from runtime.core.timeline import Timelines
 from runtime.kv_port import FromRank, KVPort, PortFailed
 from runtime.leader import Leader
@@ -117,7 +117,7 @@ class WorkerLoop:
         self._mailbox.post(None)
 
     def probe(self, wanted: ProbeWanted, *, within: float) -> ProbeEnded:
-        """Have a hand-over tested, from any thread that may wait."""
+        """Have a hand-over tested, from any thread that may wait; ``TimeoutError`` if the loop does not answer."""
         answers: queue.SimpleQueue[ProbeEnded] = queue.SimpleQueue()
         self._probes[wanted.request] = answers
         try:
@@ -125,10 +125,10 @@ class WorkerLoop:
             try:
                 return answers.get(timeout=within)
             except queue.Empty:
-                self._mailbox.post(ProbeStopped(wanted.request, f"nothing came of it within {within:g} s"))
+                self._mailbox.post(ProbeStopped(wanted.request, f"{NOTHING_CAME} within {within:g} s"))
                 return answers.get(timeout=within)
         except queue.Empty:
-            return ProbeEnded(wanted.request, f"{self._machine.membership.address.worker} does not answer")
+            raise TimeoutError(f"the step loop does not answer within {2 * within:g} s") from None
         finally:
             del self._probes[wanted.request]
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 from msgspec import structs
 
-from decode_worker.core.reservation import NO_ROOM_FOR_PROBE, Action, KVLanded, Reservations, Step, TailTaken
+from decode_worker.core.reservation import Action, KVLanded, Reservations, Step, TailTaken
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Progress, Scheduler, StepPlan
@@ -160,9 +160,9 @@ class DecodeMachine:
         self._begun = now
         # What the plan is to copy away may stand in blocks that are free by now: a landing must not write there before.
         leaving = plan is not None and self._pool.num_unheld(plan.moves.swap_out[:, 0])
-        if self._scheduler.num_waiting or leaving:
-            return plan, []
-        room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
+        room = 0
+        if not self._scheduler.num_waiting and not leaving:
+            room = self._settings.max_num_seqs - self._scheduler.num_running - len(self._reservations)
         return plan, self._settle(self._reservations.admit(room, self._scheduler.has_room, now, self._offers))
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
@@ -257,8 +257,6 @@ class DecodeMachine:
             self._reservations.route(order)
         except CannotPair as error:
             return str(error), True
-        if order.probe and self._pool.counts().free * self._pool.block_size < order.generation.num_tokens:
-            return NO_ROOM_FOR_PROBE, True
         return self._misfit(order.generation), False
 
     def _generate(self, order: Generate, now: float) -> list[Action]:

@@ -51,6 +51,7 @@ from messages.prefill_to_decode import (
 )
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.disaggregation import Reason
+from runtime.core.probe import NO_ROOM
 
 BLOCKS_OF = {
     ReceiveState.PROMISED: BlockState.PROMISED,
@@ -66,8 +67,6 @@ SHARE_WITHIN = 1.0
 """Seconds that a transfer waits for blocks that another one is bringing, before it has them sent too."""
 REMEMBERED = 4096
 """Finished transfers whose end is acked again should the ack have been lost."""
-
-NO_ROOM_FOR_PROBE = "no free blocks for a probe"
 
 
 class KVLanded(NamedTuple):
@@ -144,6 +143,8 @@ class Reservations:
         self._open: dict[TransferKey, _Reservation] = {}
         self._waiting: OrderedDict[RequestId, _Waiting] = OrderedDict()
         """The newest attempt of each; in line, which is also by deadline."""
+        self._probes: list[RequestId] = []
+        """Probes that have come since ``admit``: it promises them blocks now, or refuses them."""
         self._landing: dict[bytes, TransferKey] = {}
         """The names of blocks that are on their way, and with which transfer."""
         self._landed: dict[TransferKey, None] = {}
@@ -197,6 +198,8 @@ class Reservations:
         if self._pool.caching:
             hashes.extend(unpack_tokens(order.generation.prompt + order.generation.generated))
         self._waiting[order.request] = _Waiting(order, now, now + self._timeouts.open, hashes)
+        if order.probe:
+            self._probes.append(order.request)
         return []
 
     def repeated(self, order: OpenTransfer, now: float) -> list[Step]:
@@ -215,7 +218,8 @@ class Reservations:
         return Send(order.prefill.mailbox, refused)
 
     def admit(self, room: int, has_room: HasRoom, now: float, offers: Offers | None = None) -> list[Step]:
-        """Promise blocks to those that wait, in order, at most ``room`` of them and while the pool has blocks."""
+        """Promise blocks to those that wait, in order, at most ``room`` of them and while the pool has blocks. A probe
+        that would have to wait for them is refused."""
         steps: list[Step] = []
         for waiting in list(self._waiting.values()) if room > 0 else ():
             order, names = waiting.order, waiting.hashes.names
@@ -225,11 +229,9 @@ class Reservations:
             total = -(-order.generation.num_tokens // self._pool.block_size)
             needed = total - len(cached)
             if not has_room(needed + self._pool.num_unheld(cached), _promise(order, 0), self._promises()):
-                if not order.probe:
-                    break
-                del self._waiting[order.request]
-                steps.append(self.refuse(order, NO_ROOM_FOR_PROBE))
-                continue
+                if order.probe:
+                    continue  # those behind it lose nothing by it
+                break
             self._pool.share(cached)
             blocks = self._pool.allocate(needed)
             assert blocks is not None, "there was room"
@@ -242,7 +244,13 @@ class Reservations:
             room -= 1
             if not room:
                 break
-        return steps
+        return steps + self._refuse_probes()
+
+    def _refuse_probes(self) -> list[Step]:
+        """Those that got no blocks: they stand in nobody's way."""
+        came, self._probes = self._probes, []
+        left = [self._waiting.pop(request).order for request in came if request in self._waiting]
+        return [self.refuse(order, NO_ROOM) for order in left]
 
     def _open_session(
         self, waiting: _Waiting, cached: Blocks, blocks: Blocks, offered: Reason | None, now: float

@@ -51,7 +51,7 @@ from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.membership import Membership
 from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
-from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted, probe_order
+from runtime.core.probe import NO_ROOM, ProbeEnded, ProbeStopped, ProbeWanted, probe_order
 from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
 
 Messages = (
@@ -313,15 +313,13 @@ class PrefillMachine:
         return actions
 
     def _probe(self, wanted: ProbeWanted, now: float) -> list[Action]:
-        """Hand over blocks that hold nothing, if there are free ones."""
+        """Hand over blocks that nobody owns, if no prompt waits for them."""
         problem = self._handoffs.misfit(wanted.decode)
-        free = self._pool.counts().free
-        if not problem and wanted.num_blocks > free:
-            problem = f"{self._settings.address.worker} has {free} free blocks, of the {wanted.num_blocks} of a probe"
         if problem:
             return [ProbeEnded(wanted.request, problem)]
-        blocks = self._pool.allocate(wanted.num_blocks)
-        assert blocks is not None, "they are free"
+        blocks = None if self._scheduler.num_waiting else self._pool.allocate(wanted.num_blocks)
+        if blocks is None:
+            return [ProbeEnded(wanted.request, f"{self._settings.address.worker}: {NO_ROOM}")]
         order = probe_order(wanted, self._settings.address, self._pool.block_size, self._settings.cluster_key)
         self._peers.add(order.decode.mailbox)
         self._probes.add(wanted.request)
@@ -335,6 +333,8 @@ class PrefillMachine:
         self._probes.remove(ended.order.request)
         trace = ended.trace
         problem = "" if ended.outcome is Outcome.DONE else ended.detail or "it was given up"
+        if ended.outcome is Outcome.REFUSED:
+            problem = f"{ended.order.decode.worker}: {problem}"
         return ProbeEnded(
             ended.order.request,
             problem,

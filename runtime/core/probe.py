@@ -1,7 +1,8 @@
 """A test of a hand-over, before there is traffic: blocks of no sequence, over the real transport, verified and acked.
 
-The prefill worker takes free blocks and hands them over as it would those of a prompt; decode takes them into free
-blocks of its own, verifies and frees them. Where either lacks free blocks nothing is moved: traffic comes first.
+The prefill worker takes blocks that nobody owns and hands them over as it would those of a prompt; decode takes them
+into such blocks of its own, verifies and frees them. Blocks without content go first, then those that were found in the
+prefix cache least recently. Where either lacks room now, or work waits there, nothing is moved: traffic comes first.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,11 @@ from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, RequestId
 from messages.sampling import SamplingParams
 from messages.tickets import mint
+
+NO_ROOM = "no room for a probe now"
+"""In the problem of a probe that gave way to traffic."""
+NOTHING_CAME = "nothing came of it"
+"""In the problem of a probe that was waited for in vain."""
 
 
 class ProbeWanted(NamedTuple):

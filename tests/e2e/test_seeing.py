@@ -64,6 +64,7 @@ def test_the_doctor_measures_every_pair_of_a_running_cluster_and_takes_nothing(c
         assert pair["problem"] is None and pair["bytes"] % KV_BYTES == 0 and pair["bytes"] > KV_BYTES
         assert pair["bytes_per_second"] > 0 and pair["one_block_seconds"] > 0
     assert len({(worker["baton"], worker["protocol"], worker["torch"]) for worker in found["workers"]}) == 1
+    assert type(found["workers"][0]["torch"]) is str, "who reads it need not import PyTorch"
     wait_until_idle(cluster, within=5)
 
 

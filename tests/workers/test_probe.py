@@ -1,4 +1,4 @@
-"""Promise: a test of a hand-over moves free blocks only, leaves nothing, and gives way to traffic."""
+"""Promise: a test of a hand-over moves blocks that nobody owns, leaves nothing, and gives way to traffic."""
 
 from typing import Any
 
@@ -9,11 +9,19 @@ from decode_worker.core.machine import DecodeMachine
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.events import Cancelled, Pushed
 from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, LandingOpened, OpenLanding, Push, TakeDigests
-from messages.ids import RequestId
+from messages.codec import decoder_for, pack_tokens
+from messages.common import Generation
+from messages.decode_to_prefill import TransferRefused
+from messages.gateway_to_worker import Generate
+from messages.ids import Attempt, RequestId
+from messages.sampling import SamplingParams
 from prefill_worker.core.machine import PrefillMachine
 from runtime.core.actions import Send
 from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted
-from tests.workers.test_machines import DECODE, OPEN, decode, prefill, sent  # noqa: F401
+from runtime.core.timeline import Timelines
+from runtime.mailbox import Mailbox
+from runtime.worker import WorkerLoop
+from tests.workers.test_machines import DECODE, GATEWAY, OPEN, ORDER, decode, prefill, sent  # noqa: F401
 
 PROBE = RequestId("probe-1")
 
@@ -80,29 +88,105 @@ def test_a_probe_is_moved_verified_acked_and_gone(link: Link) -> None:
     link.check_idle()
 
 
-def test_a_sender_without_free_blocks_refuses_to_probe(link: Link) -> None:
+def test_a_sender_without_room_refuses_to_probe(link: Link) -> None:
     link.perform(link.prefill, link.prefill.handle(wanted(9), 0.0))
-    assert "8 free blocks, of the 9 of a probe" in link.ended[0].problem
+    assert link.ended[0].problem == "prefill-0: no room for a probe now"
     link.check_idle()
 
 
-def test_a_receiver_without_free_blocks_refuses_a_probe_at_once(link: Link) -> None:
+def test_a_receiver_without_room_refuses_a_probe_at_once(link: Link) -> None:
     pool = link.decode._pool
     held = pool.allocate(7)
     assert held is not None
     link.perform(link.prefill, link.prefill.handle(wanted(2), 0.0))
-    assert link.ended[0].problem == "no free blocks for a probe"
+    assert link.ended[0].problem == "decode-0: no room for a probe now"
     pool.free(held)
     link.check_idle()
 
 
-def test_a_probe_does_not_stand_in_line_where_the_batch_may_need_the_room(link: Link) -> None:
-    opened = sent(link.prefill.handle(wanted(2), 0.0))[0]
+def test_a_probe_finds_room_in_pools_that_the_prefix_cache_has_filled(link: Link) -> None:
+    names = [bytes([number] * 16) for number in range(8)]
+    for machine in (link.prefill, link.decode):
+        blocks = machine._pool.allocate(8)
+        assert blocks is not None
+        for block, name in zip(blocks.tolist(), names, strict=True):
+            machine._pool.register(block, name)
+        machine._pool.free(blocks)
+        assert machine._pool.counts().cached == 8
+    for number in range(3):
+        probe = ProbeWanted(RequestId(f"probe-{number}"), DECODE, 2)
+        link.perform(link.prefill, link.prefill.handle(probe, 0.0))
+    assert [ended.problem for ended in link.ended] == [""] * 3
+    for machine in (link.prefill, link.decode):
+        kept = machine._pool.match(names)
+        assert len(kept) == 6, "it took the least recently used, and the same again"
+        machine.check_integrity()
+
+
+def test_a_prompt_that_waits_at_the_sender_comes_before_a_probe(link: Link) -> None:
+    link.prefill.handle(ORDER, 0.0)
+    link.perform(link.prefill, link.prefill.handle(wanted(1), 0.0))
+    assert link.ended[0].problem == "prefill-0: no room for a probe now"
+
+
+def generate(number: int, tokens: int = 3) -> Generate:
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    return Generate(RequestId(f"{number:032x}"), Attempt(1), GATEWAY, Generation(pack_tokens([1] * tokens), params))
+
+
+def refused(link: Link) -> list[TransferRefused]:
+    """What decode's next turn refuses, of a probe that has come."""
+    (opened,) = sent(link.prefill.handle(wanted(1), 0.0))
     assert link.decode.handle(opened, 0.0) == []
-    refused = link.decode._reservations.admit(1, lambda *_: False, 0.0)
-    link.perform(link.decode, refused)
-    assert link.ended[0].problem == "no free blocks for a probe"
-    link.check_idle()
+    _, actions = link.decode.schedule(0.0)
+    return [message for message in sent(actions) if isinstance(message, TransferRefused)]
+
+
+def test_a_probe_is_refused_at_once_where_as_many_sequences_run_as_may(link: Link) -> None:
+    for number in range(4):
+        link.decode.handle(generate(number), 0.0)
+    assert [(each.request, each.detail) for each in refused(link)] == [(PROBE, "no room for a probe now")]
+    assert link.decode._reservations.num_waiting == 0
+
+
+def test_a_probe_is_refused_at_once_while_sequences_wait_to_run(link: Link) -> None:
+    for number in range(5):
+        link.decode.handle(generate(number), 0.0)
+    assert [each.request for each in refused(link)] == [PROBE]
+
+
+def test_a_probe_is_refused_at_once_behind_a_transfer_that_waits_for_blocks(link: Link) -> None:
+    pool = link.decode._pool
+    held = pool.allocate(7)  # room for the probe, none for the transfer in front of it
+    assert held is not None
+    link.decode.handle(OPEN, 0.0)
+    assert [each.request for each in refused(link)] == [PROBE]
+    assert link.decode._reservations.num_waiting == 1
+    pool.free(held)
+
+
+def test_a_transfer_behind_a_probe_that_finds_no_room_is_not_kept_by_it(link: Link) -> None:
+    pool = link.decode._pool
+    held = pool.allocate(6)  # room for the transfer
+    assert held is not None
+    (opened,) = sent(link.prefill.handle(wanted(3), 0.0))
+    link.decode.handle(opened, 0.0)
+    link.decode.handle(OPEN, 0.0)
+    _, actions = link.decode.schedule(0.0)
+    assert [message.request for message in sent(actions)] == [PROBE]
+    assert [action.key.request for action in actions if isinstance(action, OpenLanding)] == [OPEN.request]
+    pool.free(held)
+
+
+def test_a_loop_that_hangs_is_not_waited_for_without_end(prefill: PrefillMachine) -> None:  # noqa: F811
+    mailbox = Mailbox("127.0.0.1", decoder_for(TransferRefused))
+    nothing: Any = None  # a loop that does not run needs no runner and no port
+    timelines = Timelines(OPEN.prefill.worker, "clock", prefill.has)
+    loop = WorkerLoop(prefill, nothing, mailbox, nothing, timelines)
+    with pytest.raises(TimeoutError, match="the step loop does not answer"):
+        loop.probe(wanted(), within=0.01)
+    assert [type(event) for event in mailbox.receive(0.0)] == [ProbeWanted, ProbeStopped]
+    mailbox.close()
 
 
 def test_who_waits_no_longer_gets_the_blocks_back(link: Link) -> None:
