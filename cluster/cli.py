@@ -208,8 +208,9 @@ def doctor(
 
     For example: `baton doctor configs/topologies/local.yaml`, or `baton doctor` for the cluster that runs here
 
-    Compares versions, KV layout and dtype, tensor-parallel ranks and transports, and hands test blocks over: free
-    blocks only, a few MiB. Each finding names the pair, the cause and the cure; with any, the exit code is 1.
+    Compares versions, KV layout and dtype, tensor-parallel ranks and transports, and hands test blocks over: a few MiB
+    that nobody owns. Workers that are gone or hang are findings too. Each names who, the cause and the cure; with any,
+    the exit code is 1.
     """
     from cluster.doctor import doctor as examine
 

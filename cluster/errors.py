@@ -21,6 +21,14 @@ class LaunchError(ClusterError):
     """The cluster did not come up, or could not go on."""
 
 
+class NoAnswer(ClusterError):
+    """A worker that was asked something gives no answer."""
+
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(f"{cause}; {cure}")
+        self.cause, self.cure = cause, cure
+
+
 class Interrupted(ClusterError):
     """Someone asked for an end in the middle of the start."""
 

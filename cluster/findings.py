@@ -3,7 +3,7 @@
 Nothing here asks or measures: facts in, findings out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,13 +11,17 @@ from engine.core.kv_layout import QUANTIZED_MAX
 from kv_transfer.core.lanes import CannotPair, plan_lanes
 from kv_transfer.core.ways import choose
 from messages.common import KVShard, Role
-from runtime.core.probe import ProbeEnded
+from runtime.core.probe import NO_ROOM, NOTHING_CAME, ProbeEnded
 from runtime.facts import WorkerFacts
 
 SLOW = 0.25
 """A pair is slow that reaches less than this share of the best pair of the same transport."""
 SAME = {"baton": "Baton", "protocol": "protocol", "torch": "PyTorch"}
 """Fields of ``WorkerFacts`` in which two workers of a cluster must be equal."""
+
+NO_TIME = "no time was left for it"
+"""In the problem of a pair that was not looked at."""
+START_AGAIN = "start the cluster again: `baton down`, `baton up`"
 
 Found = tuple[str, str]
 """Cause and cure."""
@@ -33,16 +37,31 @@ class Pair(NamedTuple):
         return f"{self.prefill} -> {self.decode}"
 
 
+class Known(NamedTuple):
+    """A worker of the cluster, as the router sees it."""
+
+    worker: str
+    role: Role
+    alive: bool = True
+
+
 class Measured(NamedTuple):
     """A pair's test transfers."""
 
     pair: Pair
     one_block: ProbeEnded
     many_blocks: ProbeEnded
+    cure: str = ""
+    """Of the problem, where more is known of it than it says."""
 
     @property
     def problem(self) -> str:
         return self.one_block.problem or self.many_blocks.problem
+
+    @property
+    def not_measured(self) -> str:
+        """Why nothing is known of the pair, though nothing is wrong; empty where something is."""
+        return self.problem if NO_ROOM in self.problem or NO_TIME in self.problem else ""
 
     @property
     def bytes_per_second(self) -> float:
@@ -57,6 +76,7 @@ class Finding:
     """Something that will go wrong, once for all pairs of which it is true."""
 
     pairs: tuple[str, ...]
+    """Or the worker, or the role, where it is about one."""
     cause: str
     cure: str
 
@@ -85,6 +105,26 @@ def to_measure(pairs: Sequence[tuple[WorkerFacts, WorkerFacts]], most: int) -> l
     return chosen
 
 
+def of_lost(known: Sequence[Known], unanswered: Mapping[str, Found]) -> list[Finding]:
+    """Workers that are not there, by name, and roles that nobody is left for. ``unanswered``: why they say nothing."""
+    findings = []
+    for each in known:
+        if each.worker in unanswered:
+            findings.append(Finding((each.worker,), *unanswered[each.worker]))
+        elif not each.alive:
+            cause = "the router hears nothing of it, though its process answers: its step loop hangs, or it is cut off"
+            cure = f"look for what holds it up in its log and between the two hosts, or {START_AGAIN}"
+            findings.append(Finding((each.worker,), cause, cure))
+    roles = {each.role for each in known}
+    wanted = [Role.COLOCATED] if roles == {Role.COLOCATED} else [Role.PREFILL, Role.DECODE]
+    left = {each.role for each in known if each.alive and each.worker not in unanswered}
+    for role in wanted:
+        if role not in left:
+            cause = "no worker of this role is alive, so no request can be served"
+            findings.append(Finding((role.value,), cause, START_AGAIN))
+    return findings
+
+
 def of_facts(workers: Sequence[WorkerFacts]) -> list[Finding]:
     """What can be said without moving anything."""
     found: list[tuple[str, Found]] = []
@@ -108,8 +148,11 @@ def of_measurements(measured: Sequence[Measured], transports: dict[Pair, str]) -
     found: list[tuple[str, Found]] = []
     for each in measured:
         fastest = best[transports[each.pair]]
+        if each.not_measured:
+            continue
         if each.problem:
-            found.append((str(each.pair), (f"a test transfer failed: {each.problem}", _cure_of_failure(each.problem))))
+            cure = each.cure or _cure_of_failure(each.problem)
+            found.append((str(each.pair), (f"a test transfer failed: {each.problem}", cure)))
         elif each.bytes_per_second < SLOW * fastest.bytes_per_second:
             cause = (
                 f"KV moves at {each.bytes_per_second / 1e9:.2f} GB/s, between {fastest.pair} at "
@@ -159,8 +202,11 @@ def _cure_of_layout(senders: Sequence[KVShard], receivers: Sequence[KVShard]) ->
 
 
 def _cure_of_failure(problem: str) -> str:
-    if "free blocks" in problem:
-        return "that is no fault: ask again when there is less traffic, or raise kv.memory"
+    if NOTHING_CAME in problem:
+        return (
+            "both workers answer, so look at the way between them: is it cut by a firewall, or far slower than it "
+            "should be, and what else takes the processors of both hosts?"
+        )
     if "bad" in problem or "missing" in problem:
         return "blocks arrive damaged: replace the memory, network card or cable, or take the host out"
     return "see that both hosts reach each other at the addresses that the topology names, with no firewall between"

@@ -140,9 +140,9 @@ class Cluster:
             if process.alive and process.kill_at is not None and time.monotonic() > process.kill_at:
                 self._session.ray.kill(process.handle)
 
-    def call(self, name: str, method: str, *arguments: Any) -> Any:
+    def call(self, name: str, method: str, *arguments: Any, within: float = 60.0) -> Any:
         """Call a method of the actor ``name`` ("router", "decode-0") and wait for its answer; for tests and tools."""
-        return self._session.ray.get(self.processes[name].handle.call.remote(method, *arguments), timeout=60)
+        return self._session.ray.get(self.processes[name].handle.call.remote(method, *arguments), timeout=within)
 
     def inspect(self) -> dict[str, dict[str, int]]:
         """``inspect()`` of every live worker and the router, each after its ``check_integrity``."""

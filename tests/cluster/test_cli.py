@@ -13,6 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import cli, state
+from cluster.doctor import _workers_of
+from cluster.errors import ClusterError
+from cluster.findings import Known
+from messages.common import Role
 from tests.cluster.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -241,6 +245,16 @@ def test_without_a_cluster_the_next_step_is_told(baton: Baton, tmp_path: Path, a
     assert said.code == 1
     assert said.err.startswith(why)
     assert said.err.count("\n") == 1
+
+
+def test_the_doctor_is_told_of_lost_workers_too(server: Server) -> None:
+    workers = [{"worker": f"decode-{number}", "role": "decode", "alive": number > 0} for number in range(2)]
+    server.pages["/status"] = (200, {"cluster": {"workers": workers}})
+    file = runs("a", server.url)
+    assert _workers_of(file) == [Known("decode-0", Role.DECODE, False), Known("decode-1", Role.DECODE, True)]
+    server.pages["/status"] = (200, {"cluster": None})
+    with pytest.raises(ClusterError, match="does not hear its router"):
+        _workers_of(file)
 
 
 def test_of_several_clusters_one_has_to_be_named(baton: Baton) -> None:

@@ -1,18 +1,23 @@
 """Promise: what will go wrong between two workers is told before traffic, with the pair, the cause and the cure."""
 
+import io
+import queue
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RaySystemError, RayTaskError
+from rich.console import Console
 
-from cluster.doctor import blocks_of_a_test, examine, measure
-from cluster.findings import Measured, Pair, of_facts, of_measurements, pairs_of, to_measure
+from cluster.doctor import TOTAL, Examination, asking, blocks_of_a_test, examine, measure, measure_all, show
+from cluster.errors import NoAnswer
+from cluster.findings import Known, Measured, Pair, of_facts, of_measurements, pairs_of, to_measure
 from messages.common import KVRank, KVShard, KVWay, Role, WorkerAddress
 from messages.fingerprint import protocol
 from messages.ids import Address, Epoch, RequestId, WorkerId
-from runtime.core.probe import ProbeEnded
+from runtime.core.probe import NO_ROOM, ProbeEnded
 from runtime.facts import WorkerFacts
 
 SHARD = KVShard(2, 8, 16, "float32", 4, 0, 4)  # a block is 2 layers x (K, V) x 4 heads x 16 tokens x 8 x 4 bytes
@@ -105,8 +110,8 @@ def test_one_cause_is_told_once_with_all_its_pairs_and_colocated_workers_are_com
     ("problem", "cure"),
     [
         ("3 blocks are still bad or missing", "replace the memory"),
-        ("no free blocks for a probe", "less traffic"),
-        ("nothing came of it within 10 s", "firewall"),
+        ("nothing came of it within 10 s", "the way between them"),
+        ("connection refused", "at the addresses that the topology names"),
     ],
 )
 def test_a_transfer_that_failed_is_a_finding(problem: str, cure: str) -> None:
@@ -140,14 +145,29 @@ def calls_of(probe: Callable[[int], ProbeEnded], workers: list[WorkerFacts]) -> 
     """What the doctor calls; and of its probes whom, with how many blocks."""
     asked: list[tuple[str, int]] = []
 
-    def call(name: str, method: str, *arguments: Any) -> Any:
+    def call(name: str, method: str, *arguments: Any, within: float) -> Any:
+        assert within > 0
         if method == "facts":
             return next(each for each in workers if each.worker == name)
+        if method == "inspect":
+            return {}
         assert method == "probe"
         asked.append((name, arguments[1]))
         return probe(arguments[1])
 
     return call, asked
+
+
+def known(workers: list[WorkerFacts], *lost: str) -> list[Known]:
+    """What the router says of them; these are ``lost``."""
+    return [Known(each.worker, each.role, each.worker not in lost) for each in workers]
+
+
+def said(found: Examination) -> str:
+    """What the user reads."""
+    console = Console(file=io.StringIO(), width=200)
+    show(console, found)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def test_the_fastest_of_a_few_counts_and_after_a_failure_nothing_more_is_moved() -> None:
@@ -156,14 +176,14 @@ def test_the_fastest_of_a_few_counts_and_after_a_failure_nothing_more_is_moved()
     call, asked = calls_of(lambda count: probed(num_bytes=count, push=next(seconds)), [])
     measured = measure(prefill, decode, call)
     assert (measured.one_block.push_seconds, measured.many_blocks.push_seconds) == (1.0, 6.0)
-    assert asked == [("prefill-0", 1)] * 3 + [("prefill-0", 250)] * 3
+    assert asked == [("prefill-0", 1)] * 3 + [("prefill-0", 125)] * 3
     call, asked = calls_of(lambda _: probed("refused"), [])
     assert measure(prefill, decode, call).problem == "refused" and len(asked) == 1
 
 
 def test_a_test_is_small_beside_the_pools_the_context_and_the_link() -> None:
     prefill, decode = worker("prefill-0"), worker("decode-0")
-    assert blocks_of_a_test(prefill, decode) == 250  # a quarter of the pool
+    assert blocks_of_a_test(prefill, decode) == 125  # an eighth of the pool
     assert blocks_of_a_test(prefill, replace(decode, max_model_len=500)) == 31
     assert blocks_of_a_test(replace(prefill, ranks=(rank(SHARD, num_blocks=2),)), decode) == 1
     plenty = {"ranks": (rank(SHARD, num_blocks=1 << 20),), "max_model_len": 1 << 24}
@@ -173,12 +193,141 @@ def test_a_test_is_small_beside_the_pools_the_context_and_the_link() -> None:
 def test_only_pairs_that_go_together_are_measured() -> None:
     workers = [worker("prefill-0"), worker("decode-0"), worker("decode-1", **sharded((0, 4), head_dim=16))]
     call, asked = calls_of(lambda count: probed(num_bytes=count), workers)
-    found = examine([each.worker for each in workers], call)
+    found = examine(known(workers), call)
     assert [each.pair for each in found.measured] == [Pair("prefill-0", "decode-0")] and len(asked) == 6
     assert [finding.pairs for finding in found.findings] == [("prefill-0 -> decode-1",)]
     told = msgspec.json.decode(msgspec.json.encode(found.to_json()))
-    assert told["num_pairs"] == 2 and told["pairs"][0]["bytes_per_second"] == 250.0
+    assert told["num_pairs"] == 2 and told["pairs"][0]["bytes_per_second"] == 125.0
     assert told["findings"][0].keys() == {"pairs", "cause", "cure"}
+
+
+def test_no_room_now_is_no_fault_and_shrinks_the_test_to_what_there_is() -> None:
+    workers = [worker("prefill-0"), worker("decode-0")]
+    call, asked = calls_of(lambda count: probed(f"decode-0: {NO_ROOM}" if count > 10 else "", count), workers)
+    found = examine(known(workers), call)
+    assert [count for _, count in asked] == [1, 1, 1, 125, 31, 7, 7, 7]
+    assert not found.findings and found.measured[0].many_blocks.num_bytes == 7 and "OK" in said(found)
+    call, asked = calls_of(lambda _: probed(f"decode-0: {NO_ROOM}"), workers)
+    found = examine(known(workers), call)
+    assert not found.findings and len(asked) == 1
+    assert f"not measured: decode-0: {NO_ROOM}" in said(found) and "0 of 1 pairs" in said(found)
+    assert "OK" not in said(found) and found.to_json()["pairs"][0]["not_measured"] == f"decode-0: {NO_ROOM}"
+    rounds = iter(["", f"decode-0: {NO_ROOM}", "", ""])
+    call, asked = calls_of(lambda _: probed(next(rounds, "")), workers)
+    assert not examine(known(workers), call).measured[0].problem, "one that arrived is enough"
+
+
+def test_each_lost_worker_is_found_and_each_role_that_nobody_is_left_for() -> None:
+    workers = [worker("prefill-0"), worker("decode-0"), worker("decode-1")]
+    call, _ = calls_of(lambda count: probed(num_bytes=count), workers)
+    found = examine(known(workers, "decode-0"), call)
+    assert [finding.pairs for finding in found.findings] == [("decode-0",)]
+    assert "the router hears nothing of it" in found.findings[0].cause and "its log" in found.findings[0].cure
+    assert [each.pair for each in found.measured] == [Pair("prefill-0", "decode-1")] and "OK" not in said(found)
+    found = examine(known(workers, "decode-0", "decode-1"), call)
+    assert [finding.pairs for finding in found.findings] == [("decode-0",), ("decode-1",), ("decode",)]
+    assert "no worker of this role is alive" in found.findings[-1].cause and "OK" not in said(found)
+    assert [finding.pairs for finding in examine([], call).findings] == [("prefill",), ("decode",)]
+
+
+def test_a_colocated_cluster_needs_no_other_role_but_some_worker() -> None:
+    workers = [worker("colocated-0"), worker("colocated-1")]
+    call, _ = calls_of(lambda _: probed(), workers)
+    found = examine(known(workers), call)
+    assert not found.findings and "OK" in said(found) and "nothing to measure" in said(found)
+    found = examine(known(workers, "colocated-0", "colocated-1"), call)
+    assert [finding.pairs for finding in found.findings] == [("colocated-0",), ("colocated-1",), ("colocated",)]
+
+
+def silent_at(*calls: tuple[str, str]) -> tuple[Any, list[tuple[str, str]]]:
+    """What the doctor calls, where these (worker, method) get no answer; and what it has asked."""
+    asked: list[tuple[str, str]] = []
+
+    def call(name: str, method: str, *arguments: Any, within: float) -> Any:
+        asked.append((name, method))
+        if (name, method) in calls:
+            raise NoAnswer("no answer", "wake it")
+        if method == "probe":
+            decode: WorkerAddress = arguments[0]
+            lost = (decode.worker, "inspect") in calls
+            return probed("nothing came of it within 10 s" if lost else "", num_bytes=arguments[1])
+        return worker(name) if method == "facts" else {}
+
+    return call, asked
+
+
+def named(*names: str) -> list[Known]:
+    return [Known(name, Role(name.rpartition("-")[0])) for name in names]
+
+
+FOUR = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+
+
+def test_a_worker_that_says_nothing_keeps_no_other_from_being_examined() -> None:
+    call, _ = silent_at(("decode-0", "facts"))
+    noted: list[tuple[str, str]] = []
+    found = examine(named(*FOUR), call, lambda who, what: noted.append((who, what)))
+    assert ("workers", "asking 4") in noted and ("pairs", "prefill-1 -> decode-1, 2 of 2") in noted
+    assert [(each.pairs, each.cause, each.cure) for each in found.findings] == [
+        (("decode-0",), "no answer", "wake it"),
+    ]
+    assert [each.pair.decode for each in found.measured if each.bytes_per_second] == ["decode-1"] * 2
+
+
+def test_a_worker_that_falls_silent_while_it_is_measured_is_not_asked_again() -> None:
+    call, asked = silent_at(("prefill-0", "probe"))
+    found = examine(named(*FOUR), call)
+    (lost,) = found.findings
+    assert lost.pairs == ("prefill-0 -> decode-0", "prefill-0 -> decode-1")
+    assert "prefill-0: no answer" in lost.cause and lost.cure == "wake it"
+    assert asked.count(("prefill-0", "probe")) == 1
+    assert [each.pair.prefill for each in found.measured if each.bytes_per_second] == ["prefill-1"] * 2
+
+
+def test_a_receiver_that_falls_silent_is_told_from_a_way_that_is_cut() -> None:
+    call, asked = silent_at(("decode-1", "inspect"))
+    found = examine(named(*FOUR), call)
+    (lost,) = found.findings
+    assert lost.pairs == ("prefill-0 -> decode-1", "prefill-1 -> decode-1")
+    assert "decode-1: no answer" in lost.cause and lost.cure == "wake it"
+    assert asked.count(("decode-1", "inspect")) == 1
+    assert [each.pair.decode for each in found.measured if each.bytes_per_second] == ["decode-0"] * 2
+
+
+def test_an_examination_ends() -> None:
+    workers = [worker(f"{role}-{number}") for role in ("prefill", "decode") for number in range(3)]
+    now = iter(range(0, 1000, int(TOTAL) // 2))
+    call, asked = calls_of(lambda count: probed(num_bytes=count), workers)
+    measured = measure_all(pairs_of(workers), call, clock=lambda: float(next(now)))
+    assert len(measured) == 9 and len(asked) == 2 * 6
+    assert [each.not_measured for each in measured] == [""] * 2 + ["no time was left for it"] * 7
+
+
+def failed_with(cause: Exception) -> Exception:
+    error: Exception = RayTaskError("facts", "its traceback", cause).as_instanceof_cause()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "cause", "cure"),
+    [
+        (lambda: GetTimeoutError("Get timed out"), "no answer within 3 s", "kill -CONT"),
+        (lambda: ActorDiedError(), "its process is gone", "the log"),
+        (lambda: ActorUnavailableError("cut", None), "its process is gone", "the log"),
+        (lambda: ValueError("Failed to look up actor with name 'decode-0'"), "its process is gone", "the log"),
+        (lambda: RaySystemError("no raylet\nand more"), "Ray does not reach it: RaySystemError", "the log"),
+        (lambda: failed_with(TimeoutError("the step loop does not answer")), "the step loop does not", "kill -CONT"),
+        (lambda: failed_with(ValueError("odd\nand more")), "it fails at 'facts': ValueError: odd", "the log"),
+        (lambda: failed_with(queue.Empty()), "it fails at 'facts': Empty", "the log"),
+    ],
+)
+def test_what_ray_raises_of_a_worker_is_told_in_a_line(raised: Callable[[], Exception], cause: str, cure: str) -> None:
+    def call(name: str, method: str, *, within: float) -> Any:
+        raise raised()
+
+    with pytest.raises(NoAnswer) as error:
+        asking(call)("decode-0", "facts", within=3.0)
+    assert cause in error.value.cause and cure in error.value.cure and "\n" not in str(error.value)
 
 
 def test_the_protocol_has_a_name_that_every_process_finds_alike() -> None:

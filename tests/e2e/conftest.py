@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster import state
-from cluster.doctor import examine
+from cluster.doctor import examine_started
 from cluster.launch import Cluster
 from cluster.topology import Topology
 from cluster.validate import check
@@ -95,8 +95,7 @@ def launch(kind: str, tests: Connection) -> None:
 
 
 def examined(cluster: Cluster) -> dict[str, Any]:
-    workers = sorted({process.worker for process in cluster.processes.values() if process.worker})
-    return examine(workers, cluster.call).to_json()
+    return examine_started(cluster).to_json()
 
 
 @pytest.fixture(scope="package")
