@@ -1,8 +1,10 @@
 """`baton trace`: one request's life, as a file for Perfetto and as a table."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -16,6 +18,7 @@ from cluster.plan import size
 COMPLETE_WITHIN = 3.0
 """Seconds after a request's end in which its workers' timelines come; one may be lost."""
 POLL = 0.05
+_ID = re.compile(r"(?:cmpl-|chatcmpl-)?([0-9A-Za-z_-]{1,100})")
 
 
 def trace(
@@ -25,7 +28,10 @@ def trace(
     if request is None:
         assert prompt is not None, "nothing to trace"
         request = ask(url, prompt, max_tokens)
-    found = fetch(url, request.removeprefix("cmpl-").removeprefix("chatcmpl-"))
+    name = _ID.fullmatch(request)
+    if name is None:
+        raise ClusterError(f"{request[:100]!r} is no request: take the x-request-id of an answer, or its id")
+    found = fetch(url, name[1])
     if output is not None:
         try:
             output.write_bytes(msgspec.json.encode(found))
@@ -53,7 +59,7 @@ def fetch(url: str, request: str) -> dict[str, Any]:
     """The trace, complete if it can be had."""
     deadline = time.monotonic() + COMPLETE_WITHIN
     while True:
-        found: dict[str, Any] = get(url, f"/traces/{request}")
+        found: dict[str, Any] = get(url, f"/traces/{quote(request, safe='')}")
         if found["otherData"]["complete"] or time.monotonic() > deadline:
             return found
         time.sleep(POLL)

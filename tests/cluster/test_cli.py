@@ -247,6 +247,13 @@ def test_without_a_cluster_the_next_step_is_told(baton: Baton, tmp_path: Path, a
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("request_id", ["../status", "a/b", "a?b", "", "x" * 101])
+def test_what_is_no_request_is_not_asked_for(baton: Baton, server: Server, request_id: str) -> None:
+    said = baton("trace", request_id, "--url", server.url)
+    assert said.code == 1 and said.err.count("\n") == 1
+    assert "is no request: take the x-request-id of an answer" in said.err
+
+
 def test_the_doctor_is_told_of_lost_workers_too(server: Server) -> None:
     workers = [{"worker": f"decode-{number}", "role": "decode", "alive": number > 0} for number in range(2)]
     server.pages["/status"] = (200, {"cluster": {"workers": workers}})
