@@ -9,10 +9,12 @@ import pytest
 
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
+from kv_transfer.core.events import TransferKey
 from kv_transfer.core.receiving import ReceiveSession, ReceiveState
 from kv_transfer.core.sending import SendSession, SendState
 from kv_transfer.core.session import Digested, Outcome, TakeDigests
 from kv_transfer.transports.copying import Landings
+from prefill_worker.core.handoff import Handoffs
 from runtime.core.fences import Fences
 from tests.ownership.test_property import run
 from tests.ownership.world import Faults
@@ -102,6 +104,18 @@ def hash_what_is_not_there(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ReceiveSession, "handle", believe)
 
 
+def leave_a_prompt_to_decode_that_is_being_pushed(patch: pytest.MonkeyPatch) -> None:
+    leave = Handoffs.leave_to_decode
+
+    def always(handoffs: Handoffs, key: TransferKey, now: float) -> Any:
+        session = handoffs._open[key].session
+        if session.state is SendState.PUSHING:
+            session.state = SendState.OPENING
+        return leave(handoffs, key, now)
+
+    patch.setattr(Handoffs, "leave_to_decode", always)
+
+
 class Bug(NamedTuple):
     caught_by: str
     """What the invariant that it breaks says."""
@@ -128,6 +142,9 @@ BUGS: dict[Patch, Bug] = {
     verify_while_data_may_land: Bug(
         WRITABLE + "'LANDED'", Faults(loss=0.3, corrupt=0.5, reorder=True), one_sided=False
     ),
+    leave_a_prompt_to_decode_that_is_being_pushed: Bug(
+        WRITABLE + "'FREE'", Faults(reorder=True, offers=True), one_sided=True
+    ),
 }
 
 
@@ -140,4 +157,5 @@ def test_a_seeded_bug_is_caught_by_the_invariant_that_it_breaks(bug: Patch, monk
         for seed in range(SCHEDULES):
             rng = Random(seed)
             one_sided = rng.random() < 0.5 if wanted.one_sided is None else wanted.one_sided
-            run(seed, rng.randint(20, 80), wanted.faults, one_sided, wanted.prefill_ranks, 1)
+            schedule = [rng.getrandbits(32) for _ in range(rng.randint(20, 80))]
+            run(seed, schedule, wanted.faults, one_sided, wanted.prefill_ranks, 1)

@@ -37,6 +37,7 @@ from messages.ids import Address, Epoch, WorkerId
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import ForgetPeer, Send
+from runtime.core.disaggregation import Disaggregation, Policy
 from runtime.kv_port import LaneHasher
 
 if TYPE_CHECKING:
@@ -235,6 +236,7 @@ class Worker:
         self.layer = 0
         """Of the step that runs: the next one."""
         self.machine: Any
+        rule = Disaggregation(policy=Policy.NEVER if world.faults.offers else Policy.ALWAYS)
         timeouts, size = TransferTimeouts(), {"max_num_seqs": 4, "max_model_len": 64, "vocab_size": VOCABULARY}
         if self.sends:
             settings = PrefillSettings(address=self.address, router=ROUTER, cluster_key=KEY, **size)
@@ -244,7 +246,8 @@ class Worker:
             self.reservations = Reservations(mailbox, own, self.blocks, timeouts=timeouts)
             self.machine = DecodeMachine(
                 DecodeSettings(
-                    address=self.address, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=1, **size
+                    address=self.address, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=1,
+                    disaggregation=rule, **size,
                 ),
                 scheduler, self.blocks, self.reservations,
             )  # fmt: skip

@@ -38,6 +38,8 @@ class Faults(NamedTuple):
     aborts: bool = False
     silence: bool = False
     step: bool = False
+    offers: bool = False
+    """No fault: decode offers to compute every prompt itself."""
 
 
 @dataclass(slots=True)
@@ -204,9 +206,11 @@ class World:
 
     # What happens
 
-    def happen(self) -> None:
-        """One of all the things that can."""
-        rng, chance = self.rng, self.rng.random()
+    def happen(self, number: int) -> None:
+        """One of all the things that can: which, ``number`` says."""
+        rng = self.rng
+        rng.seed(number)  # so one that is left out of a schedule leaves the others what they were
+        chance = rng.random()
         if chance < 0.03 and len(self.requests) < 3:
             self.ask()
         elif chance < 0.06:
@@ -281,7 +285,7 @@ class World:
 
     def settle(self) -> None:
         """No more faults: everything ends, everyone is answered, and nothing is held."""
-        self.faults = Faults(reorder=self.faults.reorder)
+        self.faults = Faults(reorder=self.faults.reorder, offers=self.faults.offers)
         for _ in range(4000):
             busy = False
             for worker in self.workers.values():
