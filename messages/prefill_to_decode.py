@@ -21,7 +21,7 @@ from messages.common import (
     WorkerAddress,
 )
 from messages.common import PackedBlocks as PackedDigests
-from messages.ids import Address
+from messages.ids import Address, Epoch
 
 
 class FirstToken(Part, frozen=True):
@@ -79,6 +79,8 @@ class TransferClosed(AttemptMessage, frozen=True):
     """The sender will write no more for this attempt (and all older ones), whoever ended it."""
 
     reason: Detail
+    epoch: Epoch
+    """The sender's: another process at the same mailbox can say nothing of what this one's ranks may still write."""
 
 
 class TailYielded(AttemptMessage, frozen=True):

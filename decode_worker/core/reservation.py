@@ -290,7 +290,10 @@ class Reservations:
         else:
             key = TransferKey(event.request, event.attempt)
         if key in self._open:
-            return self._steps(key, self._open[key].session.handle(event, now), now, _reason(event))
+            reservation = self._open[key]
+            if isinstance(event, TransferClosed) and event.epoch != reservation.order.prefill.epoch:
+                return []
+            return self._steps(key, reservation.session.handle(event, now), now, _reason(event))
         match event:
             case TransferClosed():
                 self._forget_waiting(event.request, event.attempt)
@@ -311,7 +314,8 @@ class Reservations:
             return [acked]
         order, reason = reservation.order, reservation.offered
         wanted = reservation.session.state in (ReceiveState.PROMISED, ReceiveState.LANDING)
-        closed = TransferClosed(request=key.request, attempt=key.attempt, reason="left to decode")
+        epoch = order.prefill.epoch
+        closed = TransferClosed(request=key.request, attempt=key.attempt, reason="left to decode", epoch=epoch)
         steps = [acked, *self._steps(key, reservation.session.handle(closed, now), now, AbortReason.YIELDED)]
         return [*steps, TailTaken(order, reason)] if wanted and reason is not None else steps
 

@@ -279,7 +279,8 @@ class SendSession:
         return self.give_up(event.detail or "decode cancelled the transfer", Outcome.FAILED)
 
     def _closed_message(self, detail: str) -> TransferClosed:
-        return TransferClosed(request=self.key.request, attempt=self.key.attempt, reason=detail[:2000])
+        epoch = self._open_message.prefill.epoch
+        return TransferClosed(request=self.key.request, attempt=self.key.attempt, reason=detail[:2000], epoch=epoch)
 
     def _close(self, outcome: Outcome, detail: str, *, retryable: bool = True) -> list[Action]:
         told = self.state is not SendState.IDLE and outcome not in (Outcome.DONE, Outcome.REFUSED)

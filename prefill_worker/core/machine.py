@@ -163,7 +163,8 @@ class PrefillMachine:
                 self.forged += 1
                 return []
             case CancelTransfer() if TransferKey(event.request, event.attempt) not in self._handoffs:
-                closed = TransferClosed(request=event.request, attempt=event.attempt, reason="nothing is being sent")
+                reason, epoch = "nothing is being sent", self._settings.address.epoch
+                closed = TransferClosed(request=event.request, attempt=event.attempt, reason=reason, epoch=epoch)
                 return [Send(event.mailbox, closed)]
             case TailOffered():
                 return self._tail_offered(event, now)

@@ -243,7 +243,7 @@ def test_blocks_stay_in_quarantine_until_the_sender_confirms_or_is_gone(release:
     assert [type(action) for action in receiver.tick(10.0)] == [CancelTransfer, LookForWriters]
     match release:
         case "confirmed":
-            end = receiver.handle(TransferClosed(KEY.request, KEY.attempt, "stopped"), 11.0)
+            end = receiver.handle(TransferClosed(KEY.request, KEY.attempt, "stopped", Epoch(1)), 11.0)
         case "dead":
             assert [type(action) for action in receiver.peer_lost(dead=True, now=11.0)] == [
                 CloseLanding,

@@ -141,9 +141,9 @@ def test_a_repaired_push_is_a_second_one() -> None:
     ("end", "name"),
     [
         (TransferRefused(*key(), True, "full"), "refused"),
-        (TransferClosed(*key(), "given up"), "closed by prefill"),
+        (TransferClosed(*key(), "given up", Epoch(1)), "closed by prefill"),
         (Abort(*key(attempt=2)), "aborted by the gateway"),
-        (Send(DECODE, TransferClosed(*key(), "given up")), "closed"),
+        (Send(DECODE, TransferClosed(*key(), "given up", Epoch(1))), "closed"),
         (tokens(FinishReason.LENGTH), "last token leaves"),
         (Send(GATEWAY, AttemptFailed(*key(), WorkerId("w"), FailReason.ENGINE, "")), "attempt failed"),
     ],

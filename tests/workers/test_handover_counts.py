@@ -134,7 +134,7 @@ def still_bad(reservations: Reservations) -> None:
     [
         (lambda r: r.give_up(REQUEST, ATTEMPT, "aborted", 3.0), "withdrawn", 0),
         (lambda r: r.give_up_all("stopping", 3.0), "withdrawn", 0),
-        (lambda r: r.handle(TransferClosed(REQUEST, ATTEMPT, "given up"), 3.0), "peer", 0),
+        (lambda r: r.handle(TransferClosed(REQUEST, ATTEMPT, "given up", PREFILL.epoch), 3.0), "peer", 0),
         (lambda r: r.peer_lost(PREFILL.worker, PREFILL.epoch, dead=False, now=3.0), "peer_lost", 0),
         (lambda r: r.tick(1.0 + TIMEOUTS.lease), "timeout", 0),
         (still_bad, "integrity", 2),

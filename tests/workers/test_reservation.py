@@ -61,7 +61,10 @@ def test_the_blocks_of_a_silent_writer_are_free_when_it_has_surely_ended(how: st
     assert pool.counts().held == reservations.blocks_held == 3
     match how:
         case "the writer says so":
-            reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped"), 6.0)
+            another = TransferClosed(order(1).request, Attempt(1), "nothing is being sent", Epoch(PREFILL.epoch + 1))
+            assert reservations.handle(another, 6.0) == []  # a process that has taken its place knows nothing of it
+            assert pool.counts().held == 3
+            reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped", PREFILL.epoch), 6.0)
         case "its supervisor says so, and no process of it is left":
             (_, look) = reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=6.0)
             assert look == LookForWriters(KEY, endpoints(KV, "shm")), "another rank of it may still write"
@@ -122,7 +125,7 @@ def test_those_that_wait_get_their_blocks_in_turn_a_newer_attempt_at_the_end_of_
         (blocks,) = (step for step in admit(reservations, pool) if isinstance(step, OpenLanding))
         admitted.append(blocks.key)
         reservations.give_up(*blocks.key, "next", 0.0)
-        reservations.handle(TransferClosed(*blocks.key, "stopped"), 0.0)
+        reservations.handle(TransferClosed(*blocks.key, "stopped", PREFILL.epoch), 0.0)
     assert admitted == [(order(number).request, attempt) for number, attempt in ((2, 1), (3, 1), (1, 2))]
     assert pool.counts().held == 0
 
@@ -134,7 +137,7 @@ def test_who_waits_is_refused_when_its_time_is_up_and_forgotten_when_it_is_lost(
     limit = TransferTimeouts().open
     assert reservations.wake_at == limit
     assert [type(step.message) for step in reservations.tick(limit) if isinstance(step, Send)] == [TransferRefused]
-    reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped"), limit)
+    reservations.handle(TransferClosed(order(1).request, Attempt(1), "stopped", PREFILL.epoch), limit)
     assert reservations.num_waiting == 1
     reservations.peer_lost(PREFILL.worker, PREFILL.epoch, dead=True, now=limit)
     assert reservations.num_waiting == 0 and reservations.wake_at == float("inf")
