@@ -15,9 +15,9 @@ The connection is what makes a group safe to wait for: a peer that dies closes i
 a link anew. Threads of other peers notice nothing of it.
 """
 
-import select
 import socket
 import threading
+import time
 from collections import Counter, deque
 from typing import Any
 
@@ -51,14 +51,25 @@ from kv_transfer.transports.copying import (
     lanes_out_of,
 )
 from kv_transfer.transports.records import LaneCopy, unpack
-from kv_transfer.transports.torch_group import Buffer, Group, check_backend, receive_frame, send_frame
-from kv_transfer.transports.torch_link import MESSAGE_BYTES, STALLED_AFTER, Link, hang_up
+from kv_transfer.transports.torch_group import (
+    Buffer,
+    Group,
+    check_backend,
+    hang_up,
+    prepare,
+    readable,
+    receive_frame,
+    send_frame,
+)
+from kv_transfer.transports.torch_link import MESSAGE_BYTES, STALLED_AFTER, Link
 from messages.codec import BadMessage
 from messages.common import KVEndpoint, KVShard
 
 POSTED = 2
 """Buffers that a receiver has ready for one peer."""
-MAX_PEERS = 512
+MAX_PEERS = 128
+"""Of one receiver. Over gloo each takes 6 file descriptors, 3 threads and ``POSTED`` buffers; most systems give a
+process 1024 file descriptors."""
 _CPU = torch.device("cpu")
 
 
@@ -239,23 +250,25 @@ class TorchDistributedReceiver:
                 except OSError:  # hung up, or no file descriptor is left
                     if self._stopped:
                         return
-                    select.select([], [], [], 0.1)
+                    time.sleep(0.1)  # nothing tells when there is one again
                     continue
                 thread = threading.Thread(target=self._serve, args=(connection,), name="kv-nccl-receive", daemon=True)
                 with self._lock:
                     if self._stopped or len(self._connections) == MAX_PEERS:
                         connection.close()
                         continue
+                    try:
+                        thread.start()
+                    except RuntimeError:  # no thread is left; its sender sees the connection close
+                        connection.close()
+                        continue
                     self._connections[connection] = thread
-                thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         """One sender, until it hangs up, falls silent in the middle of a push, or talks nonsense."""
         group = None
         try:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(self._stalled_after)
+            prepare(connection)
             group = Group(1, connection, self._host, self._device, self._stalled_after)
             self._receive(connection, group)
         except BadMessage:
@@ -273,10 +286,8 @@ class TorchDistributedReceiver:
         free: list[Buffer] = []
         posted: deque[tuple[DataHeader, Buffer, Any]] = deque()
         while True:
-            if len(posted) < POSTED and (not posted or select.select([connection], [], [], 0)[0]):
-                if not posted:
-                    select.select([connection], [], [])  # a sender may have nothing to say for long
-                header = receive_frame(connection, decode_header)
+            if len(posted) < POSTED and readable(connection, wait=not posted):  # a sender may say nothing for long
+                header = receive_frame(connection, decode_header, time.monotonic() + self._stalled_after)
                 size = self._size(header)
                 fits = [buffer for buffer in free if len(buffer.host) >= size]
                 if fits:
@@ -288,7 +299,7 @@ class TorchDistributedReceiver:
             group.finish(work, self._stalled_after)
             self._take(header, buffer.to_host(self._size(header)))
             free.append(buffer)
-            send_frame(connection, Taken(header.number))
+            send_frame(connection, Taken(header.number), time.monotonic() + self._stalled_after)
 
     def _size(self, header: DataHeader) -> int:
         """Bytes that come behind ``header``; raises ``BadMessage`` if they cannot be what this pool stores."""

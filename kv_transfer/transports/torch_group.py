@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -16,8 +17,12 @@ from kv_transfer.transports.base import Pool
 from messages.codec import BadMessage, Decode, encode
 
 MAX_FRAME = 4096
+MAX_MET_FRAMES, MAX_MET_BYTES = 64, 64 << 10
+"""That one end may say in a meeting: gloo says 170 bytes in one frame, NCCL has an id of 128 to tell."""
 CONNECT_TRIES = 5
 """That gloo makes, each as long as its timeout, however sure it is that nobody is there."""
+_GONE_AFTER = 30
+"""Seconds until a connection goes whose other host has lost power, or the way to it."""
 
 
 def check_backend(device: torch.device) -> None:
@@ -54,24 +59,26 @@ class _Meeting(dist.Store):  # type: ignore[name-defined,misc]
     whoever can connect.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, within: float) -> None:
         super().__init__()
         self._connection = connection
+        self._deadline = time.monotonic() + within
         self._values: dict[str, bytes] = {}
+        self._num_heard, self._bytes_heard = 0, 0
         self.error: Exception | None = None
         """What went wrong with the connection, which torch tells in words of its own."""
 
     def set(self, key: str, value: Any) -> None:
         self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
         with self._noting():
-            send_frame(self._connection, Meet(key, self._values[key]))
+            send_frame(self._connection, Meet(key, self._values[key]), self._deadline)
 
     def get(self, key: str) -> bytes:
         self.wait([key])
         return self._values[key]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """As long as the connection is set to wait."""
+        """Until the deadline of the meeting, whatever torch would give a key."""
         with self._noting():
             while not self.check(keys):
                 self._hear()
@@ -86,7 +93,11 @@ class _Meeting(dist.Store):  # type: ignore[name-defined,misc]
         self.wait([""])
 
     def _hear(self) -> None:
-        meet = receive_frame(self._connection, decode_meet)
+        meet = receive_frame(self._connection, decode_meet, self._deadline)
+        self._num_heard += 1
+        self._bytes_heard += len(meet.key) + len(meet.value)
+        if self._num_heard > MAX_MET_FRAMES or self._bytes_heard > MAX_MET_BYTES:
+            raise BadMessage(f"{self._num_heard} frames of {self._bytes_heard} bytes in a meeting")
         self._values[meet.key] = meet.value
 
     @contextlib.contextmanager
@@ -102,11 +113,12 @@ class Group:
     """Two ranks: 0 sends, 1 receives. Raises ``RuntimeError`` when the other is lost."""
 
     def __init__(self, rank: int, connection: socket.socket, host: str, device: torch.device, within: float) -> None:
-        """Meet the other rank over ``connection``, whose errors come as they are."""
+        """Meet the other rank over ``connection``, whose errors come as they are; nothing is left of a meeting that
+        fails."""
         self._within = within
         self._device = device
         self._group: Any = None
-        store = _Meeting(connection)
+        store = _Meeting(connection, within)
         try:
             self._make(rank, store, host)
             # The first message is what makes NCCL connect.
@@ -118,12 +130,17 @@ class Group:
             if store.error is not None and store.error is not error:
                 raise store.error from error
             raise
+        finally:
+            store.error = None  # its traceback holds the store, and with it gloo's threads and files, until a full gc
 
     def _make(self, rank: int, store: Any, host: str) -> None:
         timeout = timedelta(seconds=self._within / CONNECT_TRIES)
         if self._device.type == "cpu":
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
+            options._threads = 1  # for collectives, of which there are none
+            # A device for each group: gloo's listener keeps what waits for a connection that did not come in time, so
+            # a device that outlives its group calls into freed memory when it comes after all (torch 2.13).
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
             self._group = dist.ProcessGroupGloo(store, rank, 2, options)
         else:
@@ -145,8 +162,9 @@ class Group:
         work.wait(timedelta(seconds=within))
         if self._device.type == "cpu":
             return
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        with torch.cuda.device(self._device):  # else of the device that is this thread's, where nothing is under way
+            done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
         deadline = time.monotonic() + within
         while not done.query():
             if time.monotonic() > deadline:
@@ -160,24 +178,59 @@ class Group:
             group.abort()
 
 
-def send_frame(connection: socket.socket, message: Any) -> None:
+def prepare(connection: socket.socket) -> None:
+    """Send small frames at once, and notice a host that is gone within ``_GONE_AFTER`` seconds."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _GONE_AFTER // 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _GONE_AFTER // 6)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _GONE_AFTER * 1000)  # of what is sent
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Wake whoever reads from it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def readable(connection: socket.socket, *, wait: bool) -> bool:
+    """Whether there is something to read, or the end; ``wait`` until there is."""
+    poll = select.poll()  # select takes no file descriptor beyond 1023
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(None if wait else 0))
+
+
+def send_frame(connection: socket.socket, message: Any, deadline: float) -> None:
+    """Raises ``TimeoutError`` when it has not gone by ``deadline``, of the monotonic clock."""
     body = encode(message)
+    _wait_until(connection, deadline)
     connection.sendall(len(body).to_bytes(4, "little") + body)
 
 
-def receive_frame(connection: socket.socket, decode: Decode) -> Any:
-    """Raises ``ConnectionError`` at the end, ``BadMessage``, and ``TimeoutError`` as the connection is set."""
-    size = int.from_bytes(_receive_bytes(connection, 4), "little")
+def receive_frame(connection: socket.socket, decode: Decode, deadline: float) -> Any:
+    """Raises ``ConnectionError`` at the end, ``BadMessage``, and ``TimeoutError`` when the whole frame has not come by
+    ``deadline``, of the monotonic clock."""
+    size = int.from_bytes(_receive_bytes(connection, 4, deadline), "little")
     if size > MAX_FRAME:
         raise BadMessage(f"a frame of {size} bytes")
-    return decode(_receive_bytes(connection, size))
+    return decode(_receive_bytes(connection, size, deadline))
 
 
-def _receive_bytes(connection: socket.socket, size: int) -> bytes:
+def _receive_bytes(connection: socket.socket, size: int, deadline: float) -> bytes:
     got = b""
     while len(got) < size:
+        _wait_until(connection, deadline)
         part = connection.recv(size - len(got))
         if not part:
             raise ConnectionError("the peer has closed the connection")
         got += part
     return got
+
+
+def _wait_until(connection: socket.socket, deadline: float) -> None:
+    """For the next call alone; ``recv`` would begin anew with each byte."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    connection.settimeout(left)

@@ -1,9 +1,9 @@
 """A sender's way to one peer of the ``nccl`` transport; see ``torch_distributed``."""
 
-import contextlib
 import re
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from kv_transfer.core.lanes import Layers
 from kv_transfer.transports.base import TransferKey, TransportError
 from kv_transfer.transports.copying import Call, Job, blocks_in, next_job
 from kv_transfer.transports.records import LaneCopy
-from kv_transfer.transports.torch_group import Buffer, Group, receive_frame, send_frame
+from kv_transfer.transports.torch_group import Buffer, Group, hang_up, prepare, receive_frame, send_frame
 from messages.codec import BadMessage
 
 MESSAGE_BYTES = 4 << 20
@@ -27,12 +27,6 @@ STALLED_AFTER = 5.0
 _ADDRESS = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
 _ERRORS = (OSError, RuntimeError, BadMessage, TransportError)
 """Of a link: torch.distributed's are RuntimeErrors."""
-
-
-def hang_up(connection: socket.socket) -> None:
-    """Wake whoever reads from it."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Sent(NamedTuple):
@@ -64,7 +58,7 @@ class Link:
         ended: Callable[["Link", str], None],
     ) -> None:
         """``moved`` when the peer has taken a buffer, with the push that is complete with it; ``ended`` at last, and
-        why. Both are posted."""
+        why. Both are posted. Raises ``TransportError`` where no thread can be had."""
         match = _ADDRESS.fullmatch(address)
         if match is None:
             raise TransportError(f"{address!r} is no address of an nccl receiver")
@@ -81,7 +75,10 @@ class Link:
         self._number = 0
         self._connection: socket.socket | None = None
         self.thread = threading.Thread(target=self._run, name="kv-nccl-link", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            raise TransportError(f"cannot send to {address}: {error}") from error
 
     def add(self, job: Job, lane: LaneCopy) -> None:
         with self._changed:
@@ -117,7 +114,7 @@ class Link:
             with socket.create_connection(self._to, self._stalled_after) as connection:
                 with self._changed:
                     self._connection = connection
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                prepare(connection)
                 group = Group(0, connection, connection.getsockname()[0], self._device, self._stalled_after)
                 while self._turn(connection, group):
                     pass
@@ -138,10 +135,13 @@ class Link:
     def _turn(self, connection: socket.socket, group: Group) -> bool:
         """Send the next buffer, or hear of one; False when it is time to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._under_way or self._ready() is not None)
+            # Asked once a look: a step may fail, and its push be ready no more, between two answers.
+            job = self._ready()
+            while job is None and not self._under_way and not self._stopped:
+                self._changed.wait()
+                job = self._ready()
             if self._stopped:
                 return False
-            job = self._ready() if len(self._under_way) < WINDOW else None
             if job is not None:
                 lane, sent = self._next(job)
         if job is None:
@@ -154,12 +154,14 @@ class Link:
             first_layer=layers.first, num_layers=layers.end - layers.first,
             first_head=lane.heads.first, num_heads=lane.heads.num,
         )  # fmt: skip
-        send_frame(connection, header)
+        send_frame(connection, header, time.monotonic() + self._stalled_after)
         self._works.append(group.send(sent.buffer.to_wire(sent.size)))
         return True
 
     def _ready(self) -> Job | None:
-        """A push that can go on. One whose step has failed is about to be dropped."""
+        """A push that can go on now. One whose step has failed is about to be dropped."""
+        if len(self._under_way) == WINDOW:
+            return None
         job = next_job(self._jobs)
         return None if job is None or job.failed else job
 
@@ -183,7 +185,7 @@ class Link:
         return lane, sent
 
     def _hear(self, connection: socket.socket, group: Group) -> None:
-        taken = receive_frame(connection, decode_taken)
+        taken = receive_frame(connection, decode_taken, time.monotonic() + self._stalled_after)
         sent = self._under_way[0]
         if taken.number != sent.number:
             raise TransportError(f"it has taken {taken.number} where {sent.number} was to come")
