@@ -41,7 +41,7 @@ def alone(tiny_llama: Path) -> list[list[int]]:
         relay.stop()
 
 
-@pytest.mark.parametrize("transport", ["inproc", "shm", "zmq"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "nccl", "zmq"])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (1, 2), (2, 2)], ids="{0[0]}-{0[1]}".format)
 def test_chunks_that_leave_live_give_the_tokens_of_one_worker(
     tiny_llama: Path, alone: list[list[int]], transport: str, ranks: tuple[int, int]
@@ -63,7 +63,7 @@ def test_chunks_that_leave_live_give_the_tokens_of_one_worker(
         relay.stop()
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize("transport", ["shm", "nccl", "zmq"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
 def test_layers_are_converted_on_their_way_as_whole_blocks_are(
     tiny_llama: Path, transport: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +86,7 @@ def test_layers_are_converted_on_their_way_as_whole_blocks_are(
     assert answers[0] == answers[1] and live == [True, False]
 
 
-@pytest.mark.parametrize("transport", ["shm", "zmq"])
+@pytest.mark.parametrize("transport", ["shm", "nccl", "zmq"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_that_breaks_off_between_two_layers_fails_its_attempt_alone(
     tiny_llama: Path, alone: list[list[int]], transport: str, rank: int, monkeypatch: pytest.MonkeyPatch
