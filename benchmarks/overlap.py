@@ -66,6 +66,7 @@ def work(config: WorkerConfig, pipe: Connection) -> None:
             worker._loop.ask(lambda machine: pipe.send(machine.traces[-1] if machine.traces else None))  # type: ignore
         else:
             live = asked
+            pipe.send("so be it")
     worker.stop()
 
 
@@ -97,6 +98,7 @@ class Pair:
     def request(self, tokens: int, rng: random.Random, *, live: bool) -> tuple[list[float], TransferTrace]:
         """Times at which tokens came, the first at 0, and the prefill worker's trace."""
         self._pipes[Role.PREFILL].send(live)
+        self._pipes[Role.PREFILL].recv()  # else the first step of the prompt could be planned before
         request, attempt = RequestId(f"{rng.getrandbits(128):032x}"), Attempt(1)
         prefill, decode = (self._addresses[role] for role in (Role.PREFILL, Role.DECODE))
         generation = Generation(pack_tokens([rng.randrange(1000, 40_000) for _ in range(tokens)]), PARAMS)

@@ -32,7 +32,8 @@ class StepLayers:
     def listen(self, wake: Callable[[], None]) -> None:
         """Have ``wake`` called, in the thread that runs the step, whenever there is more to see. It must not block.
 
-        To be called in that thread too, before the step.
+        To be called in that thread too, before the step or between two of its layers: then what is there already is
+        for the caller to see.
         """
         if wake not in self._wakes:
             self._wakes.append(wake)
@@ -60,11 +61,14 @@ class LayerGate:
         self._num_layers = num_layers
         self.upcoming = StepLayers(num_layers)
         """Of the step that is to run next."""
+        self.current: StepLayers | None = None
+        """Of the step that runs, or else ran last."""
 
     @contextmanager
     def step(self) -> Iterator[StepLayers]:
         """Around the writes of a step: at its end all layers are there, or it has failed."""
-        layers, self.upcoming = self.upcoming, StepLayers(self._num_layers)
+        self.current = layers = self.upcoming
+        self.upcoming = StepLayers(self._num_layers)
         try:
             yield layers
         except BaseException:

@@ -36,6 +36,8 @@ class Step(LeaderMessage, frozen=True, kw_only=True):
 
     number: Count
     """1, 2, 3, ...: one that is missing ends the group."""
+    listen: bool = False
+    """Whether commands may come that are to be performed while it runs, between two of its layers."""
     body: Annotated[bytes, Meta(max_length=MAX_BODY)]
 
 

@@ -3,11 +3,13 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.core.errors import GroupLost
+from engine.layer_gate import StepLayers
 from engine.parallel import ParallelGroup
 from engine.process_group import ProcessGroup
 from engine.rank import STEP_ERRORS, RankModel
@@ -22,7 +24,7 @@ from runtime.core.actions import ForgetPeer
 from runtime.core.wire import Wire
 from runtime.kv_port import FromRank, PortFailed, RankPort
 from runtime.leader import JOIN_WITHIN, STEPS, Leader
-from runtime.mailbox import Mailbox, warn_now_and_then
+from runtime.mailbox import MESSAGES_A_TURN, Mailbox, warn_now_and_then
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Follower:
         self._commands, self._events = commands, events
         self._steps = 0
         self._forged = 0
+        self._came: deque[Any] = deque()
+        """What is still to be done, in order."""
         self._stopping = threading.Event()
 
     def join(self, *, within: float = JOIN_WITHIN) -> ParallelGroup:
@@ -77,26 +81,27 @@ class Follower:
     def serve(self, model: RankModel, perform: Callable[[Any], None]) -> None:
         """Run steps and ``perform`` commands until rank 0 dismisses us, or until ``stop``."""
         while not self._stopping.is_set():
-            for message in self._mailbox.receive(LOOK_EVERY) or self._last_words():
-                match message:
+            self._came.extend(self._mailbox.receive(LOOK_EVERY) or self._last_words())
+            while self._came:
+                match self._came.popleft():
                     case None:
                         pass
-                    case LeaderMessage() if not self._genuine(message):
+                    case LeaderMessage() as message if not self._genuine(message):
                         pass
-                    case Step():
-                        self._run(model, message)
-                    case Command():
-                        perform(self._commands.unpack(message.kind, message.body))
+                    case Step() as step:
+                        self._run(model, step, perform)
+                    case Command() as command:
+                        perform(self._commands.unpack(command.kind, command.body))
                     case Dismissed():
                         return
-                    case LeaderMessage():
+                    case LeaderMessage() as message:
                         raise GroupLost(f"rank 0 has begun anew: {type(message).__name__}")
                     case PortFailed(error):
                         raise RuntimeError("taking a digest failed") from error
                     case FromRank(_, event):
                         self.report(event)
-                    case _:
-                        raise AssertionError(f"nobody here takes {message}")
+                    case other:
+                        raise AssertionError(f"nobody here takes {other}")
 
     def stop(self) -> None:
         self._stopping.set()
@@ -118,15 +123,31 @@ class Follower:
             return last
         return []
 
-    def _run(self, model: RankModel, message: Step) -> None:
+    def _run(self, model: RankModel, message: Step, perform: Callable[[Any], None]) -> None:
         self._steps += 1
         if message.number != self._steps:
             raise GroupLost(f"rank {self._rank} expected step {self._steps} and got {message.number}")
         step = STEPS.unpack("StepInput", message.body)
+        if message.listen:
+            layers = model.layers.upcoming
+            layers.listen(lambda: self._between_layers(layers, perform))
         try:
             model.follow(step)
         except STEP_ERRORS:  # the other ranks have been told
             log.exception("a step of %d sequences failed on rank %d", len(step.num_tokens), self._rank)
+
+    def _between_layers(self, layers: StepLayers, perform: Callable[[Any], None]) -> None:
+        """More of the step that runs is there: perform the commands that have come, up to what has to wait for its
+        end. This is called by the model, in the thread that serves."""
+        if layers.failed or len(self._came) >= MESSAGES_A_TURN:
+            return
+        self._came.extend(self._mailbox.receive(0.0))
+        while self._came and isinstance(self._came[0], Command | FromRank):
+            match self._came.popleft():
+                case FromRank(_, event):
+                    self.report(event)
+                case command if self._genuine(command):
+                    perform(self._commands.unpack(command.kind, command.body))
 
     def report(self, value: Any) -> None:
         """An event of this process, for rank 0."""

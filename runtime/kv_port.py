@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from engine.layer_gate import LayerGate
+from engine.layer_gate import LayerGate, StepLayers
 from kv_transfer.core.digest import digests
-from kv_transfer.core.events import Blocks, TransferKey
+from kv_transfer.core.events import Blocks, Live, TransferKey
 from kv_transfer.core.fanout import (
     DigestLane,
     Fanout,
@@ -87,9 +87,7 @@ class RankPort:
         """Returns at once, with the answer if there is one already; later ones come through ``post``."""
         match action:
             case PushLane(key, to, heads, first, source, target, live):
-                layers = self._layers.upcoming if live and self._layers is not None else None
-                assert layers is not None or not live, "nobody tells of this pool's layers"
-                self.senders[to.transport].push(key, to, heads, first, source, target, layers)
+                self.senders[to.transport].push(key, to, heads, first, source, target, self._step_of(live))
             case CancelPushes(key, transport):
                 self.senders[transport].cancel(key)
             case OpenLanes(key, transport, first, blocks, lanes):
@@ -116,6 +114,16 @@ class RankPort:
             sender.shutdown()
         for receiver in self.receivers.values():
             receiver.shutdown()
+
+    def _step_of(self, live: Live) -> StepLayers | None:
+        """The step that a live push belongs to. One that is over by now tells so: all of its layers are there, or it
+        has failed."""
+        if live is Live.NO:
+            return None
+        assert self._layers is not None, "nobody tells of this pool's layers"
+        step = self._layers.upcoming if live is Live.NEXT else self._layers.current
+        assert step is not None, "no step runs, nor has one"
+        return step
 
     def _digest(self, wanted: DigestLane) -> None:
         taken = self._hasher.digests(wanted)

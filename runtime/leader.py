@@ -69,6 +69,7 @@ class Leader:
         self._ranks: dict[int, Address] = {}
         self._look = look
         self._steps = 0
+        self._listen = False
         self._forged = 0
 
     def assemble(self, device: str, *, within: float = JOIN_WITHIN) -> ParallelGroup:
@@ -107,10 +108,19 @@ class Leader:
         """Have all other ranks run ``step`` too."""
         self._steps += 1
         _, body = STEPS.pack(step)
-        self._tell(Step(worker=self._worker, epoch=self._epoch, number=self._steps, body=body), *self._ranks)
+        message = Step(
+            worker=self._worker, epoch=self._epoch, number=self._steps, listen=self._listen, body=body
+        )  # fmt: skip
+        self._listen = False
+        self._tell(message, *self._ranks)
+
+    def listen(self) -> None:
+        """Have the other ranks perform commands between two layers of the step that is broadcast next."""
+        self._listen = True
 
     def command(self, rank: int, value: Any) -> None:
-        """Have ``rank`` perform ``value`` after the steps that it was given; what it brings about comes as events."""
+        """Have ``rank`` perform ``value`` after the steps that it was given, or in the last of them where that listens;
+        what it brings about comes as events."""
         kind, body = self._commands.pack(value)
         self._tell(Command(worker=self._worker, epoch=self._epoch, kind=kind, body=body), rank)
 

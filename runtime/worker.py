@@ -2,6 +2,9 @@
 
 What the machine decides is performed before it is asked again, so that a landing is closed before its blocks can be
 given to another sequence.
+
+The thread that runs a step also looks into the mailbox between two of its layers, where the machine waits for what it
+can handle then (``core/during_step.py``). All else waits until the step is over.
 """
 
 import logging
@@ -29,12 +32,13 @@ from kv_transfer.core.session import (
 from messages.ids import RequestId
 from messages.rank_to_leader import Join, RankEvent, RankMessage
 from runtime.core.actions import ForgetPeer, Send
+from runtime.core.during_step import DuringStep
 from runtime.core.membership import Membership
 from runtime.core.probe import NOTHING_CAME, ProbeEnded, ProbeStopped, ProbeWanted
 from runtime.core.timeline import Timelines
 from runtime.kv_port import FromRank, KVPort, PortFailed
 from runtime.leader import Leader
-from runtime.mailbox import Mailbox
+from runtime.mailbox import MESSAGES_A_TURN, Mailbox
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,10 @@ class Machine(Protocol):
 
     membership: Membership
 
+    @property
+    def early(self) -> tuple[type, ...]: ...
+    @property
+    def listens(self) -> bool: ...
     @property
     def wake_at(self) -> float: ...
     def handle(self, event: Any, now: float) -> list[Any]: ...
@@ -86,6 +94,7 @@ class WorkerLoop:
         self._port = port
         self._timelines = timelines
         self._leader = leader
+        self._during = DuringStep(machine.early, MESSAGES_A_TURN)
         self._stopping = threading.Event()
         self._probes: dict[RequestId, queue.SimpleQueue[ProbeEnded]] = {}
 
@@ -100,7 +109,8 @@ class WorkerLoop:
         while not self._stopping.is_set():
             if self._leader is not None:
                 self._leader.check()
-            for event in self._mailbox.receive(0.0 if busy else max(0.0, machine.wake_at - now())):
+            came = self._mailbox.receive(0.0 if busy else max(0.0, machine.wake_at - now()))
+            for event in (*self._during.take(), *came):
                 self._perform(self._handle(event))
             self._perform(machine.tick(now()))
             plan, actions = machine.schedule(now())
@@ -173,6 +183,8 @@ class WorkerLoop:
 
     def _step(self, plan: StepPlan) -> list[Any]:
         begin, layers = time.monotonic(), self._watch_layers()
+        if self._machine.listens:
+            self._listen()
         try:
             output = self._runner.run(plan)
         except STEP_ERRORS as error:  # none may end the loop
@@ -182,6 +194,22 @@ class WorkerLoop:
         if self._timelines.watching:
             self._timelines.ran(plan, begin, end, layers)
         return self._machine.update(plan, output, end)
+
+    def _listen(self) -> None:
+        """Look into the mailbox between the layers of the step that is to run, on every rank."""
+        self._runner.layers.upcoming.listen(self._between_layers)
+        if self._leader is not None:
+            self._leader.listen()
+
+    def _between_layers(self) -> None:
+        """More of the step that runs is there. This is called by the model, in the loop's thread."""
+        step = self._runner.layers.current
+        assert step is not None, "no step runs"
+        if step.failed or self._during.full:
+            return
+        for event in self._mailbox.receive(0.0):
+            if self._during.admits(event):
+                self._perform(self._handle(event))
 
     def _watch_layers(self) -> list[tuple[int, float]]:
         """How many layers of the step that is to run are there, and when: filled while it runs, for what is traced."""

@@ -85,6 +85,10 @@ class _Run:
 class DecodeMachine:
     """``handle``, ``schedule`` and ``update`` take the time and return actions; the shell performs them."""
 
+    early: tuple[type, ...] = ()
+    listens = False
+    """Nothing is handled while a step runs."""
+
     def __init__(
         self, settings: DecodeSettings, scheduler: Scheduler, pool: BlockPool, reservations: Reservations
     ) -> None:

@@ -1,6 +1,7 @@
 """What names a transfer, and what its transport reports: the words that the session and the transports share."""
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,17 @@ class TransferKey(NamedTuple):
 
     request: RequestId
     attempt: Attempt
+
+
+class Live(IntEnum):
+    """Which step makes the blocks of a push final; each layer of them is pushed when it is there."""
+
+    NO = 0
+    """None: they are final."""
+    NEXT = 1
+    """The one that is to run next."""
+    RUNNING = 2
+    """The one that runs. Another rank than rank 0 may have it behind itself when it hears of the push."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kv_transfer.core.digest import combined
-from kv_transfer.core.events import Blocks, Cancelled, Landed, Pushed, PushFailed, TransferKey
+from kv_transfer.core.events import Blocks, Cancelled, Landed, Live, Pushed, PushFailed, TransferKey
 from kv_transfer.core.lanes import Heads
 from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, LandingOpened, OpenLanding, Push, TakeDigests
 from messages.common import KVEndpoint, KVShard
@@ -26,8 +26,8 @@ class PushLane(NamedTuple):
     first: int
     source: Blocks
     target: Blocks
-    live: bool
-    """Layer by layer, in the step that this rank is told of next."""
+    live: Live
+    """Of the steps that this rank is told of: ``NEXT`` is the one after this, ``RUNNING`` the last one before it."""
 
 
 class OpenLanes(NamedTuple):

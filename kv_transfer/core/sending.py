@@ -6,7 +6,7 @@ from enum import Enum, auto
 import numpy as np
 
 from kv_transfer.core.digest import DIGEST_BYTES
-from kv_transfer.core.events import Blocks, Cancelled, Pushed, PushFailed, TransferKey
+from kv_transfer.core.events import Blocks, Cancelled, Live, Pushed, PushFailed, TransferKey
 from kv_transfer.core.lanes import Route
 from kv_transfer.core.session import Action, CancelPushes, Digested, Ended, Outcome, Push, TakeDigests, TransferTimeouts
 from kv_transfer.core.trace import PushTrace, TransferTrace
@@ -69,6 +69,7 @@ class SendSession:
         self._cached = 0
         self._source: Blocks = np.empty(0, np.int32)
         self._ready = 0  # leading blocks of the sequence whose KV is final
+        self._coming = 0  # leading blocks that are final when the step that runs is through; 0 between steps
         self._asked = 0  # leading blocks whose push has been asked for; live, before they are final
         self._hashed = 0  # leading blocks whose digests have been asked for
         self._unpushed = 0  # blocks asked for and not yet reported
@@ -99,16 +100,16 @@ class SendSession:
     def computing(self, blocks: Blocks, coming: int, now: float) -> list[Action]:
         """The sequence owns ``blocks``, and the step that is to run next makes the leading ``coming`` of them final.
 
-        ``computed`` follows when it has; if it fails, ``give_up``.
+        ``computed`` follows when it has; if it fails, ``give_up``. An accept in between comes while the step runs.
         """
-        self._source = blocks
+        self._source, self._coming = blocks, coming
         if self.state is not SendState.PUSHING:
             return []
-        return self._push(coming, now, live=True)
+        return self._push(coming, now, Live.NEXT)
 
     def computed(self, blocks: Blocks, ready: int, now: float) -> list[Action]:
         """The sequence owns ``blocks``, and the KV of the leading ``ready`` of them is final."""
-        self._source, self._ready = blocks, ready
+        self._source, self._ready, self._coming = blocks, ready, 0
         return self._push_ready(now)
 
     def end(self, first: FirstToken, now: float) -> list[Action]:
@@ -205,13 +206,16 @@ class SendSession:
         self._move(SendState.PUSHING)
         self._resend_at, self._deadline = float("inf"), float("inf")  # compute sets the pace until the end
         self._tell_at = now + self._timeouts.progress / 2
-        return self._push_ready(now) or self._end_if_pushed(now)
+        actions = self._push_ready(now)
+        if self.state is SendState.PUSHING:
+            actions += self._push(self._coming, now, Live.RUNNING)
+        return actions or self._end_if_pushed(now)
 
     def _push_ready(self, now: float) -> list[Action]:
         """Push and hash what is final, but for what has been asked for before."""
         if self.state is not SendState.PUSHING:
             return []
-        actions = self._push(self._ready, now, live=False)
+        actions = self._push(self._ready, now, Live.NO)
         if self.state is SendState.PUSHING and self._ready > self._hashed:
             first, self._hashed = self._hashed, self._ready
             actions.append(TakeDigests(self.key, self._route, first, self._source[first : self._ready]))
@@ -219,7 +223,7 @@ class SendSession:
             self._deadline = now + self._timeouts.progress  # of live pushes too: their last layer has just come
         return actions
 
-    def _push(self, end: int, now: float, *, live: bool) -> list[Action]:
+    def _push(self, end: int, now: float, live: Live) -> list[Action]:
         """Push the blocks up to ``end`` that have not been asked for."""
         if end <= self._asked:
             return []
@@ -228,11 +232,11 @@ class SendSession:
         target = self._target[first - self._cached : end - self._cached]
         if len(target) != len(source):
             return self.give_up(f"decode reserved {len(self._target)} blocks, too few", Outcome.FAILED)
-        return [self._pushing(first, source, target, now, live=live)]
+        return [self._pushing(first, source, target, now, live)]
 
-    def _pushing(self, first: int, source: Blocks, target: Blocks, now: float, *, live: bool = False) -> Push:
+    def _pushing(self, first: int, source: Blocks, target: Blocks, now: float, live: Live = Live.NO) -> Push:
         self._unpushed += len(source)
-        self._pushes[first, len(source), self._round] = _Asked(first, len(source), live, now)
+        self._pushes[first, len(source), self._round] = _Asked(first, len(source), live is not Live.NO, now)
         return Push(self.key, self._route, first, source, target, live)
 
     def _push_again(self, indices: Blocks, now: float) -> list[Action]:

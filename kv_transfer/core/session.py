@@ -5,8 +5,9 @@ The life of a transfer:
 1. The prefill worker opens it when the first chunk of the prompt is scheduled (``SendSession.open``).
 2. The decode worker reserves blocks and accepts, or refuses (``ReceiveSession`` is made with the blocks).
 3. Before a chunk is computed, the blocks that it will finish are pushed live (``SendSession.computing``): each layer
-   leaves when it is there. What was computed before the accept is pushed whole. Digests are taken of what is final
-   (``SendSession.computed``). When a chunk fails the transfer is given up, so what it left half-written never counts.
+   leaves when it is there. Where the accept comes while the chunk is computed, they are pushed live from then on. What
+   was computed before the accept is pushed whole. Digests are taken of what is final (``SendSession.computed``). When a
+   chunk fails the transfer is given up, so what it left half-written never counts.
 4. With the first token the sender ends the transfer: count and digest of every block (``SendSession.end``).
 5. When all has landed, the receiver takes digests of what stands in its own pool; what is missing or differs is asked
    for again, and what is right is acked. Only then may decode read the blocks, and only then may prefill free its own.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kv_transfer.core.events import Blocks, TransferKey
+from kv_transfer.core.events import Blocks, Live, TransferKey
 from kv_transfer.core.lanes import Route
 from messages.common import KVEndpoint
 from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked
@@ -59,8 +60,7 @@ class Push(NamedTuple):
     first: int
     source: Blocks
     target: Blocks
-    live: bool = False
-    """Whether the step that is to run next makes them final: then each layer is pushed when it is there."""
+    live: Live = Live.NO
 
 
 class CancelPushes(NamedTuple):

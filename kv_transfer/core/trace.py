@@ -15,7 +15,7 @@ class PushTrace:
     first: int
     count: int
     live: bool
-    """Asked for before the step that computes them, to leave layer by layer."""
+    """Asked for before the end of the step that computes them, to leave layer by layer."""
     asked: float
     left: float
     """When the last byte had left."""

@@ -104,8 +104,8 @@ class Sender(Protocol):
         layers: StepLayers | None = None,
     ) -> None:
         """Copy ``heads`` of pool block ``source[i]`` into the peer's block ``target[i]``: the sequence's block
-        ``first + i``. ``layers``: of the step that is to run next, and makes them final; then this is called in the
-        thread that runs it."""
+        ``first + i``. ``layers``: of the step that makes them final, and is to run next, runs, or has run; then this is
+        called in the thread that runs steps."""
 
     def cancel(self, key: TransferKey) -> None:
         """Stop pushing for ``key``; pushes not yet begun are dropped."""

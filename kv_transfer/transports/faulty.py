@@ -163,14 +163,15 @@ class FaultySender:
 
         def follow() -> None:
             """Put on the wire what has come; the fault hits the first of it."""
+            if live.failed:
+                on_wire.fail()
+                return
             part = slice(on_wire.num_ready * layer_bytes, live.num_ready * layer_bytes)
             if part.stop > part.start:
                 self._wire[rows, part] = self._pool[push.source, part]
                 if not part.start:
                     _spoil(fault, self._wire[:, part], rows, self._rng)
             on_wire.advance(live.num_ready)
-            if live.failed:
-                on_wire.fail()
 
         self._inner.push(push.key, push.to, push.heads, push.first, rows, push.target, on_wire)
         live.listen(follow)

@@ -136,6 +136,9 @@ class TorchDistributedSender(BackgroundSender[LaneCopy]):
             link.drop(jobs)
 
     def _begin(self, job: Job) -> None:
+        if job.failed:  # nobody will tell of this step again
+            self._on_event(PushFailed(job.key, STEP_FAILED))
+            return
         try:
             job.check(len(self._pool))
             lane, address = self._lane(job), job.to.address

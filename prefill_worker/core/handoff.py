@@ -107,6 +107,11 @@ class Handoffs:
         return min(sessions, self._yields.wake_at)
 
     @property
+    def listens(self) -> bool:
+        """Whether an accept may come."""
+        return any(handoff.session.state is SendState.OPENING for handoff in self._open.values())
+
+    @property
     def num_yielded(self) -> int:
         """Prompts that were left to their decode workers, since the start."""
         return self._stats.aborts[AbortReason.YIELDED]

@@ -4,7 +4,7 @@
    need not be computed.
 2. When its first chunk is scheduled, a transfer to the decode worker is opened.
 3. Before each chunk, the blocks that it will complete are pushed live: each layer leaves while the next one computes.
-   Until decode has accepted, they are pushed when the chunk is through.
+   Decode's accept is handled while a chunk is computed, and the blocks of that chunk are pushed live from then on.
 4. The first token goes straight to the gateway; the transfer ends with it.
 5. The blocks stay pinned until decode's ack (``handoff.py``); then nothing of the request is left here.
 
@@ -107,6 +107,10 @@ class _Leg:
 class PrefillMachine:
     """``handle``, ``schedule`` and ``update`` take the time and return actions; the shell performs them."""
 
+    early = (TransferAccepted,)
+    """May be handled between ``schedule`` and ``update``: they only push, or cancel a push. No block is given up with
+    them, and no sequence leaves the plan."""
+
     def __init__(self, settings: PrefillSettings, scheduler: Scheduler, pool: BlockPool, handoffs: Handoffs) -> None:
         self._settings = settings
         self._scheduler = scheduler
@@ -136,6 +140,11 @@ class PrefillMachine:
     def wake_at(self) -> float:
         """When ``tick`` has something to do at the latest."""
         return min(self.membership.report_at, self._deliveries.wake_at, self._handoffs.wake_at)
+
+    @property
+    def listens(self) -> bool:
+        """Whether one of ``early`` may come while the step runs that was planned last."""
+        return self._handoffs.listens
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """One message, or one answer of the transport."""
@@ -201,7 +210,7 @@ class PrefillMachine:
                 steps += self._handoffs.open(leg.order, seq, now, self.membership.prefill_rate.value)
                 # What was cached can go while the rest computes.
                 steps += self._handoffs.computed(leg.key, seq.num_final_blocks, now)
-            elif leg.opened:
+            if leg.opened:
                 coming = len(seq.block_table) if last else end // self._pool.block_size
                 steps += self._handoffs.computing(leg.key, coming, now)
         return plan, self._settle(steps)

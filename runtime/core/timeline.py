@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from engine.core.scheduler import StepPlan
-from kv_transfer.core.events import Cancelled, Landed, Pushed, PushFailed, TransferKey
+from kv_transfer.core.events import Cancelled, Landed, Live, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Push, TakeDigests
 from messages.codec import count_tokens
 from messages.decode_to_prefill import (
@@ -206,7 +206,7 @@ def _layers(begin: int, end: int) -> str:
 
 def _asked(action: Push | TakeDigests) -> dict[str, Fact]:
     if isinstance(action, Push):
-        return {"first": action.first, "blocks": len(action.source), "live": int(action.live)}
+        return {"first": action.first, "blocks": len(action.source), "live": int(action.live is not Live.NO)}
     return {"first": action.first, "blocks": len(action.blocks)}
 
 

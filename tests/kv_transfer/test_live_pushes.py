@@ -74,6 +74,77 @@ def test_a_layer_leaves_when_it_is_there_and_not_before(transport: str, wrapped:
 
 
 @every_transport
+def test_a_push_may_join_the_step_that_runs(transport: str, wrapped: bool, make_pair: MakePair) -> None:
+    live = Live(make_pair, transport, wrapped)
+    with live.gate.step() as layers:
+        live.compute(layers, 2)
+        assert live.there(0) and live.gate.current is layers
+        live.push(layers)
+        for upto in (2, 3):
+            live.compute(layers, upto)
+            until(lambda: live.there(upto))  # noqa: B023
+            assert live.pair.sent.empty
+        live.compute(layers, LAYERS)
+    pushed = live.pair.sent.next()
+    assert pushed == Pushed(key(), 3, COUNT) and pushed.num_bytes == live.computed.nbytes
+    if not live.pair.receiver.one_sided:
+        assert [event.indices.tolist() for event in live.pair.received.landed(COUNT)] == [[*range(3, 3 + COUNT)]]
+    assert live.there(LAYERS)
+
+
+@every_transport
+def test_a_push_that_joins_between_two_layers_is_told_by_the_listener_that_asked_for_it(
+    transport: str, wrapped: bool, make_pair: MakePair
+) -> None:
+    """As a worker's loop does: it hears of a layer, looks into its mailbox, and there is the accept."""
+    live = Live(make_pair, transport, wrapped)
+    asked: list[int] = []
+
+    def between_layers() -> None:
+        layers = live.gate.current
+        if layers is not None and layers.num_ready == 2 and not asked:
+            asked.append(layers.num_ready)
+            live.push(layers)
+
+    live.gate.upcoming.listen(between_layers)
+    with live.gate.step() as layers:
+        live.compute(layers, 1)
+        live.compute(layers, 2)
+        until(lambda: live.there(2))
+        live.compute(layers, LAYERS)
+    assert live.pair.sent.next() == Pushed(key(), 3, COUNT) and asked == [2]
+    until(lambda: live.there(LAYERS))
+
+
+@every_transport
+def test_a_push_that_comes_after_its_step_goes_at_once(transport: str, wrapped: bool, make_pair: MakePair) -> None:
+    live = Live(make_pair, transport, wrapped)
+    with live.gate.step() as layers:
+        live.compute(layers, LAYERS)
+    assert live.gate.current is layers
+    live.push(live.gate.current)
+    pushed = live.pair.sent.next()
+    assert pushed == Pushed(key(), 3, COUNT)
+    assert (pushed.num_bytes, pushed.early_bytes) == (live.computed.nbytes, 0)
+    until(lambda: live.there(LAYERS))
+
+
+@every_transport
+def test_a_push_that_comes_after_its_step_has_failed_fails_too(
+    transport: str, wrapped: bool, make_pair: MakePair
+) -> None:
+    live = Live(make_pair, transport, wrapped)
+    with pytest.raises(ValueError, match="nothing works"), live.gate.step() as layers:
+        live.compute(layers, 2)
+        raise ValueError("nothing works")
+    live.push(live.gate.current)
+    assert isinstance(live.pair.sent.next(), PushFailed)
+    live.pair.sender.cancel(key())
+    assert live.pair.sent.next() == Cancelled(key())
+    assert live.there(0)
+
+
+@every_transport
 def test_a_push_that_waits_for_its_step_keeps_no_other_waiting(
     transport: str, wrapped: bool, make_pair: MakePair
 ) -> None:
@@ -164,7 +235,7 @@ def test_only_who_listens_is_told_and_each_step_is_another() -> None:
     first.listen(wake)
     first.listen(wake)
     with gate.step() as running:
-        assert running is first and gate.upcoming is not first
+        assert running is first is gate.current and gate.upcoming is not first
         first.advance(2)
         first.advance(1)
     assert told == [(2, False), (3, False)] and first.complete

@@ -1,4 +1,4 @@
-"""Promise: a block is pushed once, before its step where decode has accepted by then, and hashed when it is final."""
+"""Promise: a block is pushed once, live where decode accepts before its step or in it, and hashed when it is final."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kv_transfer.core.digest import DIGEST_BYTES
-from kv_transfer.core.events import Cancelled, Pushed, PushFailed
+from kv_transfer.core.events import Cancelled, Live, Pushed, PushFailed
 from kv_transfer.core.sending import SendSession, SendState
 from kv_transfer.core.session import CancelPushes, Digested, Ended, Outcome, Push, TakeDigests, TransferTimeouts
 from messages.codec import pack_tokens
@@ -25,7 +25,7 @@ class Sender:
     def __init__(self) -> None:
         self.session = SendSession(KEY, open_message(), ROUTE, TransferTimeouts())
         self.now = 0.0
-        self.pushes: list[tuple[int, int, bool]] = []
+        self.pushes: list[tuple[int, int, Live]] = []
         self.hashed: list[tuple[int, int]] = []
         self.others: list[Any] = []
         self.take(self.session.open(self.now))
@@ -45,11 +45,11 @@ class Sender:
         self.handle(TransferAccepted(*KEY, pack_tokens(blocks[cached:]), cached))
 
     def step(self, ready: int, *, during: Any = lambda: None) -> None:
-        """A step that makes so many blocks final, of one second; ``during`` it events wait, and come after it."""
+        """A step that makes so many blocks final, of one second, and what comes ``during`` it."""
         self.take(self.session.computing(SOURCE, ready, self.now))
+        during()
         self.now += 1
         self.take(self.session.computed(SOURCE, ready, self.now))
-        during()
 
     def handle(self, event: Any) -> None:
         self.take(self.session.handle(event, self.now))
@@ -70,21 +70,60 @@ def test_what_a_step_will_finish_is_pushed_before_it_and_hashed_after_it() -> No
     sender = Sender()
     sender.accept()
     sender.take(sender.session.computing(SOURCE, 3, 0.0))
-    assert sender.pushes == [(0, 3, True)] and sender.hashed == []
+    assert sender.pushes == [(0, 3, Live.NEXT)] and sender.hashed == []
     sender.take(sender.session.computed(SOURCE, 3, 1.0))
     sender.step(3)  # which finishes no block
     sender.step(8)
-    assert sender.pushes == [(0, 3, True), (3, 5, True)]
+    assert sender.pushes == [(0, 3, Live.NEXT), (3, 5, Live.NEXT)]
     assert sender.hashed == [(0, 3), (3, 5)]
 
 
-def test_an_accept_that_comes_during_a_step_has_its_blocks_pushed_whole_after_it() -> None:
+def test_an_accept_that_comes_between_two_steps_has_what_is_final_pushed_whole() -> None:
     sender = Sender()
-    sender.step(3, during=sender.accept)
-    assert sender.pushes == [(0, 3, False)]
+    sender.step(3)
+    sender.accept()
+    assert sender.pushes == [(0, 3, Live.NO)]
     sender.step(8)
-    assert sender.pushes == [(0, 3, False), (3, 5, True)]
+    assert sender.pushes == [(0, 3, Live.NO), (3, 5, Live.NEXT)]
     assert sender.hashed == [(0, 3), (3, 5)]
+
+
+def test_an_accept_that_comes_during_a_step_has_its_blocks_pushed_in_that_step_and_hashed_after_it() -> None:
+    sender = Sender()
+
+    def accept() -> None:
+        sender.accept()
+        assert sender.pushes == [(0, 3, Live.RUNNING)] and sender.hashed == []
+
+    sender.step(3, during=accept)
+    assert sender.hashed == [(0, 3)]
+    sender.step(8)
+    assert sender.pushes == [(0, 3, Live.RUNNING), (3, 5, Live.NEXT)]
+    assert sender.hashed == [(0, 3), (3, 5)]
+
+
+def test_what_was_final_before_the_step_of_the_accept_goes_whole_ahead_of_what_the_step_makes_final() -> None:
+    sender = Sender()
+    sender.step(3)
+    sender.step(8, during=sender.accept)
+    assert sender.pushes == [(0, 3, Live.NO), (3, 5, Live.RUNNING)]
+    assert sender.hashed == [(0, 3), (3, 5)]
+
+
+@pytest.mark.parametrize("cached", [0, 2, 3, 6, 8])
+def test_of_a_prompt_of_one_step_all_that_decode_lacks_leaves_in_that_step(cached: int) -> None:
+    sender = Sender()
+    sender.step(8, during=lambda: sender.accept(cached))
+    sender.take(sender.session.end(FIRST, sender.now))
+    assert sender.pushes == [(cached, 8 - cached, Live.RUNNING)] * (cached < 8)
+    sender.answer()
+    assert [end.num_blocks for end in ends(sender)] == [8 - cached]
+
+
+def test_an_accept_that_comes_twice_during_a_step_pushes_once() -> None:
+    sender = Sender()
+    sender.step(8, during=lambda: [sender.accept(), sender.accept()])
+    assert sender.pushes == [(0, 8, Live.RUNNING)] and sender.hashed == [(0, 8)]
 
 
 def test_an_accept_that_comes_after_the_prompt_has_all_of_it_pushed_whole() -> None:
@@ -93,7 +132,7 @@ def test_an_accept_that_comes_after_the_prompt_has_all_of_it_pushed_whole() -> N
     sender.step(8)
     sender.take(sender.session.end(FIRST, sender.now))
     sender.accept()
-    assert sender.pushes == [(0, 8, False)] and sender.hashed == [(0, 8)] and not ends(sender)
+    assert sender.pushes == [(0, 8, Live.NO)] and sender.hashed == [(0, 8)] and not ends(sender)
     sender.answer()
     assert [end.num_blocks for end in ends(sender)] == [8]
 
@@ -105,7 +144,7 @@ def test_what_decode_has_cached_is_neither_pushed_nor_hashed(cached: int) -> Non
     sender.accept(cached)
     sender.step(8)
     whole, live = max(0, 3 - cached), 8 - max(3, cached)
-    assert sender.pushes == [(cached, whole, False)] * (whole > 0) + [(max(3, cached), live, True)] * (live > 0)
+    assert sender.pushes == [(cached, whole, Live.NO)] * (whole > 0) + [(max(3, cached), live, Live.NEXT)] * (live > 0)
     assert sender.hashed == [(first, count) for first, count, _ in sender.pushes]
     sender.take(sender.session.end(FIRST, sender.now))
     sender.answer()
@@ -136,12 +175,16 @@ def test_a_push_that_is_through_before_the_step_is_told_of_ends_nothing() -> Non
     assert len(ends(sender)) == 1
 
 
+@pytest.mark.parametrize("during", [False, True], ids=["accepted before", "accepted in it"])
 @pytest.mark.parametrize("says", ["the machine", "the transport"])
-def test_a_step_that_fails_can_never_be_ended(says: str) -> None:
+def test_a_step_that_fails_can_never_be_ended(says: str, during: bool) -> None:
     sender = Sender()
-    sender.accept()
+    if not during:
+        sender.accept()
     sender.step(3)
     sender.take(sender.session.computing(SOURCE, 8, sender.now))
+    if during:
+        sender.accept()
     if says == "the machine":
         sender.take(sender.session.give_up("the step failed", Outcome.FAILED))
     else:
@@ -152,7 +195,8 @@ def test_a_step_that_fails_can_never_be_ended(says: str) -> None:
     sender.take(sender.session.end(FIRST, sender.now))
     sender.handle(Cancelled(KEY))
     assert not ends(sender) and Ended(KEY, Outcome.FAILED, "the step failed") in sender.others
-    assert sender.pushes == [(0, 3, True), (3, 5, True)] and sender.hashed == [(0, 3)]
+    how = (Live.NO, Live.RUNNING) if during else (Live.NEXT, Live.NEXT)
+    assert sender.pushes == [(0, 3, how[0]), (3, 5, how[1])] and sender.hashed == [(0, 3)]
 
 
 def test_a_block_that_went_live_is_repaired_whole() -> None:
@@ -162,7 +206,7 @@ def test_a_block_that_went_live_is_repaired_whole() -> None:
     sender.take(sender.session.end(FIRST, sender.now))
     sender.answer()
     sender.handle(BlocksWanted(*KEY, 1, pack_tokens(np.array([2, 3, 6], np.int32))))
-    assert sender.pushes[1:] == [(2, 2, False), (6, 1, False)]
+    assert sender.pushes[1:] == [(2, 2, Live.NO), (6, 1, Live.NO)]
     sender.handle(Pushed(KEY, 2, 2, 200))
     sender.handle(Pushed(KEY, 6, 1, 100))
     assert [end.round for end in ends(sender)] == [1, 2]
@@ -170,10 +214,12 @@ def test_a_block_that_went_live_is_repaired_whole() -> None:
     assert sender.session.trace.repairs == 1 and sender.session.trace.num_bytes == 800 + 300
 
 
-def test_room_for_too_few_blocks_fails_before_the_step() -> None:
+@pytest.mark.parametrize("during", [False, True], ids=["accepted before", "accepted in it"])
+def test_room_for_too_few_blocks_fails_before_anything_is_pushed(during: bool) -> None:
     sender = Sender()
-    sender.accept(blocks=TARGET[:5])
-    sender.step(8)
+    if not during:
+        sender.accept(blocks=TARGET[:5])
+    sender.step(8, during=lambda: sender.accept(blocks=TARGET[:5]) if during else None)
     assert sender.pushes == [] and CancelPushes(KEY, ROUTE.transport) in sender.others
 
 
@@ -191,7 +237,8 @@ def test_a_step_may_take_longer_than_a_transfer_may_stand_still() -> None:
 
 def test_the_trace_tells_what_left_behind_the_prompt() -> None:
     sender = Sender()
-    sender.step(2, during=sender.accept)  # pushed whole, and through before the prompt is
+    sender.step(2)
+    sender.accept()  # pushed whole, and through before the prompt is
     sender.step(4)
     sender.step(8)
     sender.take(sender.session.end(FIRST, sender.now))

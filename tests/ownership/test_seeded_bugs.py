@@ -9,12 +9,13 @@ import pytest
 
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
-from kv_transfer.core.events import TransferKey
+from kv_transfer.core.events import Live, TransferKey
 from kv_transfer.core.receiving import ReceiveSession, ReceiveState
 from kv_transfer.core.sending import SendSession, SendState
 from kv_transfer.core.session import Digested, Outcome, TakeDigests
 from kv_transfer.transports.copying import Landings
 from prefill_worker.core.handoff import Handoffs
+from runtime.core.during_step import DuringStep
 from runtime.core.fences import Fences
 from tests.ownership.test_property import run
 from tests.ownership.world import Faults
@@ -116,6 +117,19 @@ def leave_a_prompt_to_decode_that_is_being_pushed(patch: pytest.MonkeyPatch) -> 
     patch.setattr(Handoffs, "leave_to_decode", always)
 
 
+def push_what_the_step_that_runs_has_not_computed(patch: pytest.MonkeyPatch) -> None:
+    push = SendSession._push
+
+    def as_if_final(session: SendSession, end: int, now: float, live: Live) -> list[Any]:
+        return push(session, end, now, Live.NO if live is Live.RUNNING else live)
+
+    patch.setattr(SendSession, "_push", as_if_final)
+
+
+def hear_everything_while_a_step_runs(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DuringStep, "admits", lambda during, message: True)
+
+
 class Bug(NamedTuple):
     caught_by: str
     """What the invariant that it breaks says."""
@@ -145,6 +159,8 @@ BUGS: dict[Patch, Bug] = {
     leave_a_prompt_to_decode_that_is_being_pushed: Bug(
         WRITABLE + "'FREE'", Faults(reorder=True, offers=True), one_sided=True
     ),
+    push_what_the_step_that_runs_has_not_computed: Bug("leave before they are computed"),
+    hear_everything_while_a_step_runs: Bug("writes into", Faults(aborts=True)),
 }
 
 

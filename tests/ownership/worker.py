@@ -14,7 +14,7 @@ from engine.core.ownership import BlockState
 from engine.core.scheduler import Scheduler, SchedulerLimits, StepPlan
 from engine.core.sequence import Sequence
 from engine.layer_gate import StepLayers
-from kv_transfer.core.events import Blocks, Cancelled, Landed, Pool, PushFailed, TransferKey
+from kv_transfer.core.events import Blocks, Cancelled, Landed, Live, Pool, PushFailed, TransferKey
 from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested, OpenLanes, PushLane
 from kv_transfer.core.lanes import Heads, Layers, layout_of
 from kv_transfer.core.sending import SendState
@@ -38,6 +38,7 @@ from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.disaggregation import Disaggregation, Policy
+from runtime.core.during_step import DuringStep
 from runtime.kv_port import LaneHasher
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class Rank:
     def perform(self, action: Any) -> None:
         match action:
             case PushLane(key, to, heads, first, source, target, live):
-                self.jobs.append(Job(key, to, heads, first, source, target, self.upcoming if live else None))
+                step = {Live.NO: None, Live.NEXT: self.upcoming, Live.RUNNING: self.running}[live]
+                self.jobs.append(Job(key, to, heads, first, source, target, step))
             case CancelPushes(key, _):
                 self.cancels.append(key)
             case OpenLanes(key, _, first, blocks, lanes):
@@ -178,6 +180,7 @@ class Rank:
         layers = job.next_layers(LAYERS)
         end = min(len(job.source), job.begun + world.rng.randint(1, 3))
         source, target = job.source[job.begun : end], job.target[job.begun : end]
+        self.worker.check_final(source, layers)
         if world.one_sided:
             to.written(job.key, target)
             copy.write(to.pool, target, source, layers)
@@ -233,6 +236,8 @@ class Worker:
         self.fanout = Fanout(ranks, sends=self.sends)
         self.inbox: deque[tuple[int, Any]] = deque()
         self.plan: StepPlan | None = None
+        self.writes: set[int] = set()
+        """Blocks that the step which runs writes."""
         self.layer = 0
         """Of the step that runs: the next one."""
         self.machine: Any
@@ -252,7 +257,18 @@ class Worker:
                 scheduler, self.blocks, self.reservations,
             )  # fmt: skip
 
+        self.during = DuringStep(self.machine.early, limit=8)
+
     # Its loop
+
+    @property
+    def takes(self) -> bool:
+        """Whether it looks into its mailbox: between two steps, or between two layers."""
+        return self.plan is None or (self.machine.listens and not self.during.full)
+
+    def take(self, message: Any) -> None:
+        if self.plan is None or self.during.admits(message):
+            self.perform(self.machine.handle(message, self.world.now))
 
     def hear(self) -> None:
         """The oldest answer of a rank."""
@@ -275,6 +291,9 @@ class Worker:
 
     def begin(self, plan: StepPlan) -> None:
         self.plan, self.layer = plan, 0
+        ends = (plan.num_computed + plan.num_tokens).tolist()
+        for seq, computed, end in zip(plan.sequences, plan.num_computed.tolist(), ends, strict=True):
+            self.writes.update(seq.block_table[computed // BLOCK : -(-end // BLOCK)].tolist())
         for rank in self.ranks:
             while rank.commands:  # ranks do what they are told before the steps that they are told of later
                 rank.perform(rank.commands.popleft())
@@ -285,10 +304,9 @@ class Worker:
     def run(self, plan: StepPlan) -> None:
         world, tokens = self.world, []
         if world.faults.step and world.rng.random() < 0.05:
-            self.plan = None
             for rank in self.ranks:
                 rank.running.fail()
-            self.perform(self.machine.fail_step(plan, "it is so in the schedule", world.now))
+            self.over(self.machine.fail_step(plan, "it is so in the schedule", world.now))
             return
         rows = zip(plan.sequences, plan.num_computed.tolist(), plan.num_tokens.tolist(), plan.samples, strict=True)
         for seq, computed, count, samples in rows:
@@ -301,8 +319,15 @@ class Worker:
         for rank in self.ranks:
             rank.running.advance(self.layer)
         if self.layer == LAYERS:
-            self.plan = None
-            self.perform(self.machine.update(plan, StepOutput(np.array(tokens, np.int32)), world.now))
+            self.over(self.machine.update(plan, StepOutput(np.array(tokens, np.int32)), world.now))
+
+    def over(self, actions: list[Any]) -> None:
+        """The step is: what came during it is heard now."""
+        self.plan = None
+        self.writes.clear()
+        self.perform(actions)
+        for message in self.during.take():
+            self.take(message)
 
     def write(self, seq: Sequence, begin: int, known: tuple[int, ...]) -> None:
         places = np.arange(begin, len(known))
@@ -349,6 +374,11 @@ class Worker:
                     pass
 
     # What is looked at
+
+    def check_final(self, blocks: Blocks, layers: Layers) -> None:
+        """These leave now: the step that runs has written them already, if it does at all."""
+        if self.plan is not None and layers.end > self.layer:
+            assert self.writes.isdisjoint(blocks.tolist()), f"layers {layers} leave before they are computed"
 
     def check_acked(self, acked: TransferAcked) -> None:
         """Prefill may free its blocks on this word: all of it stands here, true, and can be written no more."""

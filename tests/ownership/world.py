@@ -249,9 +249,8 @@ class World:
         """Something on its way gets a step further; False where nothing is."""
         ways: list[Any] = []
         for worker in self.workers.values():
-            if worker.plan is None:  # a loop in a step hears nothing
-                ways += [partial(self.arrive, worker)] if self.links.get(worker.address.mailbox) else []
-                ways += [worker.hear] if worker.inbox else []
+            ways += [partial(self.arrive, worker)] if worker.takes and self.links.get(worker.address.mailbox) else []
+            ways += [worker.hear] if worker.plan is None and worker.inbox else []
             for rank in worker.ranks:
                 ways += rank.ways
         ways += [partial(self.arrive_data, self.data)] if self.data else []
@@ -272,8 +271,7 @@ class World:
         self.remains.pop(self.rng.randrange(len(self.remains)))
 
     def arrive(self, worker: Worker) -> None:
-        message = self.taken(self.links[worker.address.mailbox])
-        worker.perform(worker.machine.handle(message, self.now))
+        worker.take(self.taken(self.links[worker.address.mailbox]))
 
     def arrive_data(self, data: deque[Landing]) -> None:
         key, to, *landing = self.taken(data)

@@ -5,7 +5,7 @@ import pytest
 
 from engine.core.moves import BlockMoves, pairs
 from engine.core.step_input import StepInput
-from kv_transfer.core.events import Landed, Pushed, PushFailed, TransferKey
+from kv_transfer.core.events import Landed, Live, Pushed, PushFailed, TransferKey
 from kv_transfer.core.fanout import DigestLane, LaneDigested, OpenLanes, PushLane
 from kv_transfer.core.lanes import Heads
 from kv_transfer.core.session import CancelPushes, CloseLanding, LandingOpened
@@ -21,7 +21,7 @@ SHARD = KVShard(2, 64, 16, "bfloat16", 8, 4, 4)
 BLOCKS = np.array([7, 3, 9], np.int32)
 PEER = WorkerAddress(WorkerId("decode-0"), Epoch(5), Address("tcp://127.0.0.1:1"))
 COMMANDS = [
-    PushLane(KEY, KVEndpoint("shm", "there", SHARD, 4), Heads(4, 2), 1, BLOCKS, BLOCKS[::-1].copy(), True),
+    PushLane(KEY, KVEndpoint("shm", "there", SHARD, 4), Heads(4, 2), 1, BLOCKS, BLOCKS[::-1].copy(), Live.RUNNING),
     OpenLanes(KEY, "zmq", 0, BLOCKS, (Heads(0, 1), Heads(1, 3))),
     DigestLane(KEY, 1, SHARD, Heads(4, 4), 0, BLOCKS),
     CancelPushes(KEY, "shm"),

@@ -12,11 +12,11 @@ from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
 from engine.core.scheduler import Scheduler, SchedulerLimits
 from kv_transfer.core.digest import DIGEST_BYTES
-from kv_transfer.core.events import TransferKey
-from kv_transfer.core.session import Digested, LandingOpened, TransferTimeouts
+from kv_transfer.core.events import Live, TransferKey
+from kv_transfer.core.session import Digested, LandingOpened, Push, TakeDigests, TransferTimeouts
 from messages.codec import pack_tokens
 from messages.common import FailReason, Generation, KVRank, KVWay, Role, Ticket, WorkerAddress
-from messages.decode_to_prefill import CancelTransfer
+from messages.decode_to_prefill import CancelTransfer, TransferAccepted
 from messages.gateway_to_worker import Prefill
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
@@ -187,3 +187,54 @@ def test_on_a_slow_machine_a_prompt_comes_in_steps_that_leave_time_to_report(pre
         tokens = np.zeros(int(plan.samples.sum()), np.int32)
         prefill.update(plan, StepOutput(tokens), now)
     assert len(taken) == 3 and max(taken[1:]) <= 1.0
+
+
+ACCEPTED = TransferAccepted(REQUEST, ATTEMPT, pack_tokens([5, 3]), 0)
+
+
+def pushes(actions: list[Any]) -> list[tuple[int, int, Live]]:
+    return [(action.first, len(action.source), action.live) for action in actions if isinstance(action, Push)]
+
+
+def test_a_prefill_worker_listens_while_a_step_runs_until_decode_has_accepted(prefill: PrefillMachine) -> None:
+    assert not prefill.listens
+    prefill.handle(ORDER, 0.0)
+    assert not prefill.listens
+    plan, opened = prefill.schedule(0.0)
+    assert plan is not None and isinstance(sent(opened)[0], OpenTransfer) and prefill.listens
+    assert isinstance(ACCEPTED, prefill.early)
+    assert pushes(prefill.handle(ACCEPTED, 0.1)) == [(0, 2, Live.RUNNING)]
+    assert not prefill.listens
+    done = prefill.update(plan, StepOutput(np.array([7], np.int32)), 0.2)
+    assert pushes(done) == [] and [len(each.blocks) for each in done if isinstance(each, TakeDigests)] == [2]
+    prefill.check_integrity()
+
+
+def test_an_accept_during_a_step_of_others_pushes_what_is_final(prefill: PrefillMachine) -> None:
+    prefill.handle(ORDER, 0.0)
+    plan, _ = prefill.schedule(0.0)
+    assert plan is not None
+    prefill.update(plan, StepOutput(np.array([7], np.int32)), 0.1)
+    other = RequestId("e" * 32)
+    ticket = mint(KEY, other, ATTEMPT, PREFILL, DECODE)
+    prefill.handle(replace(ORDER, request=other, ticket=ticket, generation=ORDER_OF_60.generation), 0.2)
+    plan, _ = prefill.schedule(0.3)
+    assert plan is not None and [seq.seq_id for seq in plan.sequences] == [other] and prefill.listens
+    assert pushes(prefill.handle(ACCEPTED, 0.4)) == [(0, 2, Live.NO)]
+    prefill.update(plan, StepOutput(np.array([7], np.int32)), 0.5)
+    prefill.check_integrity()
+
+
+def test_a_step_that_fails_after_its_push_began_gives_the_attempt_up(prefill: PrefillMachine) -> None:
+    prefill.handle(ORDER, 0.0)
+    plan, _ = prefill.schedule(0.0)
+    assert plan is not None
+    prefill.handle(ACCEPTED, 0.1)
+    failed = prefill.fail_step(plan, "out of luck", 0.2)
+    assert [each.reason for each in sent(failed)] == [FailReason.ENGINE]
+    assert [type(each).__name__ for each in failed] == ["CancelPushes", "Send"]
+    prefill.check_integrity()
+
+
+def test_a_decode_worker_handles_nothing_while_a_step_runs(decode: DecodeMachine) -> None:
+    assert decode.early == () and not decode.listens
