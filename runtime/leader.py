@@ -108,9 +108,7 @@ class Leader:
         """Have all other ranks run ``step`` too."""
         self._steps += 1
         _, body = STEPS.pack(step)
-        message = Step(
-            worker=self._worker, epoch=self._epoch, number=self._steps, listen=self._listen, body=body
-        )  # fmt: skip
+        message = Step(worker=self._worker, epoch=self._epoch, number=self._steps, listen=self._listen, body=body)
         self._listen = False
         self._tell(message, *self._ranks)
 
