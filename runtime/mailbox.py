@@ -27,6 +27,8 @@ QUEUED_MESSAGES = 10_000
 """Messages that wait for one peer, at each end, before further ones are dropped and counted."""
 MAX_PEERS = 512
 """Peers that one process keeps a socket to; then the one that was not written to for the longest time loses its own."""
+MAX_SOCKETS = 4 * MAX_PEERS
+"""Sockets of one context: a closed one counts until libzmq's own thread has reaped it, in its own time."""
 MESSAGES_A_TURN = 256
 """Messages taken at once, so that a flood cannot keep a step loop from its step."""
 
@@ -97,6 +99,7 @@ class Mailbox:
     def __init__(self, host: str, decode: Decode) -> None:
         """Bind to a free port of ``host`` (an IP address or a name of this machine)."""
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._decode = decode
         self._socket = bind_pull(self._context, host)
         self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
@@ -159,6 +162,7 @@ class AsyncMailbox:
 
     def __init__(self, host: str, decode: Decode) -> None:
         self._context: Any = zmq.asyncio.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._decode = decode
         self._socket: Any = bind_pull(self._context, host)
         self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
