@@ -1,1 +1,1 @@
-"""The deterministic simulator: the real state machines on a virtual clock and a virtual network; one seed is one run."""
+"""The deterministic simulator: the real state machines on a virtual clock and network; one seed is one run."""
