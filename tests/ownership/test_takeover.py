@@ -10,7 +10,8 @@ from kv_transfer.core.receiving import MAX_REPAIRS
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt
 from messages.prefill_to_decode import OpenTransfer
-from tests.ownership.worker import BLOCK, Worker
+from simulator.model import BLOCK
+from simulator.worker import Worker
 from tests.ownership.world import Faults, Request, World
 
 LENGTHS = (5, 16, 18, 21)

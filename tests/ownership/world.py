@@ -17,15 +17,22 @@ from typing import Any, NamedTuple
 
 from kv_transfer.core.events import Pool
 from messages.codec import pack_tokens, unpack_tokens
-from messages.common import Generation, KVEndpoint, WorkerAddress
+from messages.common import Generation, KVEndpoint, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Prefill
-from messages.ids import Address, Attempt, RequestId
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_worker import PeerLost
 from messages.sampling import SamplingParams
 from messages.seals import seal
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch
-from tests.ownership.worker import GATEWAY, KEY, NEVER, ROUTER, VOCABULARY, Landing, Rank, Truth, Worker
+from runtime.core.disaggregation import Disaggregation, Policy
+from simulator.model import VOCABULARY, Truth
+from simulator.rank import Landing, Rank
+from simulator.worker import KEY, Worker, WorkerShape
+
+ROUTER, GATEWAY = Address("tcp://router"), Address("tcp://gateway")
+NUM_BLOCKS = {"prefill": 24, "decode": 14}
+NEVER = float("inf")
 
 
 class Faults(NamedTuple):
@@ -80,7 +87,16 @@ class World:
 
     def start(self, name: str) -> None:
         self.epochs += 1
-        self.workers[name] = Worker(self, name, self.degrees[name.partition("-")[0]], self.epochs)
+        role = name.partition("-")[0]
+        shape = WorkerShape(
+            role=Role(role),
+            num_blocks=NUM_BLOCKS[role],
+            router=ROUTER,
+            ranks=self.degrees[role],
+            rule=Disaggregation(policy=Policy.NEVER if self.faults.offers else Policy.ALWAYS),
+        )
+        mailbox = Address(f"tcp://{name}")
+        self.workers[name] = Worker(self, WorkerId(name), shape, epoch=Epoch(self.epochs), mailbox=mailbox)
 
     def named(self, address: WorkerAddress) -> Worker | None:
         worker = self.workers[address.worker]
@@ -141,10 +157,16 @@ class World:
         chance = self.rng.random()
         return 0 if chance < self.faults.loss else 2 if chance < 1.5 * self.faults.loss else 1
 
-    def spoil(self, pool: Pool, rows: Any) -> None:
+    def spoil(self, _to: KVEndpoint, pool: Pool, rows: Any) -> None:
         if self.faults.corrupt and self.rng.random() < self.faults.corrupt:
             self.corrupted += 1
             pool[self.rng.choice(rows.tolist()), self.rng.randrange(pool.shape[1])] ^= 1 << self.rng.randrange(8)
+
+    def step_fails(self) -> bool:
+        return self.faults.step and self.rng.random() < 0.05
+
+    def blocks_at_once(self) -> int:
+        return self.rng.randint(1, 3)
 
     def taken(self, queue: deque[Any]) -> Any:
         if self.faults.reorder and len(queue) > 1:

@@ -2,21 +2,22 @@
 
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
-from engine.core.outputs import StepOutput
+from engine.core.outputs import StepOutput, TokenLogprobs
 from engine.core.ownership import BlockState
 from engine.core.scheduler import Scheduler, SchedulerLimits, StepPlan
 from engine.core.sequence import Sequence
 from engine.layer_gate import StepLayers
-from kv_transfer.core.events import Blocks, Cancelled, Landed, Live, Pool, PushFailed, TransferKey
-from kv_transfer.core.fanout import DigestLane, Fanout, LaneDigested, OpenLanes, PushLane
-from kv_transfer.core.lanes import Heads, Layers, layout_of
+from kv_transfer.core.events import Blocks, TransferKey
+from kv_transfer.core.fanout import Fanout
+from kv_transfer.core.lanes import Layers
 from kv_transfer.core.sending import SendState
 from kv_transfer.core.session import (
     CancelPushes,
@@ -29,230 +30,79 @@ from kv_transfer.core.session import (
     TransferTimeouts,
     WritersGone,
 )
-from kv_transfer.transports.copying import Job, Landings
-from kv_transfer.transports.records import LaneCopy, records
-from messages.common import KVEndpoint, KVRank, KVShard, KVWay, Role, WorkerAddress
+from messages.common import KVRank, KVWay, Role, WorkerAddress
 from messages.decode_to_prefill import TransferAcked
 from messages.ids import Address, Epoch, WorkerId
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import ForgetPeer, Send
-from runtime.core.disaggregation import Disaggregation, Policy
+from runtime.core.disaggregation import ALWAYS, Disaggregation
 from runtime.core.during_step import DuringStep
-from runtime.kv_port import LaneHasher
-
-if TYPE_CHECKING:
-    from tests.ownership.world import World
+from simulator.model import BLOCK, LAYERS, VOCABULARY, Truth, shards
+from simulator.rank import Rank, Surroundings
 
 KEY = b"k" * 32
-ROUTER, GATEWAY = Address("tcp://router"), Address("tcp://gateway")
-BLOCK, LAYERS, HEADS, VOCABULARY = 4, 2, 2, 50
-NUM_BLOCKS = {"prefill": 24, "decode": 14}
 WRITABLE = {BlockState.LANDING, BlockState.QUARANTINED}
 OWN = {BlockState.HELD, BlockState.PINNED}
-NEVER = float("inf")
+MAX_NUM_SEQS, MAX_MODEL_LEN = 4, 64
 
 
-def shards(ranks: int) -> list[KVShard]:
-    own = HEADS // ranks
-    return [KVShard(LAYERS, 1, BLOCK, "float32", HEADS, rank * own, own) for rank in range(ranks)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerShape:
+    """What a worker is, whoever its process is."""
 
-
-class Truth:
-    """What KV has to be, and which token follows."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], np.ndarray[Any, Any]] = {}
-
-    def kv(self, tokens: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """uint32 ``[token, layer, k|v, head]``."""
-        if tokens not in self._known:
-            names, name = [], 1
-            for token in tokens:
-                name = (name * 1000003 + token + 1) & 0xFFFFFFFF
-                names.append(name)
-            kinds = np.array([3, 5, 7, 11, 13, 17, 19, 23], np.uint32).reshape(LAYERS, 2, HEADS)
-            self._known[tokens] = np.array(names, np.uint32)[:, None, None, None] * kinds
-        return self._known[tokens]
-
-    def next(self, tokens: tuple[int, ...]) -> int:
-        return int(self.kv(tokens)[-1, 0, 0, 0]) % VOCABULARY
-
-    def answer(self, prompt: tuple[int, ...], count: int) -> list[int]:
-        tokens = prompt
-        for _ in range(count):
-            tokens += (self.next(tokens),)
-        return list(tokens[len(prompt) :])
-
-
-class Landing(NamedTuple):
-    """Blocks of one lane, some layers of them, on their way to a two-sided receiver."""
-
-    key: TransferKey
-    to: KVEndpoint
-    heads: Heads
-    layers: Layers
-    first: int
-    rows: Pool
-
-
-class Rank:
-    """One process of a worker: its memory, its transport's thread, its digest thread."""
-
-    def __init__(self, world: "World", worker: "Worker", number: int, shard: KVShard) -> None:
-        self.world, self.worker, self.number, self.shard = world, worker, number, shard
-        block_bytes = layout_of(shard).block_bytes
-        self.pool = np.full((worker.blocks.num_blocks, block_bytes), 0xAA, np.uint8)
-        self.kv = self.pool.view(np.uint32).reshape(worker.blocks.num_blocks, LAYERS, 2, -1, BLOCK)
-        """``[block, layer, k|v, head, token]``."""
-        self.running = self.upcoming = StepLayers(LAYERS)
-        self.hasher = LaneHasher(self.pool, shard)
-        self.landings = Landings(self.pool, LAYERS)
-        self.commands: deque[Any] = deque()
-        """From rank 0, in order."""
-        self.jobs: list[Job] = []
-        self.cancels: deque[TransferKey] = deque()
-        """That its thread has not read yet."""
-        self.hashing: deque[DigestLane] = deque()
-        self.copies: dict[Any, LaneCopy] = {}
-        self.alive = True
-
-    def perform(self, action: Any) -> None:
-        match action:
-            case PushLane(key, to, heads, first, source, target, live):
-                step = {Live.NO: None, Live.NEXT: self.upcoming, Live.RUNNING: self.running}[live]
-                self.jobs.append(Job(key, to, heads, first, source, target, step))
-            case CancelPushes(key, _):
-                self.cancels.append(key)
-            case OpenLanes(key, _, first, blocks, lanes):
-                self.landings.open(key, first, blocks, lanes)
-                self.report(LandingOpened(key))
-            case CloseLanding(key):
-                self.landings.close(key)
-            case DigestLane():
-                self.hashing.append(action)
-
-    def report(self, event: Any) -> None:
-        self.worker.inbox.append((self.number, event))
-
-    def hash(self) -> None:
-        wanted = self.hashing.popleft()
-        self.report(LaneDigested(wanted.key, wanted.number, wanted.first, self.hasher.digests(wanted)))
-
-    def cancel(self) -> None:
-        key = self.cancels.popleft()
-        self.jobs = [job for job in self.jobs if job.key != key]
-        self.report(Cancelled(key))
-
-    def obey(self) -> None:
-        """What rank 0 wants first."""
-        self.perform(self.commands.popleft())
-
-    @property
-    def ways(self) -> list[Any]:
-        """What may happen here next, beside a step."""
-        every = (
-            (self.commands, self.obey), (self.cancels, self.cancel), (self.jobs and self.next_job(), self.push),
-            (self.hashing, self.hash),
-        )  # fmt: skip
-        return [way for there, way in every if there]
-
-    def next_job(self) -> Job | None:
-        """The first that can go on; those of one key stay in order."""
-        waiting = set()
-        for job in self.jobs:
-            if not job.waits and job.key not in waiting:
-                return job
-            waiting.add(job.key)
-        return None
-
-    def push(self) -> None:
-        """Some blocks of the next job leave."""
-        job, world = self.next_job(), self.world
-        assert job is not None
-        to = world.rank_at(job.to)
-        if to is None or job.failed:
-            self.jobs.remove(job)
-            self.report(PushFailed(job.key, "nobody is there, or the step has failed"))
-            return
-        way = (job.to.shard, job.heads)
-        copy = self.copies.get(way) or self.copies.setdefault(way, LaneCopy(self.pool, self.shard, *way))
-        layers = job.next_layers(LAYERS)
-        end = min(len(job.source), job.begun + world.rng.randint(1, 3))
-        source, target = job.source[job.begun : end], job.target[job.begun : end]
-        self.worker.check_final(source, layers)
-        if world.one_sided:
-            to.written(job.key, target)
-            copy.write(to.pool, target, source, layers)
-            world.spoil(to.pool, target)
-        else:
-            rows = np.empty((len(source), copy.layer_bytes * (layers.end - layers.first)), np.uint8)
-            copy.pack(rows, source, layers)
-            world.spoil(rows, np.arange(len(source)))
-            world.send_data(Landing(job.key, job.to, job.heads, layers, job.first + job.begun, rows))
-        job.went(end, 0)
-        if job.done == LAYERS:
-            self.jobs.remove(job)
-            self.report(job.pushed)
-
-    def land(self, key: TransferKey, heads: Heads, layers: Layers, first: int, rows: Pool) -> None:
-        def copy(target: Blocks) -> None:
-            self.written(key, target)
-            there = records(self.pool, self.shard, heads)[:, 2 * layers.first : 2 * layers.end]
-            there[target] = rows.reshape(len(rows), *there.shape[1:])
-
-        landed = self.landings.land(key, heads, layers, first, len(rows), copy)
-        if landed is not None and len(landed):
-            self.report(Landed(key, landed))
-
-    def written(self, key: TransferKey, blocks: Blocks) -> None:
-        """Somebody writes into these now."""
-        if not self.closes(key):
-            self.worker.check_writable(key, blocks, again=not self.world.one_sided)
-
-    def closes(self, key: TransferKey) -> bool:
-        """Whether it will close this landing before it does anything else with the blocks."""
-        return CloseLanding(key) in self.commands
+    role: Role
+    num_blocks: int
+    router: Address
+    ranks: int = 1
+    rule: Disaggregation = ALWAYS
+    eos: frozenset[int] = frozenset()
 
 
 class Worker:
     """A machine and its ranks. Its loop takes what has come, plans a step, and runs it later."""
 
-    def __init__(self, world: "World", name: str, ranks: int, epoch: int) -> None:
-        self.world, self.name = world, name
-        role = name.partition("-")[0]
-        self.sends = role == "prefill"
-        self.blocks = BlockPool(NUM_BLOCKS[role], BLOCK)
-        limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, prefill_chunk=8)
-        scheduler = Scheduler(self.blocks, limits, frozenset())
-        self.ranks = [Rank(world, self, number, shard) for number, shard in enumerate(shards(ranks))]
+    def __init__(
+        self, world: Surroundings, name: WorkerId, shape: WorkerShape, *, epoch: Epoch, mailbox: Address
+    ) -> None:
+        self.world, self.name, self.shape = world, name, shape
+        self.sends = shape.role is Role.PREFILL
+        self.blocks = BlockPool(shape.num_blocks, BLOCK)
+        limits = SchedulerLimits(
+            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=16, max_model_len=MAX_MODEL_LEN, prefill_chunk=8
+        )
+        scheduler = Scheduler(self.blocks, limits, shape.eos)
+        self.ranks = [Rank(world, self, number, shard) for number, shard in enumerate(shards(shape.ranks))]
         transport = "shm" if world.one_sided else "zmq"
         own = tuple(
-            KVRank(rank.shard, self.blocks.num_blocks, "host", (KVWay(transport, f"{name}/{epoch}/{rank.number}"),))
+            KVRank(rank.shard, shape.num_blocks, "host", (KVWay(transport, f"{name}/{epoch}/{rank.number}"),))
             for rank in self.ranks
         )
-        mailbox = Address(f"tcp://{name}")
-        self.address = WorkerAddress(WorkerId(name), Epoch(epoch), mailbox, () if self.sends else own)
-        self.fanout = Fanout(ranks, sends=self.sends)
+        self.address = WorkerAddress(name, epoch, mailbox, () if self.sends else own)
+        self.fanout = Fanout(shape.ranks, sends=self.sends)
         self.inbox: deque[tuple[int, Any]] = deque()
+        """What the ranks report."""
         self.plan: StepPlan | None = None
         self.writes: set[int] = set()
         """Blocks that the step which runs writes."""
         self.layer = 0
         """Of the step that runs: the next one."""
         self.machine: Any
-        rule = Disaggregation(policy=Policy.NEVER if world.faults.offers else Policy.ALWAYS)
-        timeouts, size = TransferTimeouts(), {"max_num_seqs": 4, "max_model_len": 64, "vocab_size": VOCABULARY}
+        timeouts = TransferTimeouts()
         if self.sends:
-            settings = PrefillSettings(address=self.address, router=ROUTER, cluster_key=KEY, **size)
+            settings = PrefillSettings(
+                address=self.address, router=shape.router, cluster_key=KEY, max_num_seqs=MAX_NUM_SEQS,
+                max_model_len=MAX_MODEL_LEN, vocab_size=VOCABULARY,
+            )  # fmt: skip
             self.handoffs = Handoffs(self.address, own, self.blocks, timeouts)
             self.machine = PrefillMachine(settings, scheduler, self.blocks, self.handoffs)
         else:
             self.reservations = Reservations(mailbox, own, self.blocks, timeouts=timeouts)
             self.machine = DecodeMachine(
                 DecodeSettings(
-                    address=self.address, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=1,
-                    disaggregation=rule, **size,
+                    address=self.address, role=shape.role, router=shape.router, cluster_key=KEY, block_bytes=1,
+                    max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCABULARY,
+                    disaggregation=shape.rule,
                 ),
                 scheduler, self.blocks, self.reservations,
             )  # fmt: skip
@@ -302,24 +152,37 @@ class Worker:
                 rank.pool[target] = rank.pool[source]
 
     def run(self, plan: StepPlan) -> None:
-        world, tokens = self.world, []
-        if world.faults.step and world.rng.random() < 0.05:
+        """Compute the next layer; after the last one the step is over."""
+        world = self.world
+        if world.step_fails():
             for rank in self.ranks:
                 rank.running.fail()
             self.over(self.machine.fail_step(plan, "it is so in the schedule", world.now))
             return
+        last = self.layer == LAYERS - 1
+        output = StepOutput(np.empty(0, np.int32))
+        tokens: list[int] = []
         rows = zip(plan.sequences, plan.num_computed.tolist(), plan.num_tokens.tolist(), plan.samples, strict=True)
-        for seq, computed, count, samples in rows:
+        for row, (seq, computed, count, samples) in enumerate(rows):
             known = tuple(seq.token_ids[: computed + count].tolist())
             self.check_read(seq, known[:computed])
             self.write(seq, computed, known)
+            if not last:
+                continue
+            params = seq.params
+            if params.prompt_logprobs is not None:
+                scored = _scored_prompt(world.truth, seq, computed, known)
+                output.prompt_logprobs[row] = scored
             if samples:
-                tokens.append(world.truth.next(known))
+                tokens.append(world.truth.next(known, params.seed))
+                if params.logprobs is not None:
+                    output.logprobs[row] = world.truth.scores(known, tokens[-1], params.logprobs)
         self.layer += 1
         for rank in self.ranks:
             rank.running.advance(self.layer)
-        if self.layer == LAYERS:
-            self.over(self.machine.update(plan, StepOutput(np.array(tokens, np.int32)), world.now))
+        if last:
+            output = replace(output, tokens=np.array(tokens, np.int32))
+            self.over(self.machine.update(plan, output, world.now))
 
     def over(self, actions: list[Any]) -> None:
         """The step is: what came during it is heard now."""
@@ -417,3 +280,10 @@ class Worker:
                 there = self.world.rank_at(job.to)
                 if there is not None:
                     there.written(job.key, job.target)
+
+
+def _scored_prompt(truth: Truth, seq: Sequence, computed: int, known: tuple[int, ...]) -> list[TokenLogprobs]:
+    """Of the prompt's tokens whose predecessors have just been computed."""
+    ends = range(computed + 1, min(len(known), seq.num_prompt_tokens - 1) + 1)
+    prompt, num_top = tuple(seq.token_ids[: seq.num_prompt_tokens].tolist()), seq.params.prompt_logprobs or 0
+    return [truth.scores(known[:end], prompt[end], num_top) for end in ends]
