@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gateway.core.dispatch import Dispatch, Heard, Late, Message
 from gateway.core.errors import GatewayError, InternalError, Unavailable
 from gateway.core.limits import Limits
 from gateway.core.session import (
     Action,
-    Chunk,
     ClientGone,
     Deliver,
     Ended,
@@ -25,7 +25,6 @@ from gateway.core.session import (
     ShutDown,
     StopMatched,
     Tick,
-    answer_to_unwanted,
 )
 from gateway.core.traces import Traces
 from gateway.metrics import Metrics
@@ -123,7 +122,7 @@ class Hub:
         self._relays: dict[RequestId, Relay] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._workers: dict[WorkerId, WorkerAddress] = {}  # by the last placement
+        self._dispatch = Dispatch(router)
         self._forgetting: dict[WorkerId, asyncio.TimerHandle] = {}  # lost workers whose sockets will be closed
         self._cluster_heard = float("-inf")
         self._draining = False
@@ -210,49 +209,38 @@ class Hub:
 
     def _handle(self, message: Any) -> None:
         match message:
-            case TokenBatch():
-                for chunk in message.chunks:
-                    relay = self._relays.get(chunk.request)
-                    if relay is not None:
-                        self._feed(relay, Chunk(message.worker, chunk))
-                    else:
-                        self._unwanted(message.worker, Chunk(message.worker, chunk))
-            case Placed():
-                self._placed(message)
-            case Rejected() | AttemptFailed():
-                relay = self._relays.get(message.request)
-                if relay is not None:
-                    self._feed(relay, message)
-            case WorkerLost():
-                self._worker_lost(message)
             case Timeline():
                 self.traces.take(message, self._loop.time())
             case ClusterState():
                 self.cluster = self.metrics.cluster = message
                 self._cluster_heard = self._loop.time()
                 self.metrics.malformed.set(self._mailbox.malformed)
+            case _:
+                self._dispatched(message)
 
-    def _placed(self, placed: Placed) -> None:
-        for worker in (placed.prefill, placed.decode):
-            if worker is not None:
-                self._know(worker)
-        relay = self._relays.get(placed.request)
-        if relay is None:  # the router must have missed the end
-            self._mailbox.send(self._router, Finished(request=placed.request, attempt=placed.attempt))
-        else:
-            self._feed(relay, placed)
+    def _dispatched(self, message: Message) -> None:
+        if isinstance(message, Placed):
+            for address in (message.prefill, message.decode):
+                if address is not None:
+                    self._moves_to(address)
+        for step in self._dispatch.take(message, self._relays):
+            match step:
+                case Heard(request, event):
+                    relay = self._relays.get(request)
+                    if relay is not None:
+                        self._feed(relay, event)
+                case Late(answer):
+                    self.metrics.late_chunks.inc()
+                    if answer is not None:
+                        self._mailbox.send(answer.to, answer.message)
+                case Send(to, answer):
+                    self._mailbox.send(to, answer)
+        if isinstance(message, WorkerLost):
+            self._worker_lost(message)
 
-    def _unwanted(self, worker: WorkerId, event: Chunk) -> None:
-        self.metrics.late_chunks.inc()
-        known = self._workers.get(worker)
-        if known is not None:
-            answer = answer_to_unwanted(known.mailbox, event.chunk)
-            self._mailbox.send(answer.to, answer.message)
-
-    def _know(self, worker: WorkerAddress) -> None:
-        """Where ``worker`` is now; the socket to where it was before is closed."""
-        before = self._workers.get(worker.worker)
-        self._workers[worker.worker] = worker
+    def _moves_to(self, worker: WorkerAddress) -> None:
+        """Where ``worker`` is now; the socket to where it was before will be closed."""
+        before = self._dispatch.workers.get(worker.worker)
         forgetting = self._forgetting.pop(worker.worker, None)
         if forgetting is not None:
             forgetting.cancel()
@@ -260,15 +248,13 @@ class Hub:
             self._loop.call_later(FORGET_AFTER, self._mailbox.outbox.forget, before.mailbox)
 
     def _worker_lost(self, lost: WorkerLost) -> None:
-        for relay in list(self._relays.values()):
-            self._feed(relay, lost)
-        known = self._workers.get(lost.worker)
+        known = self._dispatch.workers.get(lost.worker)
         if known is not None and known.epoch == lost.epoch and lost.worker not in self._forgetting:
             self._forgetting[lost.worker] = self._loop.call_later(FORGET_AFTER, self._forget, lost.worker)
 
     def _forget(self, worker: WorkerId) -> None:
         del self._forgetting[worker]
-        self._mailbox.outbox.forget(self._workers.pop(worker).mailbox)
+        self._mailbox.outbox.forget(self._dispatch.workers.pop(worker).mailbox)
 
     async def _ask_for_state(self) -> None:
         while True:
