@@ -1,0 +1,1 @@
+"""Parts of the checker, each of which judges some of the promises."""
