@@ -1,4 +1,5 @@
-"""How an answer leaves: as server-sent events or in one piece. A client that goes away cancels its sequences at once.
+"""How an answer leaves: as server-sent events or in one piece. A client that goes away cancels its sequences at once,
+unless it has said that it may come back (``streams.py``).
 
 The HTTP status is decided with the first token or the first error, so what is refused anywhere in the cluster keeps its
 own status; an error after the first byte is one typed event, then the end.
@@ -7,7 +8,7 @@ own status; an error after the first byte is one typed event, then the end.
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -15,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.choice import Choice
 from gateway.core.errors import GatewayError
+from gateway.core.positions import DONE, USAGE, event_id
 from gateway.hub import Hub, Order, Relay
-from gateway.rendering import DONE, Renderer, encode, error_body, event
+from gateway.rendering import Renderer, done, encode, error_body, event
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Exchange:
         self._hub = hub
         self._changed = asyncio.Event()
         self._gone = False
+        self._refusal: GatewayError | None = None
         self.choices: list[Choice] = []
         self.relays: list[Relay] = []
 
@@ -47,24 +50,46 @@ class Exchange:
         self.choices = choices
         self.relays = self._hub.open(zip(orders, choices, strict=True))
 
+    def resume(self, relays: list[Relay], choices: list[Choice]) -> None:
+        """Read on in sequences that run, or have ended: ``choices`` begin where their client wants it."""
+        self.choices, self.relays = choices, relays
+        for relay, choice in zip(relays, choices, strict=True):
+            relay.listener = choice
+            so_far = relay.session.transcript()
+            if so_far is not None:
+                choice.replay(so_far)
+            if isinstance(relay.outcome, GatewayError):
+                choice.failed(relay.outcome)
+            elif relay.outcome is not None:
+                choice.finished(relay.outcome)
+        self.changed()
+
     async def wait(self) -> None:
         """Until something has happened since the last time."""
         await self._changed.wait()
         self._changed.clear()
 
     def first_error(self) -> GatewayError | None:
-        return next((choice.error for choice in self.choices if choice.error is not None), None)
+        return self._refusal or next((choice.error for choice in self.choices if choice.error is not None), None)
 
     @property
     def over(self) -> bool:
         return all(choice.over for choice in self.choices)
 
     def close(self) -> None:
-        """Cancel what still runs, and let go of it all: choices know their exchange, so they would wait for the
-        garbage collector."""
+        """Cancel what still runs, and let go of it all."""
         for relay in self.relays:
             self._hub.cancel(relay)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Choices know their exchange, so they would wait for the garbage collector."""
         self.choices, self.relays = [], []
+
+    def refuse(self, error: GatewayError) -> None:
+        """Somebody else goes on with the sequences: the client hears ``error``."""
+        self._refusal = error
+        self.changed()
 
     def client_gone(self) -> bool:
         return self._gone
@@ -85,16 +110,18 @@ class Answer(Response):
 
     background = None
 
-    def __init__(self, exchange: Exchange, renderer: Renderer) -> None:
+    def __init__(self, exchange: Exchange, renderer: Renderer, leave: Callable[[], None]) -> None:
+        """``leave`` is called when the client has gone, or has its answer."""
         self._exchange = exchange
         self._renderer = renderer
+        self._leave = leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._exchange.watch(receive))
         try:
             await self._answer(scope, receive, send)
         finally:
-            self._exchange.close()
+            self._leave()
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
 
@@ -123,15 +150,28 @@ class WholeAnswer(Answer):
 
 
 class EventStream(Answer):
-    def __init__(self, exchange: Exchange, renderer: Renderer, include_usage: bool, *, stall: float) -> None:
-        """``stall``: seconds after which a client that does not read is dropped."""
-        super().__init__(exchange, renderer)
+    """``core/positions.py`` says what its events' ids mean."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        renderer: Renderer,
+        leave: Callable[[], None],
+        *,
+        include_usage: bool,
+        stall: float,
+        resumed: bool = False,
+    ) -> None:
+        """``stall``: seconds after which a client that does not read is dropped. ``resumed``: it knows its status."""
+        super().__init__(exchange, renderer, leave)
         self._stall = stall
         self._include_usage = include_usage
+        self._resumed = resumed
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = self._exchange
-        await exchange.wait()
+        if not self._resumed:
+            await exchange.wait()
         error = exchange.first_error()
         if error is not None:
             await send_error(error, send)
@@ -143,11 +183,10 @@ class EventStream(Answer):
             error, over = exchange.first_error(), exchange.over
             body = self._news()
             if error is not None:
-                await self._write(send, body + event(error_body(error)), last=True)
+                await self._write(send, body + event(error_body(error), self._id()), last=True)
                 return
             if over:
-                usage = self._renderer.usage_chunk(exchange.choices) if self._include_usage else b""
-                await self._write(send, body + usage + DONE, last=True)
+                await self._write(send, body + self._end(), last=True)
                 return
             if body:
                 await self._write(send, body)
@@ -161,8 +200,17 @@ class EventStream(Answer):
             if choice.fresh:
                 piece = choice.take(even_without_text=renderer.even_without_text)
                 if piece is not None:
-                    chunks.append(renderer.chunk(choice, relay, piece))
+                    chunks.append(renderer.chunk(choice, relay, piece, self._id()))
         return b"".join(chunks)
+
+    def _end(self) -> bytes:
+        usage = b""
+        if self._include_usage:
+            usage = self._renderer.usage_chunk(self._exchange.choices, self._id(USAGE))
+        return usage + done(self._id(DONE))
+
+    def _id(self, *tail: str) -> str:
+        return event_id((choice.position for choice in self._exchange.choices), *tail)
 
     async def _write(self, send: Send, body: bytes, *, last: bool = False) -> None:
         """Waits while the client does not read; gives it up after a while."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gateway.core.errors import GatewayError
+from gateway.core.positions import START, Position
 from gateway.core.session import Deliver
 from gateway.core.stop_strings import StopStrings
 from gateway.detokenizer import Detokenizer
@@ -34,6 +35,8 @@ class Piece:
     finish: FinishReason | None = None
     first: bool = False
     """Whether nothing was taken before."""
+    skipped: list[int] = field(default_factory=list)
+    """Tokens before ``logprobs`` whose log-probabilities the client has from an earlier reading of the stream."""
 
 
 class Echo:
@@ -44,17 +47,21 @@ class Echo:
         self.text = text
         self.scores: list[TokenLogprob] | None = None if logprobs else []
         """One a token; empty where they are not wanted, None where they are not there yet."""
-        self._tokens = tokens
+        self.tokens = tokens
 
     def scored(self, logprobs: Logprobs | None) -> None:
         """The first choice's first tokens are there."""
         if self.scores is None:
-            known = [] if logprobs is None else entries(self._tokens[1:], logprobs)
-            self.scores = [TokenLogprob(self._tokens[0], None, ()), *known]
+            known = [] if logprobs is None else entries(self.tokens[1:], logprobs)
+            self.scores = [TokenLogprob(self.tokens[0], None, ()), *known]
 
 
 class Choice:
-    """A ``Listener`` of the hub."""
+    """A ``Listener`` of the hub.
+
+    One that is ``resumed`` gets the tokens from the first one on, as any other does, but begins behind ``after``: what
+    the client has been sent up to there is left out.
+    """
 
     def __init__(
         self,
@@ -69,8 +76,11 @@ class Choice:
         arrived: float,
         changed: Callable[[], None],
         metrics: Metrics,
+        after: Position = START,
+        resumed: bool = False,
     ) -> None:
-        """``echo``: the prompt, to begin with. ``is_first``: of this prompt. ``arrived``: when the request came in."""
+        """``echo``: the prompt, to begin with. ``is_first``: of this prompt. ``arrived``: when the request came in.
+        ``resumed``: somebody has read it before, up to ``after``; it is not timed."""
         self.index = index
         self.num_tokens = 0
         self.cached_tokens = 0
@@ -84,16 +94,21 @@ class Choice:
         self._stops = stops
         self._include_stop = include_stop
         self._with_logprobs = logprobs
-        self._echo = echo
-        self._is_first = is_first
+        self._scores = echo if is_first else None
+        self._echo = None if after.begun else echo
         self._changed = changed
         self._metrics = metrics
+        self._after = after
+        self._resumed = resumed
         self._stopped = False
-        self._taken = False
+        self.position = after
+        """Of what was taken so far."""
         self.fresh = False
         """Whether something came since the last ``take``."""
         self._text: list[str] = []
         self._piece = Piece()
+        if after.begun and echo is not None and logprobs:
+            self._piece.skipped += echo.tokens
 
     @property
     def over(self) -> bool:
@@ -101,29 +116,35 @@ class Choice:
 
     @property
     def ttft(self) -> float | None:
-        return None if self.first_at is None else self.first_at - self._arrived
+        return None if self.first_at is None or self._resumed else self.first_at - self._arrived
 
     @property
     def tpot(self) -> float | None:
-        if self.first_at is None or self.num_tokens < 2:
+        if self.first_at is None or self.num_tokens < 2 or self._resumed:
             return None
         return (self.last_at - self.first_at) / (self.num_tokens - 1)
 
     def deliver(self, tokens: Deliver, now: float) -> bool:
-        if self._echo is not None and self._is_first:
-            self._echo.scored(tokens.prompt_logprobs)
         if tokens.tokens:
             self._observe(now)
+        self.replay(tokens)
+        self._changed()
+        return self._stopped
+
+    def replay(self, tokens: Deliver) -> None:
+        """Take in the next tokens; those up to ``after`` for what follows from them only."""
+        if self._scores is not None:
+            self._scores.scored(tokens.prompt_logprobs)
         used = self._decode(tokens.tokens, silent_last=tokens.finish is FinishReason.STOP and not self._include_stop)
+        known = min(used, max(0, self._after.tokens - self.num_tokens))
         self.num_tokens += used
         self.cached_tokens = max(self.cached_tokens, tokens.cached_tokens)
         piece = self._piece
-        piece.tokens += tokens.tokens[:used]
+        piece.tokens += tokens.tokens[known:used]
         if self._with_logprobs and tokens.logprobs is not None:
-            piece.logprobs += entries(tokens.tokens[:used], tokens.logprobs)
+            piece.skipped += tokens.tokens[:known]
+            piece.logprobs += entries(tokens.tokens[:used], tokens.logprobs)[known:]
         self.fresh = True
-        self._changed()
-        return self._stopped
 
     def _decode(self, tokens: list[int], *, silent_last: bool) -> int:
         """Append the tokens' text; how many of them there were up to a stop string. The token that ended the sequence
@@ -131,22 +152,27 @@ class Choice:
         speaking = len(tokens) - silent_last
         for i in range(speaking):
             text, self._stopped = self._stops.feed(self._detokenizer.step(tokens[i]))
-            if text:
+            if text and self.num_tokens + i >= self._after.tokens:
                 self._text.append(text)
             if self._stopped:
                 return i + 1
         return len(tokens)
 
     def ended(self, reason: FinishReason, now: float) -> None:
+        self.finished(reason)
+        if not self._resumed:
+            self._metrics.e2e.observe(now - self._arrived)
+        if self.tpot is not None:
+            self._metrics.tpot.observe(self.tpot)
+        self._changed()
+
+    def finished(self, reason: FinishReason) -> None:
+        """There are no more tokens."""
         if not self._stopped:
             text, self._stopped = self._stops.feed(self._detokenizer.flush())
             self._text.append(text if self._stopped else text + self._stops.flush())
         self.finish = FinishReason.STOP if self._stopped else reason
-        self._metrics.e2e.observe(now - self._arrived)
-        if self.tpot is not None:
-            self._metrics.tpot.observe(self.tpot)
         self.fresh = True
-        self._changed()
 
     def failed(self, error: GatewayError) -> None:
         self.error = error
@@ -154,6 +180,8 @@ class Choice:
 
     def take(self, *, even_without_text: bool) -> Piece | None:
         """What came since the last time; None where that is nothing to show."""
+        if self._after.ended or (self.num_tokens == 0 and self.finish is None):
+            return None
         if self._echo is not None and not self._begin_with(self._echo):
             return None
         self.fresh = False
@@ -162,8 +190,8 @@ class Choice:
             return None
         piece.text = "".join(self._text)
         piece.finish = self.finish
-        piece.first = not self._taken
-        self._taken = True
+        piece.first = not self.position.begun
+        self.position = Position(max(self.num_tokens, self._after.tokens), self.finish is not None)
         self._text.clear()
         self._piece = Piece()
         return piece
@@ -180,7 +208,8 @@ class Choice:
     def _observe(self, now: float) -> None:
         if self.first_at is None:
             self.first_at = now
-            self._metrics.ttft.observe(now - self._arrived)
+            if not self._resumed:
+                self._metrics.ttft.observe(now - self._arrived)
         else:
             self._metrics.itl.observe(now - self.last_at)
         self.last_at = now

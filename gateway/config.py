@@ -34,6 +34,8 @@ class GatewayConfig:
     """Seconds that a client may take to send its request's body."""
     client_stall: float = 60.0
     """Seconds that a client may take to read nothing before it is dropped."""
+    resume_grace: float = 10.0
+    """Seconds that a resumable stream is kept without its client."""
     drain: float = 5.0
     """Seconds that requests in flight get to finish when the gateway stops."""
     state_every: float = 0.5

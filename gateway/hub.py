@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.core.dispatch import Dispatch, Heard, Late, Message
@@ -67,6 +67,7 @@ class Order:
 
     prompt: bytes
     sampling: SamplingParams
+    request: RequestId = field(default_factory=lambda: RequestId(secrets.token_hex(16)))
     tenant: str = "default"
     cache_salt: str = ""
     """The client's own; see ``core/salts.py``."""
@@ -81,6 +82,8 @@ class Relay:
     session: Session
     listener: Listener
     timer: asyncio.TimerHandle | None = None
+    outcome: FinishReason | GatewayError | None = None
+    """What the listener heard at the end."""
 
     @property
     def baton(self) -> dict[str, Any]:
@@ -150,10 +153,9 @@ class Hub:
 
     def _open(self, order: Order, listener: Listener) -> Relay:
         now = self._loop.time()
-        request = RequestId(secrets.token_hex(16))
-        traced = bool(order.trace) and self.traces.begin(order.trace, request, now, len(order.prompt) // 4)
+        traced = bool(order.trace) and self.traces.begin(order.trace, order.request, now, len(order.prompt) // 4)
         session = Session(
-            request,
+            order.request,
             order.prompt,
             order.sampling,
             gateway=self._mailbox.address,
@@ -284,7 +286,8 @@ class Hub:
             if isinstance(action, Send):
                 self._mailbox.send(action.to, action.message)
         self.metrics.failed.labels("internal_error").inc()
-        relay.listener.failed(InternalError("internal error"))
+        relay.outcome = InternalError("internal error")
+        relay.listener.failed(relay.outcome)
 
     def _perform(self, relay: Relay, actions: list[Action], now: float) -> None:
         complete = False
@@ -301,10 +304,12 @@ class Hub:
                 case Ended():
                     self._close(relay)
                     self._finished[action.reason].inc()
+                    relay.outcome = action.reason
                     relay.listener.ended(action.reason, now)
                 case Failed():
                     self._close(relay)
                     self.metrics.failed.labels(action.error.code or "").inc()
+                    relay.outcome = action.error
                     relay.listener.failed(action.error)
         if complete and not relay.session.status.over:
             self._perform(relay, relay.session.handle(StopMatched(), now), now)

@@ -8,9 +8,11 @@ import asyncio
 import importlib.metadata
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,14 +26,17 @@ from gateway.choice import Choice, Echo
 from gateway.config import GatewayConfig
 from gateway.core.chrome_trace import chrome_trace
 from gateway.core.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, PathNotFound
+from gateway.core.positions import START, Cursor, parse
 from gateway.core.stop_strings import StopStrings
 from gateway.hub import Hub, Order
 from gateway.metrics import Metrics
 from gateway.orders import Plan, Planner, Prompt
 from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode, openapi_schema
 from gateway.request_models import ChatRequest, CompletionRequest, chat_request, completion_request
+from gateway.streams import Stream, Streams
 from gateway.tokenization import Tokenizer
 from messages.common import Part
+from messages.ids import RequestId
 from messages.router_to_gateway import ClusterState
 
 log = logging.getLogger(__name__)
@@ -50,6 +55,7 @@ class Api:
 
     config: GatewayConfig
     hub: Hub
+    streams: Streams
     tokenizer: Tokenizer
     planner: Planner
     metrics: Metrics
@@ -78,21 +84,62 @@ class Api:
 
         plan = planned() if len(body) <= SHORT_BODY else await loop.run_in_executor(self.executor, planned)
         exchange = Exchange(self.hub)
-        trace = request.headers.get(TRACE_HEADER, "")
-        traced = request.state.request_id if trace == TIMELINE else ""
-        exchange.open(_orders(plan, traced), self._choices(plan, exchange, arrived))
-        rendered = renderer(
-            request.state.request_id,
+        id, trace = request.state.request_id, request.headers.get(TRACE_HEADER, "")
+        traced = id if trace == TIMELINE else ""
+        exchange.open(_orders(plan, id, traced), self._choices(plan, exchange, arrived=arrived))
+        render = partial(
+            renderer,
+            id,
             self.config.served_model_name,
             plan,
             self.tokenizer,
+            created=int(time.time()),
             trace=trace in ("1", TIMELINE),
         )
-        if plan.stream:
-            return EventStream(exchange, rendered, plan.include_usage, stall=self.config.client_stall)
-        return WholeAnswer(exchange, rendered)
+        if not plan.stream:
+            return WholeAnswer(exchange, render(), exchange.close)
+        leave = exchange.close
+        if plan.resumable:
+            stream = Stream(id, plan, render, exchange.relays, exchange)
+            self.streams.add(stream)
+            leave = partial(self.streams.leave, stream, exchange)
+        return self._event_stream(plan, exchange, render(), leave)
 
-    def _choices(self, plan: Plan, exchange: Exchange, arrived: float) -> list[Choice]:
+    async def resume(self, request: Request, id: str) -> Response:
+        """Read on in a stream, behind the event that the client has seen last."""
+        id = id.removeprefix(CompletionRenderer.prefix).removeprefix(ChatRenderer.prefix)
+        stream = self.streams.find(id)
+        request.state.request_id = id
+        after = request.query_params.get("after", request.headers.get("last-event-id", ""))
+        cursor = parse(after, len(stream.relays))
+        if cursor.done:
+            return Response(status_code=204)  # has an EventSource stop asking
+        exchange = Exchange(self.hub)
+        self.streams.read(stream, exchange, cursor, partial(self._choices, stream.plan))
+        leave = partial(self.streams.leave, stream, exchange)
+        return self._event_stream(stream.plan, exchange, stream.renderer(), leave, cursor)
+
+    def _event_stream(
+        self,
+        plan: Plan,
+        exchange: Exchange,
+        renderer: Renderer,
+        leave: Callable[[], None],
+        cursor: Cursor | None = None,
+    ) -> EventStream:
+        return EventStream(
+            exchange,
+            renderer,
+            leave,
+            include_usage=plan.include_usage and not (cursor is not None and cursor.usage),
+            stall=self.config.client_stall,
+            resumed=cursor is not None,
+        )
+
+    def _choices(
+        self, plan: Plan, exchange: Exchange, cursor: Cursor | None = None, *, arrived: float = 0.0
+    ) -> list[Choice]:
+        """``cursor``: what the client has already, of an answer that is resumed."""
         echoes = [self._echo(prompt, plan) for prompt in plan.prompts]
         return [
             Choice(
@@ -106,6 +153,8 @@ class Api:
                 arrived=arrived,
                 changed=exchange.changed,
                 metrics=self.metrics,
+                after=START if cursor is None else cursor.choices[index],
+                resumed=cursor is not None,
             )
             for index in range(len(plan.sampling))
         ]
@@ -183,6 +232,10 @@ def create_app(api: Api) -> ASGIApp:
     async def model(name: str) -> Response:
         return api.model(name)
 
+    @app.get("/v1/streams/{id}", response_model=None)
+    async def resume(request: Request, id: str) -> Response:
+        return await api.resume(request, id)
+
     @app.get("/traces/{request_id}", response_model=None)
     async def trace(request_id: str) -> Response:
         return api.trace(request_id)
@@ -227,22 +280,28 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = secrets.token_hex(16)
         route = scope["path"] if scope["path"] in self._routes else "other"
 
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
                 self._metrics.responses.labels(route, message["status"]).inc()
             await send(message)
 
         await self._app(scope, receive, labelled)
 
 
-def _orders(plan: Plan, trace: str) -> list[Order]:
+def _orders(plan: Plan, request_id: str, trace: str) -> list[Order]:
     return [
-        Order(prompt=plan.prompts[i // plan.n].packed, sampling=sampling, cache_salt=plan.cache_salt, trace=trace)
+        Order(
+            prompt=plan.prompts[i // plan.n].packed,
+            sampling=sampling,
+            request=RequestId(f"{request_id}-{i}"),
+            cache_salt=plan.cache_salt,
+            trace=trace,
+        )
         for i, sampling in enumerate(plan.sampling)
     ]
 

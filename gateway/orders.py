@@ -9,7 +9,14 @@ from typing import Any
 
 from gateway.core.errors import ContextExceeded, InvalidRequest, ModelNotFound
 from gateway.core.limits import Limits, max_new_tokens
-from gateway.request_models import ChatMessage, ChatRequest, CompletionRequest, SamplingRequest, check_message
+from gateway.request_models import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    StreamOptions,
+    check_message,
+)
 from gateway.tokenization import Tokenizer
 from messages.codec import pack_tokens
 from messages.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, seed_of_sample
@@ -43,6 +50,7 @@ class Plan:
     logprobs: bool
     stream: bool
     include_usage: bool
+    resumable: bool
     return_token_ids: bool
 
 
@@ -197,6 +205,7 @@ class Planner:
         self._limits.check_salt(request.cache_salt)
         if request.stream_options is not None and not request.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+        options = request.stream_options or StreamOptions()
         stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         self._limits.check_stop(stops)
         fields = self._sampling_fields(request)
@@ -219,7 +228,8 @@ class Planner:
             echo=echo,
             logprobs=logprobs is not None,
             stream=bool(request.stream),
-            include_usage=request.stream_options is not None and request.stream_options.include_usage,
+            include_usage=options.include_usage,
+            resumable=options.resumable,
             return_token_ids=bool(request.return_token_ids),
         )
 

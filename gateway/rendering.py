@@ -1,7 +1,6 @@
 """Answers as JSON in the shape of OpenAI's API, with vLLM's ``token_ids`` and our ``baton`` where asked for."""
 
 import json
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -26,12 +25,14 @@ def error_body(error: GatewayError) -> dict[str, Any]:
     }
 
 
-def event(body: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode(body) + b"\n\n"
+def event(body: Any, event_id: str) -> bytes:
+    """One server-sent event; ``core/positions.py`` says what its id means."""
+    return b"id: " + event_id.encode() + b"\ndata: " + encode(body) + b"\n\n"
 
 
-DONE = b"data: [DONE]\n\n"
+def done(event_id: str) -> bytes:
+    """The last event."""
+    return b"id: " + event_id.encode() + b"\ndata: [DONE]\n\n"
 
 
 class Renderer:
@@ -42,30 +43,33 @@ class Renderer:
     part: ClassVar[str]
     prefix: ClassVar[str]
 
-    def __init__(self, request_id: str, model: str, plan: Plan, tokenizer: Tokenizer, *, trace: bool) -> None:
+    def __init__(
+        self, request_id: str, model: str, plan: Plan, tokenizer: Tokenizer, *, created: int, trace: bool
+    ) -> None:
+        """``created``: seconds since 1970."""
         self._plan = plan
         self._trace = trace
         self._token_text = lru_cache(4096)(tokenizer.token_text)
         self._head: dict[str, Any] = {
             "id": self.prefix + request_id,
             "object": self.whole,
-            "created": int(time.time()),
+            "created": created,
             "model": model,
         }
         self.even_without_text = plan.logprobs or plan.return_token_ids
         """Whether tokens are worth a chunk that have no text yet."""
         head = encode(self._head | {"object": self.part})
-        self._before = b"data: " + head[:-1] + b',"choices":['
+        self._before = b"\ndata: " + head[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
 
-    def chunk(self, choice: Choice, relay: Relay, piece: Piece) -> bytes:
+    def chunk(self, choice: Choice, relay: Relay, piece: Piece, event_id: str) -> bytes:
         """The event that carries ``piece``."""
         body = self._part(choice, piece)
         self._add_extras(body, choice, relay, piece)
-        return self._before + encode(body) + self._after
+        return b"id: " + event_id.encode() + self._before + encode(body) + self._after
 
-    def usage_chunk(self, choices: Sequence[Choice]) -> bytes:
-        return event(self._head | {"object": self.part, "choices": [], "usage": self._usage(choices)})
+    def usage_chunk(self, choices: Sequence[Choice], event_id: str) -> bytes:
+        return event(self._head | {"object": self.part, "choices": [], "usage": self._usage(choices)}, event_id)
 
     def answer(self, choices: Sequence[Choice], relays: Sequence[Relay], pieces: Sequence[Piece]) -> bytes:
         """The whole answer in one piece."""
@@ -113,7 +117,7 @@ class CompletionRenderer(Renderer):
         return {
             "index": choice.index,
             "text": piece.text,
-            "logprobs": self._logprobs(choice, piece.logprobs) if self._plan.logprobs else None,
+            "logprobs": self._logprobs(choice, piece) if self._plan.logprobs else None,
             "finish_reason": piece.finish,
         }
 
@@ -124,12 +128,13 @@ class CompletionRenderer(Renderer):
         if self._plan.return_token_ids and piece.first:
             body["prompt_token_ids"] = self._plan.prompts[choice.index // self._plan.n].tokens
 
-    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        self._offsets[choice.index] += sum(len(self._token_text(token)[0]) for token in piece.skipped)
         tokens: list[str] = []
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        for entry in logprobs:
+        for entry in piece.logprobs:
             text, _ = self._token_text(entry.token)
             tokens.append(text)
             offsets.append(self._offsets[choice.index])
@@ -154,8 +159,8 @@ class ChatRenderer(Renderer):
         if self._plan.return_token_ids:
             self._head["prompt_token_ids"] = self._plan.prompts[0].tokens
 
-    def chunk(self, choice: Choice, relay: Relay, piece: Piece) -> bytes:
-        line = super().chunk(choice, relay, piece)
+    def chunk(self, choice: Choice, relay: Relay, piece: Piece, event_id: str) -> bytes:
+        line = super().chunk(choice, relay, piece, event_id)
         if self._plan.return_token_ids and piece.first:
             line = line[:-3] + b',"prompt_token_ids":' + encode(self._plan.prompts[0].tokens) + b"}\n\n"
         return line

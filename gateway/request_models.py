@@ -31,6 +31,8 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
     include_obfuscation: bool = False
     """Accepted, since padding is optional for a server."""
+    resumable: bool = False
+    """Whether the request goes on for a while without its client, which may read on: ``GET /v1/streams/{id}``."""
 
 
 class SamplingRequest(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -18,6 +18,7 @@ from gateway.hub import Hub, Messages
 from gateway.metrics import Metrics
 from gateway.openai_api import Api, create_app
 from gateway.orders import Planner
+from gateway.streams import Streams
 from gateway.tokenization import Tokenizer, UnusableModel
 from messages.codec import decoder_for
 from messages.ids import Address
@@ -147,6 +148,7 @@ class GatewayServer:
         api = Api(
             config=config,
             hub=hub,
+            streams=Streams(grace=config.resume_grace, most=config.limits.max_sequences),
             tokenizer=tokenizer,
             planner=planner,
             metrics=metrics,

@@ -1,5 +1,6 @@
 """Parts that several messages share."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -155,6 +156,17 @@ class Logprobs(Part, frozen=True):
     """1 is the likeliest token."""
     top_ids: tuple[Annotated[tuple[int, ...], Meta(max_length=MAX_LOGPROBS)], ...]
     top_logprobs: tuple[Annotated[tuple[float, ...], Meta(max_length=MAX_LOGPROBS)], ...]
+
+    @classmethod
+    def joined(cls, parts: Iterable["Logprobs"]) -> "Logprobs":
+        """Those of consecutive pieces as one."""
+        every = list(parts)
+        return cls(
+            sampled=tuple(value for part in every for value in part.sampled),
+            ranks=tuple(value for part in every for value in part.ranks),
+            top_ids=tuple(value for part in every for value in part.top_ids),
+            top_logprobs=tuple(value for part in every for value in part.top_logprobs),
+        )
 
 
 class BlockCounts(Part, frozen=True):

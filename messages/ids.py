@@ -5,7 +5,8 @@ from typing import Annotated, NewType
 from msgspec import Meta
 
 RequestId = NewType("RequestId", Annotated[str, Meta(min_length=1, max_length=128)])
-"""128 random bits in hex, drawn by the gateway: one for each sequence (each child of ``n`` or of a prompt list)."""
+"""One for each sequence (each child of ``n`` or of a prompt list): 128 random bits in hex, drawn by the gateway, which
+are the id that its client knows, and the number of the choice."""
 
 Attempt = NewType("Attempt", int)
 """1, 2, 3, ... within one request. A newer attempt fences the older ones: what they still send is dropped."""

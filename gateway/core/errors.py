@@ -3,8 +3,8 @@
 GatewayError
 ├── InvalidRequest (400)
 │   └── ContextExceeded
-├── ModelNotFound (404), PathNotFound (404), MethodNotAllowed (405)
-├── HeadersTimeout (408), BodyTimeout (408), BodyTooLarge (413), UnsupportedMediaType (415)
+├── ModelNotFound (404), PathNotFound (404), StreamNotFound (404), MethodNotAllowed (405)
+├── HeadersTimeout (408), BodyTimeout (408), StreamTaken (409), BodyTooLarge (413), UnsupportedMediaType (415)
 ├── Overloaded (429)
 ├── Unavailable (503)
 │   └── AttemptsExhausted
@@ -51,6 +51,11 @@ class PathNotFound(InvalidRequest):
     default_code = "not_found"
 
 
+class StreamNotFound(InvalidRequest):
+    status = 404
+    default_code = "stream_not_found"
+
+
 class MethodNotAllowed(InvalidRequest):
     status = 405
     default_code = "method_not_allowed"
@@ -64,6 +69,13 @@ class HeadersTimeout(InvalidRequest):
 class BodyTimeout(InvalidRequest):
     status = 408
     default_code = "body_timeout"
+
+
+class StreamTaken(InvalidRequest):
+    """Another connection reads the stream now."""
+
+    status = 409
+    default_code = "stream_taken"
 
 
 class BodyTooLarge(InvalidRequest):

@@ -162,6 +162,11 @@ class Session:
         """Of this attempt, or of the last one when the session is over."""
         self.kv_bytes = 0
         """KV bytes that moved between workers for this request, all attempts together."""
+        self.prompt_logprobs: Logprobs | None = None
+        self.cached_tokens = 0
+        """Of the prompt, at the first attempt."""
+        self.finish: FinishReason | None = None
+        """That a worker has sent; a stop string ends a request without it."""
         self.late_chunks = 0
         self.repeated_chunks = 0
         self.bad_chunks = 0
@@ -178,6 +183,8 @@ class Session:
         self._mailboxes: dict[WorkerId, Address] = {}  # of all attempts' workers
         self._decode_streams = False  # whether decode has sent tokens of this attempt: prefill is done
         self._attempt_kv_bytes = 0
+        self._logprobs: list[Logprobs] = []  # one entry a chunk of what was generated
+        self._begun = False  # whether anything was delivered
         self._prompt_logprobs_due = sampling.prompt_logprobs is not None
         self._again_at = self._again_after = 0.0
         self._give_up_at = 0.0
@@ -188,6 +195,16 @@ class Session:
     @property
     def num_generated(self) -> int:
         return len(self.generated) // 4
+
+    def transcript(self) -> Deliver | None:
+        """Everything delivered so far, for who has not heard it; None where that is nothing."""
+        if not self._begun:
+            return None
+        tokens = unpack_tokens(bytes(self.generated)).tolist()
+        logprobs = Logprobs.joined(self._logprobs) if self._logprobs else None
+        if logprobs is not None and len(logprobs.sampled) != len(tokens):
+            logprobs = None  # a worker has left some out
+        return Deliver(tokens, logprobs, self.prompt_logprobs, self.finish, self.cached_tokens)
 
     def start(self, now: float) -> list[Action]:
         """The first attempt."""
@@ -379,12 +396,24 @@ class Session:
         self.generated += fresh
         logprobs = None if chunk.logprobs is None else _suffix(chunk.logprobs, known)
         cached = chunk.cached_tokens if self.attempt == 1 else 0  # a further attempt finds what this one computed
+        self._note(logprobs, prompt_logprobs, chunk.finish, cached)
         actions.append(Deliver(unpack_tokens(fresh).tolist(), logprobs, prompt_logprobs, chunk.finish, cached))
         if chunk.finish is not None:
             ack = EndAck(request=self.request, attempt=self.attempt)
             actions.append(Send(self._mailboxes[worker], ack))
             actions += self._end(Status.FINISHED, chunk.finish)
         return actions
+
+    def _note(
+        self, logprobs: Logprobs | None, prompt_logprobs: Logprobs | None, finish: FinishReason | None, cached: int
+    ) -> None:
+        """What the transcript has besides tokens."""
+        self._begun = True
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        self.prompt_logprobs = prompt_logprobs or self.prompt_logprobs
+        self.finish = finish
+        self.cached_tokens = max(self.cached_tokens, cached)
 
     def _sound(self, chunk: TokenChunk, end: int) -> bool:
         """Whether a worker in its senses can have sent this."""

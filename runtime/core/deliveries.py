@@ -159,9 +159,4 @@ def _joined(parts: list[Logprobs | None]) -> Logprobs | None:
     present = [part for part in parts if part is not None]
     if not present or len(present) != len(parts):
         return None
-    return Logprobs(
-        sampled=tuple(value for part in present for value in part.sampled),
-        ranks=tuple(value for part in present for value in part.ranks),
-        top_ids=tuple(value for part in present for value in part.top_ids),
-        top_logprobs=tuple(value for part in present for value in part.top_logprobs),
-    )
+    return Logprobs.joined(present)

@@ -322,9 +322,12 @@ def test_token_ids_are_returned_when_asked(http: httpx.Client, cluster: FakeClus
 
 def events(text: str) -> list[Any]:
     """The events of a whole SSE answer, which must end with [DONE]."""
-    lines = text.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
-    return [json.loads(line[6:]) for line in lines[:-2]]
+    *found, end = text.split("\n\n")
+    lines = [event.split("\n") for event in found]
+    assert not end and all(id.startswith("id: ") and data.startswith("data: ") for id, data in lines)
+    datas = [data.removeprefix("data: ") for _, data in lines]
+    assert datas.pop() == "[DONE]"
+    return [json.loads(data) for data in datas]
 
 
 @pytest.mark.parametrize("stream", [False, True])

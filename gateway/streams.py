@@ -1,0 +1,87 @@
+"""Answers that are read on after their client's connection broke: ``stream_options.resumable``.
+
+Without its client such a request goes on for a while, and an answer that has left is kept as long, since what was
+written need not have arrived. Whoever names the request reads on behind the last event that it has; of two who do, the
+later one gets it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.answers import Exchange
+from gateway.choice import Choice
+from gateway.core.errors import StreamNotFound, StreamTaken
+from gateway.core.positions import Cursor
+from gateway.hub import Relay
+from gateway.orders import Plan
+from gateway.rendering import Renderer
+
+
+@dataclass(slots=True)
+class Stream:
+    """One answer, whoever reads it."""
+
+    id: str
+    """Of its request."""
+    plan: Plan
+    renderer: Callable[[], Renderer]
+    """A fresh one."""
+    relays: list[Relay]
+    reader: Exchange
+    """Who reads it, or did last."""
+    forgetting: asyncio.TimerHandle | None = None
+    """Set while nobody reads it."""
+
+
+class Streams:
+    """Of one gateway; lives on its event loop."""
+
+    def __init__(self, *, grace: float, most: int) -> None:
+        """``grace``: seconds that a stream without a reader is kept; ``most``: streams kept so at once."""
+        self._grace = grace
+        self._most = most
+        self._streams: dict[str, Stream] = {}
+        self._unread: dict[str, Stream] = {}  # the one that is longest without a reader first
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add(self, stream: Stream) -> None:
+        """From now on it may be found."""
+        self._streams[stream.id] = stream
+
+    def find(self, id: str) -> Stream:
+        """Raises ``StreamNotFound``."""
+        stream = self._streams.get(id)
+        if stream is None:
+            raise StreamNotFound(f"there is no stream {id[:100]!r} to read on", param="id")
+        return stream
+
+    def read(
+        self, stream: Stream, exchange: Exchange, cursor: Cursor, choices: Callable[[Exchange, Cursor], list[Choice]]
+    ) -> None:
+        """``exchange`` reads on from ``cursor``; who reads it now hears that it is taken."""
+        if stream.forgetting is not None:
+            stream.forgetting.cancel()
+            stream.forgetting = None
+            del self._unread[stream.id]
+        stream.reader.refuse(StreamTaken("another connection reads this stream now"))
+        stream.reader = exchange
+        exchange.resume(stream.relays, choices(exchange, cursor))
+
+    def leave(self, stream: Stream, exchange: Exchange) -> None:
+        """``exchange`` reads no more."""
+        if exchange is not stream.reader:
+            exchange.let_go()
+            return
+        stream.forgetting = asyncio.get_running_loop().call_later(self._grace, self._forget, stream)
+        self._unread[stream.id] = stream
+        if len(self._unread) > self._most:
+            self._forget(next(iter(self._unread.values())))
+
+    def _forget(self, stream: Stream) -> None:
+        assert stream.forgetting is not None, "somebody reads it"
+        stream.forgetting.cancel()
+        del self._unread[stream.id], self._streams[stream.id]
+        stream.reader.close()
