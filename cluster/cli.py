@@ -221,6 +221,22 @@ def doctor(
 
 
 @app.command()
+def replay(
+    journals: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Of a folder that debug.record named.")],
+) -> None:
+    """Tell the state machines of recorded processes once more what they were told, and compare what they answer.
+
+    For example, where the topology says `debug: {record: journals}`: `baton replay journals/*.journal`
+
+    With any difference the exit code is 1.
+    """
+    from cluster.replay import replay_all
+
+    if not replay_all(_console(), journals):
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo() -> None:
     """Start a small cluster, stream a few stories at once, show who ran what, and stop again.
 

@@ -73,7 +73,13 @@ class Plan:
             block_size=self.topology.kv.block_size,
             disaggregation=self.disaggregation,
         )
-        return RouterConfig(host=LOOPBACK, settings=settings)
+        return RouterConfig(host=LOOPBACK, settings=settings, record=self.record)
+
+    @property
+    def record(self) -> str:
+        """The folder of ``debug.record``; empty where nothing is recorded."""
+        folder = self.topology.debug.record
+        return "" if folder is None else str(self.topology.base / folder)
 
     @property
     def disaggregation(self) -> Disaggregation:
@@ -96,6 +102,7 @@ class Plan:
             mailbox_host=LOOPBACK,
             max_model_len=self.max_model_len,
             limits=limits,
+            record=self.record,
             # The router answers first.
             timeouts=SessionTimeouts(placement=topology.router.wait_timeout + SessionTimeouts().placement),
         )
@@ -123,6 +130,7 @@ class Plan:
             max_num_batched_tokens=pool.max_num_batched_tokens,
             prefill_chunk=pool.prefill_chunk,
             max_model_len=self.max_model_len,
+            record=self.record,
             threads=pool.threads,
             tensor_parallel=pool.tensor_parallel,
             rank=rank,

@@ -153,6 +153,12 @@ class Limits(Section):
     """Sequences in flight; more are told to come back later."""
 
 
+class Debug(Section):
+    record: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """A folder, relative to the file, in which every process writes down what its state machines were told and what
+    they answered, for `baton replay`. Holds prompts, answers and keys, and grows with every step."""
+
+
 class Topology(Section):
     """What runs. Made by ``load``, ``parse`` or ``with_overrides``, which check it as a whole."""
 
@@ -170,6 +176,7 @@ class Topology(Section):
     router: RouterSection = RouterSection()
     limits: Limits = Limits()
     cluster: ClusterSection = ClusterSection()
+    debug: Debug = Debug()
 
     _document: Document = PrivateAttr(default=Document("topology", {}))
     _base: Path = PrivateAttr(default=Path())

@@ -38,5 +38,7 @@ class GatewayConfig:
     """Seconds that a resumable stream is kept without its client."""
     drain: float = 5.0
     """Seconds that requests in flight get to finish when the gateway stops."""
+    record: str = ""
+    """Folder in which everything that happens to the sessions is written down; empty for none."""
     state_every: float = 0.5
     """Seconds between two questions to the router for the cluster's state."""

@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from gateway.core.dispatch import Dispatch, Heard, Late, Message
@@ -28,6 +29,7 @@ from gateway.core.session import (
 )
 from gateway.core.traces import Traces
 from gateway.metrics import Metrics
+from gateway.recorded import RecordedSession
 from messages.common import WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished
 from messages.ids import Address, RequestId, WorkerId
@@ -37,6 +39,7 @@ from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch
 from runtime.clock import clock_name
 from runtime.core.actions import Send, WakeAt
 from runtime.mailbox import AsyncMailbox
+from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +114,9 @@ class Hub:
         max_attempts: int,
         metrics: Metrics,
         state_every: float,
+        recorder: Recorder | None = None,
     ) -> None:
+        """``recorder``, if any, writes down what happens to each session."""
         self.metrics = metrics
         self.cluster: ClusterState | None = None
         self.traces = Traces(clock_name())
@@ -121,6 +126,7 @@ class Hub:
         self._timeouts = timeouts
         self._max_attempts = max_attempts
         self._state_every = state_every
+        self._make_session = Session if recorder is None else partial(RecordedSession, recorder)
         self._loop = asyncio.get_running_loop()
         self._relays: dict[RequestId, Relay] = {}
         self._idle = asyncio.Event()
@@ -154,7 +160,7 @@ class Hub:
     def _open(self, order: Order, listener: Listener) -> Relay:
         now = self._loop.time()
         traced = bool(order.trace) and self.traces.begin(order.trace, order.request, now, len(order.prompt) // 4)
-        session = Session(
+        session = self._make_session(
             order.request,
             order.prompt,
             order.sampling,

@@ -23,6 +23,7 @@ from gateway.tokenization import Tokenizer, UnusableModel
 from messages.codec import decoder_for
 from messages.ids import Address
 from runtime.mailbox import AsyncMailbox
+from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +108,11 @@ class GatewayServer:
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: "Future[None]") -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         mailbox = AsyncMailbox(self._config.mailbox_host, decoder_for(*Messages))
+        recorder = Recorder(Path(self._config.record), "gateway") if self._config.record else None
         with ThreadPoolExecutor(PLANNERS, "gateway-planner") as executor:
             try:
                 metrics = Metrics()
-                self._hub = hub = self._make_hub(mailbox, metrics)
+                self._hub = hub = self._make_hub(mailbox, metrics, recorder)
                 http = self._make_http(tokenizer, hub, metrics, executor)
                 self._address = mailbox.address
                 async with asyncio.TaskGroup() as tasks:
@@ -126,8 +128,10 @@ class GatewayServer:
                     messages.cancel()
             finally:
                 mailbox.close()
+                if recorder is not None:
+                    recorder.close()
 
-    def _make_hub(self, mailbox: AsyncMailbox, metrics: Metrics) -> Hub:
+    def _make_hub(self, mailbox: AsyncMailbox, metrics: Metrics, recorder: Recorder | None) -> Hub:
         config = self._config
         return Hub(
             mailbox,
@@ -137,6 +141,7 @@ class GatewayServer:
             max_attempts=config.max_attempts,
             metrics=metrics,
             state_every=config.state_every,
+            recorder=recorder,
         )
 
     def _make_http(self, tokenizer: Tokenizer, hub: Hub, metrics: Metrics, executor: Any) -> uvicorn.Server:

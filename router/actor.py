@@ -6,12 +6,14 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from messages.ids import Epoch, WorkerId
 from messages.worker_to_router import WorkerDied
 from router.core.machine import Router, RouterSettings
 from router.loop import RouterLoop
+from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ class RouterConfig:
     host: str
     """Address of this machine that the router's mailbox binds to."""
     settings: RouterSettings
+    record: str = ""
+    """Folder in which everything that happens to the router is written down; empty for none."""
 
 
 class RouterActor:
@@ -41,7 +45,8 @@ class RouterActor:
     def start(self) -> dict[str, Any]:
         """Listen; harmless twice."""
         if self._loop is None:
-            self._loop = RouterLoop(self._config.settings, self._config.host)
+            recorder = Recorder(Path(self._config.record), "router") if self._config.record else None
+            self._loop = RouterLoop(self._config.settings, self._config.host, recorder)
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="router", daemon=True)
             self._thread.start()
         return {"address": self._loop.address, "pid": os.getpid()}

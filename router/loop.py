@@ -4,12 +4,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from messages.codec import decoder_for
 from messages.ids import Address
 from router.core.machine import Action, Forget, Messages, Router, RouterSettings, Tick
 from runtime.core.actions import Send, WakeAt
 from runtime.mailbox import MESSAGES_A_TURN, Mailbox
+from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -17,8 +19,12 @@ log = logging.getLogger(__name__)
 class RouterLoop:
     """Runs one router until it is stopped: made and run in one thread, stopped and asked from others."""
 
-    def __init__(self, settings: RouterSettings, host: str) -> None:
+    def __init__(self, settings: RouterSettings, host: str, recorder: Recorder | None = None) -> None:
+        """``recorder``, if any, writes down what happens to the router."""
         self._router = Router(settings)
+        self._recorder = recorder
+        if recorder is not None:
+            recorder.made("router", "router", settings=settings)
         self._mailbox = Mailbox(host, decoder_for(*Messages))
         self._wake = float("inf")
         self._stopping = threading.Event()
@@ -34,6 +40,8 @@ class RouterLoop:
                 self._turn()
         finally:
             self._mailbox.close()
+            if self._recorder is not None:
+                self._recorder.close()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -52,11 +60,16 @@ class RouterLoop:
             if callable(event):
                 event(self._router)
             elif event is not None:
-                self._perform(self._router.handle(event, now))
+                self._perform(self._handle(event, now))
         # Reports that are still waiting to be read come before any verdict on who was silent.
         if now >= self._wake and len(events) < MESSAGES_A_TURN:
             self._wake = float("inf")
-            self._perform(self._router.handle(Tick(), now))
+            self._perform(self._handle(Tick(), now))
+
+    def _handle(self, event: Any, now: float) -> list[Action]:
+        if self._recorder is None:
+            return self._router.handle(event, now)
+        return self._recorder.call("router", "handle", lambda: self._router.handle(event, now), event, now)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:

@@ -48,6 +48,8 @@ class WorkerConfig:
     prefill_chunk: int
     """Most prompt tokens of one sequence in one step."""
     max_model_len: int
+    record: str = ""
+    """Folder in which everything that happens to the machine is written down; empty for none."""
     threads: int
     """Threads that torch may use."""
     tensor_parallel: int = 1

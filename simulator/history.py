@@ -4,11 +4,10 @@ The simulator and ``baton chaos`` write the same records, each where it can see 
 from a kind of record that a history lacks. A record is a fact, never a verdict: it is written by who injects
 faults, carries messages, plays the clients and moves blocks, not by the code that is judged.
 
-In a file each record is a MessagePack array behind its length (32 bits, little-endian), so that what a killed writer
-leaves behind can be read up to its last whole record.
+In a file each record is a MessagePack array; see ``messages.record_file``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, get_args
 
@@ -17,6 +16,7 @@ from msgspec import Struct
 
 from messages.common import FailReason, Role
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
+from messages.record_file import read_records, write_record
 from messages.sampling import FinishReason, SamplingParams
 
 
@@ -335,7 +335,6 @@ History = list[Anything]
 
 KINDS: tuple[type[Record], ...] = get_args(Anything)
 
-_LENGTH_BYTES = 4
 _decoder: msgspec.msgpack.Decoder[Anything] = msgspec.msgpack.Decoder(Anything)
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -347,9 +346,7 @@ class HistoryFile:
         self._file: BinaryIO = path.open("wb")
 
     def append(self, record: Anything) -> None:
-        body = _encode(record)
-        self._file.write(len(body).to_bytes(_LENGTH_BYTES, "little"))
-        self._file.write(body)
+        write_record(self._file, _encode(record))
 
     def flush(self) -> None:
         self._file.flush()
@@ -372,13 +369,5 @@ def save(path: Path, records: Iterable[Anything]) -> None:
 
 def load(path: Path) -> History:
     """The records of a file, but for one that was not written to its end; ``msgspec.DecodeError`` for anything else."""
-    return list(_records(path.read_bytes()))
-
-
-def _records(data: bytes) -> Iterator[Anything]:
-    at = 0
-    while at + _LENGTH_BYTES <= len(data):
-        begin = at + _LENGTH_BYTES
-        at = begin + int.from_bytes(data[at:begin], "little")
-        if at <= len(data):
-            yield _decoder.decode(data[begin:at])
+    with path.open("rb") as file:
+        return [_decoder.decode(record) for record in read_records(file)]

@@ -40,7 +40,7 @@ class Health:
         """By name: the incarnation that came last."""
         self._cuts: dict[tuple[str, str], None] = {}
         self._needs: dict[RequestId, int] = {}
-        self._tokens = 0
+        self._tokens = self._room = self._seqs = 0
         self.troubles = 0
         """Faults that have begun."""
         self.troubled_at = -NEVER
@@ -83,12 +83,12 @@ class Health:
         need = len(asked.prompt) + asked.params.max_tokens
         self._needs[asked.request] = need
         self._tokens += need
-        self._judge(asked.at)
+        self._weigh(asked.at)
 
     def close(self, request: RequestId, at: float) -> None:
         """Nobody wants anything of it any more; harmless where that is known."""
         self._tokens -= self._needs.pop(request, 0)
-        self._judge(at)
+        self._weigh(at)
 
     # What is asked
 
@@ -145,7 +145,9 @@ class Health:
         capable = there and pairs
         self.router_since = _since(router, self.router_since, at)
         self.capable_since = _since(capable, self.capable_since, at)
-        self.spare_since = _since(capable and self._has_room(decode), self.spare_since, at)
+        self._room = sum(each.started.num_blocks * each.started.block_size for each in decode)
+        self._seqs = sum(each.started.max_num_seqs for each in decode)
+        self._weigh(at)
         self.gone_since = _since(there and not (prefill and decode), self.gone_since, at)
 
     def _turns(self, kind: str) -> bool:
@@ -168,10 +170,10 @@ class Health:
             and not self.is_cut(name, "gateway")
         ]
 
-    def _has_room(self, decode: list[Process]) -> bool:
-        room = sum(each.started.num_blocks * each.started.block_size for each in decode)
-        seqs = sum(each.started.max_num_seqs for each in decode)
-        return self._tokens <= self._spare * room and len(self._needs) <= self._spare * seqs
+    def _weigh(self, at: float) -> None:
+        """The load against what the able decode workers can hold."""
+        room = self._tokens <= self._spare * self._room and len(self._needs) <= self._spare * self._seqs
+        self.spare_since = _since(room and self.capable_since < NEVER, self.spare_since, at)
 
 
 def _since(holds: bool, since: float, at: float) -> float:
