@@ -47,11 +47,10 @@ PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 
 def work(config: WorkerConfig, pipe: Connection) -> None:
     """A worker's process: does what comes through the pipe, until None comes."""
-    from decode_worker.actor import DecodeWorker
-    from prefill_worker.actor import PrefillWorker
     from prefill_worker.core.handoff import Handoffs
+    from worker.actor import Worker
 
-    worker = PrefillWorker(config) if config.role is Role.PREFILL else DecodeWorker(config)
+    worker = Worker(config)
     worker.start()
     live, computing = True, Handoffs.computing
 

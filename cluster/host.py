@@ -9,11 +9,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-WORKERS = {
-    "prefill": "prefill_worker.actor:PrefillWorker",
-    "decode": "decode_worker.actor:DecodeWorker",
-    "colocated": "decode_worker.actor:DecodeWorker",
-}
+WORKER = "worker.actor:Worker"
 LAST_WORDS = 0.5
 """Seconds from the failure of a loop to the end of its process."""
 ROUTER = "router.actor:RouterActor"

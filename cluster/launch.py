@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import ClusterError, LaunchError
-from cluster.host import GATEWAY, ROUTER, WORKERS, Host
+from cluster.host import GATEWAY, ROUTER, WORKER, Host
 from cluster.plan import Plan, PlannedWorker, size
 from cluster.ray_session import RaySession
 from runtime.worker_config import WorkerConfig
@@ -212,7 +212,7 @@ class Cluster:
                 "resources": here,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, worker.config.rank),
             }
-            self._create(worker.config.process, WORKERS[worker.config.role], options, worker.config.worker)
+            self._create(worker.config.process, WORKER, options, worker.config.worker)
 
     def _create(self, name: str, target: str, options: Mapping[str, Any], worker: str = "") -> None:
         remote: Any = self._session.ray.remote(Host)

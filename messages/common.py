@@ -91,7 +91,7 @@ class KVWay(Part, frozen=True):
 
 
 class KVRank(Part, frozen=True):
-    """One tensor-parallel rank of a worker: its KV, and the ways into it, or out of it."""
+    """One tensor-parallel rank of a worker: its KV, and the ways into it and out of it."""
 
     shard: KVShard
     num_blocks: Count
@@ -107,7 +107,7 @@ class WorkerAddress(Part, frozen=True):
     epoch: Epoch
     mailbox: Address
     kv: Annotated[tuple[KVRank, ...], Meta(max_length=MAX_RANKS)] = ()
-    """One for each tensor-parallel rank; empty where a worker receives no KV."""
+    """One for each tensor-parallel rank; empty where none is to be sent to it."""
 
 
 class Generation(Part, frozen=True):

@@ -7,17 +7,15 @@ from typing import Self
 from cluster.errors import LaunchError
 from cluster.plan import LOOPBACK, Plan, make_plan
 from cluster.topology import Topology
-from decode_worker.actor import DecodeWorker
 from gateway.core.session import SessionTimeouts
 from gateway.hub import Hub, Listener, Messages, Order, Relay
 from gateway.metrics import Metrics
 from messages.codec import decoder_for
-from messages.common import Role
 from messages.ids import Address
-from prefill_worker.actor import PrefillWorker
 from router.actor import RouterActor
 from runtime.actor import WorkerActor
 from runtime.mailbox import AsyncMailbox
+from worker.actor import Worker
 
 READY_WITHIN = 30.0
 """Seconds from loaded workers to a router that knows them all."""
@@ -85,7 +83,7 @@ class RelayHub:
         router = Address(self._router.start()["address"])
         for planned in self._plan.workers(router):
             config = planned.config
-            worker = PrefillWorker(config) if config.role is Role.PREFILL else DecodeWorker(config)
+            worker = Worker(config)
             self._workers.append(worker)
             await asyncio.to_thread(worker.start)
         gateway = self._plan.gateway_config(router)

@@ -1,4 +1,4 @@
-"""What prefill and decode actors have in common: they load a model, make a machine, and run its loop in a thread."""
+"""A worker's process but for its decisions: it loads a model, makes a machine, and runs its loop in a thread."""
 
 import importlib.metadata
 import logging
@@ -24,11 +24,12 @@ from engine.models.config import ModelConfig
 from engine.parallel import ParallelGroup
 from engine.rank import RankModel
 from engine.runner import ModelRunner, kv_layout
+from kv_transfer.core.fanout import RankEvent
 from kv_transfer.core.lanes import shard_of
 from kv_transfer.transports.base import PoolMemory
-from kv_transfer.transports.build import allocate_pool
+from kv_transfer.transports.build import allocate_pool, host_of, make_receivers, make_senders
 from messages.codec import decoder_for
-from messages.common import KVShard, WorkerAddress
+from messages.common import KVRank, KVShard, KVWay, WorkerAddress
 from messages.fingerprint import protocol
 from messages.ids import Address, Epoch, RequestId, WorkerId
 from runtime.clock import clock_name
@@ -37,7 +38,7 @@ from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
 from runtime.core.timeline import Timelines
 from runtime.facts import WorkerFacts
 from runtime.follower import FOLLOWER_MESSAGES, Follower, FollowerLoop, RemoteRank
-from runtime.kv_port import KVPort, RankPort
+from runtime.kv_port import FromRank, KVPort, RankPort
 from runtime.leader import RANK_MESSAGES, Leader
 from runtime.mailbox import Mailbox
 from runtime.worker import Machine, WorkerLoop
@@ -56,7 +57,7 @@ class WorkerActor(ABC):
     """
 
     _messages: tuple[type[msgspec.Struct], ...]
-    """What the role's mailbox takes."""
+    """What its mailbox takes."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
@@ -142,9 +143,9 @@ class WorkerActor(ABC):
             worker=WorkerId(config.worker),
             epoch=self._epoch,
             mailbox=mailbox.address,
-            kv=port.ranks if port.receives else (),
+            kv=port.ranks,
         )
-        machine = self._make_machine(address, scheduler, pool, runner, port)
+        machine = self._make_machine(address, scheduler, pool, runner)
         timelines = Timelines(address.worker, clock_name(), machine.has)
         return WorkerLoop(machine, runner, mailbox, port, timelines, leader)
 
@@ -252,15 +253,24 @@ class WorkerActor(ABC):
             if self.on_failure is not None:
                 self.on_failure(error)
 
-    @abstractmethod
     def _make_port(self, memory: PoolMemory, mailbox: Mailbox, shard: KVShard, layers: LayerGate) -> RankPort:
-        """The role's ways of moving this rank's KV; ``layers`` of the steps that write it."""
+        """The ways of this rank's KV, out and in; ``layers`` of the steps that write it."""
+        config = self._config
+
+        def report(event: RankEvent) -> None:
+            mailbox.post(FromRank(config.rank, event))
+
+        senders = make_senders(config.transport, memory, shard, report)
+        receivers = make_receivers(config.transport, config.host, memory, shard, report)
+        ways = tuple(KVWay(name, receiver.endpoint.address) for name, receiver in receivers.items())
+        kv = KVRank(shard, len(memory.pool), host_of(memory), ways)
+        return RankPort(config.rank, memory.pool, kv, mailbox.post, senders, receivers, layers)
 
     @abstractmethod
     def _make_machine(
-        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner, port: KVPort
+        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
     ) -> Machine:
-        """The role's decisions."""
+        """Its decisions."""
 
 
 def _shard(layout: KVLayout, model: ModelConfig, group: ParallelGroup) -> KVShard:

@@ -67,7 +67,6 @@ class RankPort:
         pool: Pool,
         kv: KVRank,
         post: Post,
-        *,
         senders: Mapping[str, Sender] = _NONE,
         receivers: Mapping[str, Receiver] = _NONE,
         layers: LayerGate | None = None,
@@ -173,16 +172,12 @@ class KVPort:
     def __init__(self, own: RankPort, others: Sequence[Rank] = ()) -> None:
         self._own = own
         self._ranks: list[Rank] = [own, *others]
-        self._fanout = Fanout(len(self._ranks), sends=bool(own.senders))
+        self._fanout = Fanout(len(self._ranks))
 
     @property
     def ranks(self) -> tuple[KVRank, ...]:
-        """This worker's KV, and the ways into it or out of it."""
+        """This worker's KV, and the ways into it and out of it."""
         return tuple(rank.kv for rank in self._ranks)
-
-    @property
-    def receives(self) -> bool:
-        return bool(self._own.receivers)
 
     def perform(self, action: WorkerAction) -> list[WorkerEvent]:
         """Have the ranks do it; what they have answered at once."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput, TokenLogprobs
@@ -34,12 +33,13 @@ from messages.common import KVRank, KVWay, Role, WorkerAddress
 from messages.decode_to_prefill import TransferAcked
 from messages.ids import Address, Epoch, WorkerId
 from prefill_worker.core.handoff import Handoffs
-from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.disaggregation import ALWAYS, Disaggregation
 from runtime.core.during_step import DuringStep
+from runtime.core.shared import WorkerSettings
 from simulator.model import BLOCK, LAYERS, VOCABULARY, Truth, shards
 from simulator.rank import Rank, Surroundings
+from worker.core.machine import WorkerMachine
 
 KEY = b"k" * 32
 WRITABLE = {BlockState.LANDING, BlockState.QUARANTINED}
@@ -78,8 +78,8 @@ class Worker:
             KVRank(rank.shard, shape.num_blocks, "host", (KVWay(transport, f"{name}/{epoch}/{rank.number}"),))
             for rank in self.ranks
         )
-        self.address = WorkerAddress(name, epoch, mailbox, () if self.sends else own)
-        self.fanout = Fanout(shape.ranks, sends=self.sends)
+        self.address = WorkerAddress(name, epoch, mailbox, own)
+        self.fanout = Fanout(shape.ranks)
         self.inbox: deque[tuple[int, Any]] = deque()
         """What the ranks report."""
         self.plan: StepPlan | None = None
@@ -87,26 +87,14 @@ class Worker:
         """Blocks that the step which runs writes."""
         self.layer = 0
         """Of the step that runs: the next one."""
-        self.machine: Any
         timeouts = TransferTimeouts()
-        if self.sends:
-            settings = PrefillSettings(
-                address=self.address, router=shape.router, cluster_key=KEY, max_num_seqs=MAX_NUM_SEQS,
-                max_model_len=MAX_MODEL_LEN, vocab_size=VOCABULARY,
-            )  # fmt: skip
-            self.handoffs = Handoffs(self.address, own, self.blocks, timeouts)
-            self.machine = PrefillMachine(settings, scheduler, self.blocks, self.handoffs)
-        else:
-            self.reservations = Reservations(mailbox, own, self.blocks, timeouts=timeouts)
-            self.machine = DecodeMachine(
-                DecodeSettings(
-                    address=self.address, role=shape.role, router=shape.router, cluster_key=KEY, block_bytes=1,
-                    max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCABULARY,
-                    disaggregation=shape.rule,
-                ),
-                scheduler, self.blocks, self.reservations,
-            )  # fmt: skip
-
+        settings = WorkerSettings(
+            address=self.address, role=shape.role, router=shape.router, cluster_key=KEY, block_bytes=1,
+            max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCABULARY, disaggregation=shape.rule,
+        )  # fmt: skip
+        self.handoffs = Handoffs(self.address, own, self.blocks, timeouts)
+        self.reservations = Reservations(mailbox, own, self.blocks, timeouts=timeouts)
+        self.machine = WorkerMachine(settings, scheduler, self.blocks, self.handoffs, self.reservations)
         self.during = DuringStep(self.machine.early, limit=8)
 
     # Its loop
@@ -245,7 +233,7 @@ class Worker:
 
     def check_acked(self, acked: TransferAcked) -> None:
         """Prefill may free its blocks on this word: all of it stands here, true, and can be written no more."""
-        run = self.machine._runs.get(acked.request)
+        run = self.machine.decode._runs.get(acked.request)
         if run is None or run.attempt != acked.attempt:
             return  # a repetition
         self.check_read(run.seq, tuple(run.seq.token_ids[: run.seq.num_computed_tokens].tolist()))
@@ -259,10 +247,8 @@ class Worker:
 
     def check(self) -> None:
         """Who can write into what."""
-        if self.sends:
-            if self.world.one_sided:
-                self.check_writes()
-            return
+        if self.world.one_sided:
+            self.check_writes()
         for rank in self.ranks:
             for key, landing in rank.landings._open.items():
                 if not rank.closes(key):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("messages", "engine", "kv_transfer", "runtime", "prefill_worker", "decode_worker", "router", "gateway")
+PACKAGES = (
+    "messages", "engine", "kv_transfer", "runtime", "prefill_worker", "decode_worker", "worker", "router", "gateway",
+)  # fmt: skip
 CORES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
     for package in PACKAGES

@@ -7,7 +7,8 @@ is never held up by prompts; what is left of the token budget goes to those that
 
 One that waits starts when all of it fits and what is expected of the running ones too (``growth.py``). When blocks run
 out all the same, the youngest gives up its own, to be computed again (``recompute``) or copied back (``swap``) later;
-the oldest always goes on, so nothing deadlocks, and nothing is computed in vain.
+the oldest always goes on, so nothing deadlocks, and nothing is computed in vain. What is to be handed over is never
+preempted: it has all its blocks from the start, and needs no more.
 """
 
 from bisect import bisect_left, insort
@@ -280,7 +281,7 @@ class Scheduler:
             count = min(seq.num_tokens - seq.num_computed_tokens, chunk, max(1, budget - behind))
             end = seq.num_computed_tokens + count
             if (seq.shared_tail or end > seq.num_blocks * size) and not self._make_room(seq, end):
-                break  # it was preempted itself, and so was everything younger
+                continue  # it was preempted itself, and so was everything younger but what is handed over
             planned.append((seq, count))
             budget -= count
             place += 1
@@ -361,11 +362,12 @@ class Scheduler:
         return max(self._pool.block_size, min(params.max_tokens, self._limits.expected_output) - num_output_tokens)
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
-        """Let ``seq`` grow, at the cost of younger ones; False when it was the youngest, and is preempted itself."""
+        """Let ``seq`` grow, at the cost of younger ones; False when it was the youngest, and is preempted itself. Those
+        that are handed over have all their blocks, and others read them: they neither grow nor make room."""
         while not self._kv.grow(seq, num_tokens):
             if self._preempt_waiting(but=seq):
                 continue
-            youngest = self._running[-1]
+            youngest = next(each for each in reversed(self._running) if not each.hand_over)
             self._not_running(youngest)
             youngest.move(SequenceStatus.PREEMPTED)
             self._give_up(youngest)

@@ -79,11 +79,10 @@ class _Pushing:
 
 
 class Fanout:
-    """Of one worker with ``num_ranks`` ranks; a worker sends or receives."""
+    """Of one worker with ``num_ranks`` ranks."""
 
-    def __init__(self, num_ranks: int, *, sends: bool) -> None:
+    def __init__(self, num_ranks: int) -> None:
         self._ranks = range(num_ranks)
-        self._sends = sends
         self._pushing: dict[Pushed, _Pushing] = {}
         self._cancelling: dict[TransferKey, set[int]] = {}
         """Ranks that have not answered."""
@@ -111,11 +110,11 @@ class Fanout:
             case CancelPushes(key):
                 self._cancelling[key] = set(self._ranks)
                 return [(rank, action) for rank in self._ranks]
-            case TakeDigests(key, route, first, blocks):
+            case TakeDigests(key, route, first, blocks, sent):
                 self._digesting[key, first] = (len(route.lanes), {})
                 return [
                     (
-                        lane.sender if self._sends else lane.receiver,
+                        lane.sender if sent else lane.receiver,
                         DigestLane(key, number, route.to[lane.receiver].shard, lane.heads, first, blocks),
                     )
                     for number, lane in enumerate(route.lanes)

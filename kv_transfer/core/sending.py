@@ -218,7 +218,7 @@ class SendSession:
         actions = self._push(self._ready, now, Live.NO)
         if self.state is SendState.PUSHING and self._ready > self._hashed:
             first, self._hashed = self._hashed, self._ready
-            actions.append(TakeDigests(self.key, self._route, first, self._source[first : self._ready]))
+            actions.append(TakeDigests(self.key, self._route, first, self._source[first : self._ready], sent=True))
         if actions and self.state is SendState.PUSHING:
             self._deadline = now + self._timeouts.progress  # of live pushes too: their last layer has just come
         return actions

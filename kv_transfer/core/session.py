@@ -77,6 +77,8 @@ class TakeDigests(NamedTuple):
     route: Route
     first: int
     blocks: Blocks
+    sent: bool = False
+    """Whether the own pools are those at the beginning of the route, not those at its end."""
 
 
 class OpenLanding(NamedTuple):

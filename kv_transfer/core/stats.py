@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from kv_transfer.core.trace import TransferTrace
 from messages.common import AbortCounts, AbortReason, TransferCounts
 
@@ -45,3 +47,11 @@ class TransferStats:
             quarantine_seconds=self.quarantine_seconds + quarantine_seconds,
             aborts=AbortCounts(**{reason.value: count for reason, count in self.aborts.items()}),
         )
+
+
+def both(sender: TransferCounts, receiver: TransferCounts) -> TransferCounts:
+    """Of a worker that is either."""
+    ends = structs.asdict(sender), structs.asdict(receiver)
+    counted = {name: ends[0][name] + ends[1][name] for name in ends[0] if name != "aborts"}
+    aborts = {name: count + getattr(receiver.aborts, name) for name, count in structs.asdict(sender.aborts).items()}
+    return TransferCounts(**counted, aborts=AbortCounts(**aborts))

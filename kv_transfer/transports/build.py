@@ -10,7 +10,7 @@ from kv_transfer.transports.memory import PrivateMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
 from kv_transfer.transports.torch_distributed import TorchDistributedReceiver, TorchDistributedSender
 from kv_transfer.transports.zmq import ZmqReceiver, ZmqSender
-from messages.common import KVShard, KVWay
+from messages.common import KVShard
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,6 @@ def allocate_pool(transport: str, num_blocks: int, block_bytes: int) -> PoolMemo
 def host_of(memory: PoolMemory) -> str:
     """``KVRank.host`` of a rank with this pool."""
     return mapping_host() if isinstance(memory, SharedMemory) else _PROCESS
-
-
-def ways_out(transport: str, memory: PoolMemory) -> tuple[KVWay, ...]:
-    """What a sender out of ``memory`` offers."""
-    return tuple(
-        KVWay(name, memory.address if name == "shm" and isinstance(memory, SharedMemory) else "")
-        for name in _offered(transport, memory)
-    )
 
 
 def make_senders(transport: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent) -> dict[str, Sender]:

@@ -1,4 +1,4 @@
-"""The prefill worker: the first leg of a request.
+"""The prefill half of a worker: the first leg of a request.
 
 1. ``Prefill`` arrives. It is checked, and waits until the pool has blocks for the whole prompt; those that are cached
    need not be computed.
@@ -16,19 +16,15 @@ dropped.
 """
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
-from msgspec import structs
-
-from engine.core.blocks import BlockPool
-from engine.core.outputs import StepOutput
-from engine.core.scheduler import Progress, Scheduler, StepPlan
+from engine.core.scheduler import Progress, StepPlan
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Outcome
 from kv_transfer.core.trace import TransferTrace
 from messages.codec import count_tokens
-from messages.common import AbortReason, FailReason, Role, WorkerAddress
+from messages.common import AbortReason, FailReason, TransferCounts
 from messages.decode_to_prefill import (
     BlocksWanted,
     CancelTransfer,
@@ -37,51 +33,28 @@ from messages.decode_to_prefill import (
     TransferAcked,
     TransferRefused,
 )
-from messages.gateway_to_worker import Abort, EndAck, Prefill, TokensWanted
-from messages.ids import Address, Attempt, RequestId
+from messages.gateway_to_worker import Prefill
+from messages.ids import Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, TransferClosed
-from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.sampling import FinishReason
-from messages.seals import genuine
 from messages.tickets import valid_between
-from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
-from runtime.core.actions import ForgetPeer, Send
-from runtime.core.deliveries import Deliveries
-from runtime.core.fences import Fences
-from runtime.core.membership import Membership
-from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
+from runtime.core.actions import Send
 from runtime.core.probe import NO_ROOM, ProbeEnded, ProbeStopped, ProbeWanted, probe_order
-from runtime.core.work import NOT_NUMBERS, block_counts, cache_counts, misfit, sequence, wire_logprobs
+from runtime.core.shared import Shared
+from runtime.core.work import NOT_NUMBERS, sequence, wire_logprobs
 
 Messages = (
-    Prefill, Abort, EndAck, TokensWanted,
-    TransferAccepted, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer, TailOffered,
-    RegisterWanted, PeerLost,
+    Prefill, TransferAccepted, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer, TailOffered,
 )  # fmt: skip
-"""What a prefill worker's mailbox takes."""
+"""What a worker's mailbox takes for this half alone."""
 
 TransferEvent = (
     TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
     | Pushed | PushFailed | Cancelled | Digested
 )  # fmt: skip
 TRACES = 256
-Event = (
-    Prefill | Abort | EndAck | TokensWanted | TransferEvent | TailOffered | RegisterWanted | PeerLost
-    | ProbeWanted | ProbeStopped
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillSettings:
-    """What the machine needs to know of its worker."""
-
-    address: WorkerAddress
-    router: Address
-    cluster_key: bytes = field(repr=False)
-    max_num_seqs: int
-    max_model_len: int
-    vocab_size: int
+Event = Prefill | TransferEvent | TailOffered | ProbeWanted | ProbeStopped
 
 
 @dataclass(slots=True)
@@ -105,71 +78,60 @@ class _Leg:
 
 
 class PrefillMachine:
-    """``handle``, ``schedule`` and ``update`` take the time and return actions; the shell performs them."""
+    """``handle``, ``planned`` and ``progressed`` return actions; the shell performs them."""
 
     early = (TransferAccepted,)
-    """May be handled between ``schedule`` and ``update``: they only push, or cancel a push. No block is given up with
-    them, and no sequence leaves the plan."""
+    """May be handled while a step runs: they only push, or cancel a push. No block is given up with them, and no
+    sequence leaves the plan."""
+    takes = (*Messages, Pushed, PushFailed, Cancelled, ProbeWanted, ProbeStopped)
 
-    def __init__(self, settings: PrefillSettings, scheduler: Scheduler, pool: BlockPool, handoffs: Handoffs) -> None:
-        self._settings = settings
-        self._scheduler = scheduler
-        self._pool = pool
+    def __init__(self, shared: Shared, handoffs: Handoffs) -> None:
+        self._shared = shared
+        self._settings = shared.settings
+        self._scheduler = shared.scheduler
+        self._pool = shared.pool
+        self._deliveries = shared.deliveries
         self._handoffs = handoffs
         self._legs: dict[RequestId, _Leg] = {}
         self._probes: set[RequestId] = set()
         """Under way."""
-        self._peers: set[Address] = set()
-        """Mailboxes of decode workers that came with a ticket; no other is answered."""
-        self.forged = 0
-        """Messages without a proof that they are who they say; dropped."""
-        self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
         self.traces: deque[TransferTrace] = deque(maxlen=TRACES)
         """Of the hand-overs that have ended last."""
-        self._begun = 0.0
-        """When the step that runs was planned."""
-        self._fences = Fences()
-        self._deliveries = Deliveries(settings.address.worker)
-        self.membership = Membership(
-            settings.address, Role.PREFILL, settings.router, settings.cluster_key,
-            max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
-        )  # fmt: skip
-        self.membership.transfer_cost = handoffs.transfer_cost
 
     @property
     def wake_at(self) -> float:
         """When ``tick`` has something to do at the latest."""
-        return min(self.membership.report_at, self._deliveries.wake_at, self._handoffs.wake_at)
+        return self._handoffs.wake_at
 
     @property
     def listens(self) -> bool:
         """Whether one of ``early`` may come while the step runs that was planned last."""
         return self._handoffs.listens
 
+    @property
+    def blocks_held(self) -> int:
+        owned = [len(leg.seq.block_table) for leg in self._legs.values() if not leg.opened]
+        return sum(owned) + self._handoffs.blocks_held
+
+    def sends(self, key: TransferKey) -> bool:
+        """Whether a hand-over from here is under way."""
+        return key in self._handoffs
+
+    def counts(self, now: float) -> TransferCounts:
+        """For the worker's report."""
+        return self._handoffs.counts(now)
+
     def handle(self, event: Event, now: float) -> list[Action]:
         """One message, or one answer of the transport."""
         match event:
             case Prefill():
-                return self._arrived(event)
-            case Abort():
-                self._fences.raise_to(event.request, event.attempt)
-                self._deliveries.fence(event.request, event.attempt)
-                return self._stop(event.request, event.attempt, "the gateway wants no more of it")
-            case EndAck():
-                self._deliveries.close(event.request, event.attempt)
-                return []
-            case TokensWanted():
-                return [*self._deliveries.resend(event.request, event.attempt, event.index)]
-            case RegisterWanted():
-                return [*self.membership.wanted(event)]
-            case PeerLost():
-                return self._peer_lost(event)
+                return self._arrived(event, now)
             case ProbeWanted():
                 return self._probe(event, now)
             case ProbeStopped():
-                return self._stop(event.request, Attempt(1), event.detail)
-            case CancelTransfer() | TailOffered() if event.mailbox not in self._peers:
-                self.forged += 1
+                return self.stop(event.request, Attempt(1), event.detail, now)
+            case CancelTransfer() | TailOffered() if event.mailbox not in self._shared.peers:
+                self._shared.forged += 1
                 return []
             case CancelTransfer() if TransferKey(event.request, event.attempt) not in self._handoffs:
                 reason, epoch = "nothing is being sent", self._settings.address.epoch
@@ -182,78 +144,66 @@ class PrefillMachine:
 
     def tick(self, now: float) -> list[Action]:
         """What is due by the clock."""
-        actions = self._settle(self._handoffs.tick(now))
-        actions += self._deliveries.tick(now)
-        self.membership.prefill_rate.forget_old(now)
-        actions += self.membership.report(
-            block_counts(self._pool),
-            cache_counts(self._pool, self._scheduler),
-            lambda: self._handoffs.counts(now),
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
-            now=now,
-        )
-        return actions
+        return self._settle(self._handoffs.tick(now))
 
-    def schedule(self, now: float) -> tuple[StepPlan | None, list[Action]]:
-        """The next step; the transfers to open, and what to push, before it runs."""
-        plan = self._scheduler.schedule(self._pace.budget)
-        self._begun = now
-        if plan is None:
-            return None, []
+    def planned(self, plan: StepPlan, now: float) -> list[Action]:
+        """This step is to run next: the transfers to open, and what to push, before it does."""
+        if not self._legs:
+            return []
         steps: list[Step] = []
         ends = (plan.num_computed + plan.num_tokens).tolist()
         for seq, end, last in zip(plan.sequences, ends, plan.samples.tolist(), strict=True):
+            if not seq.hand_over:
+                continue
             leg = self._legs[RequestId(seq.seq_id)]
             if not leg.opened and not leg.single_token:
                 leg.opened = True
-                steps += self._handoffs.open(leg.order, seq, now, self.membership.prefill_rate.value)
+                steps += self._handoffs.open(leg.order, seq, now, self._shared.membership.prefill_rate.value)
                 # What was cached can go while the rest computes.
                 steps += self._handoffs.computed(leg.key, seq.num_final_blocks, now)
             if leg.opened:
                 coming = len(seq.block_table) if last else end // self._pool.block_size
                 steps += self._handoffs.computing(leg.key, coming, now)
-        return plan, self._settle(steps)
+        return self._settle(steps)
 
-    def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Action]:
-        """The step has run: push what is complete, deliver first tokens."""
-        self.membership.steps += 1
-        num_tokens, seconds = int(plan.num_tokens.sum()), now - self._begun
-        self._pace.took(num_tokens, seconds)
-        if num_tokens >= MEASURED:
-            self.membership.prefill_rate.took(num_tokens, seconds, now)
-        steps: list[Step] = []
-        handed_over: list[RequestId] = []
-        for progress in self._scheduler.update(plan, output):
-            leg = self._legs[RequestId(progress.seq.seq_id)]
-            if progress.finish_reason is FinishReason.ABORT:
-                del self._legs[leg.order.request]
-                steps += [*self._let_go(leg), self._failed(leg.order, FailReason.ENGINE, NOT_NUMBERS)]
-            elif progress.handed_over or progress.finish_reason is not None:
-                del self._legs[leg.order.request]
-                steps += self._arrive(leg, progress, now)
-                if progress.handed_over:
-                    handed_over.append(leg.order.request)
-            elif leg.opened:
-                ready = progress.num_computed_tokens // self._pool.block_size
-                steps += self._handoffs.computed(leg.key, ready, now)
-        actions: list[Action] = [*self._deliveries.flush(now)]
-        for request in handed_over:
-            self._deliveries.close(request)  # decode has the first token too, and answers for it from here
-        return actions + self._settle(steps)
+    def progressed(self, progress: Progress, now: float) -> list[Action]:
+        """What the step did for one leg: push what is complete, deliver its first token."""
+        request = RequestId(progress.seq.seq_id)
+        leg = self._legs[request]
+        if progress.finish_reason is FinishReason.ABORT:
+            del self._legs[request]
+            return [*self._settle(self._let_go(leg)), self._failed(leg.order, FailReason.ENGINE, NOT_NUMBERS)]
+        if progress.handed_over or progress.finish_reason is not None:
+            del self._legs[request]
+            return self._settle(self._arrive(leg, progress, now))
+        if not leg.opened:
+            return []
+        ready = progress.num_computed_tokens // self._pool.block_size
+        return self._settle(self._handoffs.computed(leg.key, ready, now))
 
-    def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Action]:
-        """The step could not run: its sequences' attempts fail, the worker goes on."""
-        self._scheduler.failed(plan)
-        legs = [self._legs[RequestId(seq.seq_id)] for seq in plan.sequences]
-        return [action for leg in legs for action in self._fail(leg, FailReason.ENGINE, detail)]
+    def fail(self, request: RequestId, reason: FailReason, detail: str) -> list[Action]:
+        """Give a leg up."""
+        leg = self._legs[request]
+        return [*self._drop(leg, detail), self._failed(leg.order, reason, detail)]
 
-    def leave(self, now: float) -> list[Action]:
-        """Out of the membership; every attempt goes back to its gateway."""
-        actions: list[Action] = [self.membership.leave()]
-        for leg in list(self._legs.values()):
-            actions += self._fail(leg, FailReason.STOPPING, "the worker is shutting down")
+    def stop(self, request: RequestId, attempt: Attempt, detail: str, _now: float) -> list[Action]:
+        """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""
+        self._handoffs.fence(request, attempt)
+        actions: list[Action] = []
+        leg = self._legs.get(request)
+        if leg is not None and leg.order.attempt <= attempt:
+            actions += self._drop(leg, detail)
+        for key in self._handoffs.older_than(request, attempt):
+            actions += self._settle(self._handoffs.give_up(key, detail))
         return actions
+
+    def peer_lost(self, worker: WorkerId, epoch: Epoch, *, dead: bool) -> list[Action]:
+        """Another worker has left the membership."""
+        return self._settle(self._handoffs.peer_lost(worker, epoch, dead=dead))
+
+    def leave(self, detail: str) -> list[Action]:
+        """Every attempt whose prompt is not computed goes back to its gateway."""
+        return [action for request in [*self._legs] for action in self.fail(request, FailReason.STOPPING, detail)]
 
     def has(self, key: TransferKey) -> bool:
         """Whether an attempt is here: its prompt is to be computed, or its KV handed over."""
@@ -261,23 +211,15 @@ class PrefillMachine:
         return key in self._handoffs or (leg is not None and leg.order.attempt == key.attempt)
 
     def check_integrity(self) -> None:
-        """Every held block belongs to a leg here or to a hand-over."""
-        self._pool.check_integrity()
-        self._scheduler.check_integrity()
+        """Every pin belongs to a hand-over."""
         self._handoffs.check_integrity()
-        owned = [len(leg.seq.block_table) for leg in self._legs.values() if not leg.opened]
-        held = sum(owned) + self._handoffs.blocks_held
-        assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"
 
     def inspect(self) -> dict[str, int]:
-        """What is here now, and the pool's accounting; for status pages and tests."""
-        counts = asdict(self._pool.counts()) | structs.asdict(cache_counts(self._pool, self._scheduler))
-        return counts | {
+        """What is here now."""
+        return {
             "legs": len(self._legs),
             "handoffs": len(self._handoffs),
-            "deliveries": len(self._deliveries),
             "tails_yielded": self._handoffs.num_yielded,
-            "forged": self.forged,
         }
 
     def _tail_offered(self, event: TailOffered, now: float) -> list[Action]:
@@ -291,32 +233,22 @@ class PrefillMachine:
         self._scheduler.remove(event.request)
         return [yielded]
 
-    def _peer_lost(self, event: PeerLost) -> list[Action]:
-        if not genuine(self._settings.cluster_key, event):
-            self.forged += 1
-            return []
-        actions = self._settle(self._handoffs.peer_lost(event.peer.worker, event.peer.epoch, dead=event.dead))
-        if event.dead:
-            self._peers.discard(event.peer.mailbox)
-            actions.append(ForgetPeer(event.peer))
-        return actions
-
-    def _arrived(self, order: Prefill) -> list[Action]:
+    def _arrived(self, order: Prefill, now: float) -> list[Action]:
         own = self._settings.address
         if not valid_between(self._settings.cluster_key, order.ticket, order.request, order.attempt, own, order.decode):
-            self.forged += 1
+            self._shared.forged += 1
             return []  # nor is anything sent to where it says that it comes from
-        self._peers.add(order.decode.mailbox)
-        if not self._fences.admits(order.request, order.attempt):
+        self._shared.peers.add(order.decode.mailbox)
+        if not self._shared.fences.admits(order.request, order.attempt):
             return []  # asked again, or late
-        actions = self._stop(order.request, order.attempt, "a newer attempt has come")
-        reason = misfit(order.generation, self._pool, self._settings.vocab_size, self._settings.max_model_len)
+        actions = self._shared.stop(order.request, order.attempt, "a newer attempt has come", now)
+        reason = self._shared.misfit(order.generation)
         if reason:
             return [*actions, self._failed(order, FailReason.CAPACITY, reason)]
         reason = self._handoffs.misfit(order.decode)
         if reason:
             return [*actions, self._failed(order, FailReason.REFUSED, reason)]
-        self._fences.raise_to(order.request, order.attempt)
+        self._shared.fences.raise_to(order.request, order.attempt)
         leg = _Leg(order, sequence(order.request, order.generation, hand_over=True))
         self._legs[order.request] = leg
         self._scheduler.add(leg.seq)
@@ -331,7 +263,7 @@ class PrefillMachine:
         if blocks is None:
             return [ProbeEnded(wanted.request, f"{self._settings.address.worker}: {NO_ROOM}")]
         order = probe_order(wanted, self._settings.address, self._pool.block_size, self._settings.cluster_key)
-        self._peers.add(order.decode.mailbox)
+        self._shared.peers.add(order.decode.mailbox)
         self._probes.add(wanted.request)
         return self._settle([
             *self._handoffs.open(order, sequence(wanted.request, order.generation, blocks=blocks), now, probe=True),
@@ -370,6 +302,7 @@ class PrefillMachine:
             self._deliveries.finish(order.request, progress.finish_reason)
             return self._let_go(leg)
         assert progress.token is not None
+        self._deliveries.hand_over(order.request)  # decode has the first token too, and answers for it from here
         blocks = len(progress.seq.block_table)
         return [
             *self._handoffs.computed(leg.key, blocks, now),
@@ -383,17 +316,6 @@ class PrefillMachine:
         self._pool.free(leg.seq.block_table)
         return []
 
-    def _stop(self, request: RequestId, attempt: Attempt, detail: str) -> list[Action]:
-        """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""
-        self._handoffs.fence(request, attempt)
-        actions: list[Action] = []
-        leg = self._legs.get(request)
-        if leg is not None and leg.order.attempt <= attempt:
-            actions += self._drop(leg, detail)
-        for key in self._handoffs.older_than(request, attempt):
-            actions += self._settle(self._handoffs.give_up(key, detail))
-        return actions
-
     def _drop(self, leg: _Leg, detail: str) -> list[Action]:
         """Take a leg out of the queue, the engine and its hand-over."""
         del self._legs[leg.order.request]
@@ -404,15 +326,8 @@ class PrefillMachine:
             self._pool.free(leg.seq.block_table)
         return []
 
-    def _fail(self, leg: _Leg, reason: FailReason, detail: str) -> list[Action]:
-        return [*self._drop(leg, detail), self._failed(leg.order, reason, detail)]
-
     def _failed(self, order: Prefill, reason: FailReason, detail: str) -> Send:
-        failed = AttemptFailed(
-            request=order.request, attempt=order.attempt, worker=self._settings.address.worker,
-            reason=reason, detail=detail[:2000],
-        )  # fmt: skip
-        return Send(order.gateway, failed)
+        return self._shared.failed(order.request, order.attempt, order.gateway, reason, detail)
 
     def _settle(self, steps: list[Step]) -> list[Action]:
         """Pass actions on; where a hand-over ended badly, its attempt ends with it."""
@@ -425,7 +340,7 @@ class PrefillMachine:
                 actions.append(self._probed(step))
                 continue
             self.traces.append(step.trace)
-            self.membership.transfers += step.outcome is Outcome.DONE
+            self._shared.membership.transfers += step.outcome is Outcome.DONE
             leg = self._legs.get(step.order.request)
             if leg is not None and leg.order.attempt == step.order.attempt:
                 del self._legs[step.order.request]

@@ -32,6 +32,7 @@ class _Stream:
     kv_bytes: int = 0
     cached_tokens: int = 0
     sent: int = 0
+    handed_over: bool = False
     resend_at: float = float("inf")
     forget_at: float = float("inf")
 
@@ -86,6 +87,10 @@ class Deliveries:
         self._streams[request].finish = reason
         self._dirty[request] = None
 
+    def hand_over(self, request: RequestId) -> None:
+        """Another worker answers for the request, once the tokens added so far have left."""
+        self._streams[request].handed_over = True
+
     def flush(self, now: float) -> list[Send]:
         """What was added since the last time: one batch a gateway."""
         batches: dict[Address, list[TokenChunk]] = {}
@@ -94,7 +99,9 @@ class Deliveries:
             if stream is not None:
                 batches.setdefault(stream.gateway, []).append(self._chunk(request, stream, stream.sent))
                 stream.sent = len(stream.tokens)
-                if stream.finish is not None:
+                if stream.handed_over:
+                    del self._streams[request]
+                elif stream.finish is not None:
                     self._ended[request] = None
                     stream.resend_at, stream.forget_at = now + RESEND_AFTER, now + FORGET_AFTER
         self._dirty.clear()

@@ -154,6 +154,29 @@ def test_the_youngest_is_preempted_and_all_reach_their_end() -> None:
     assert all(seq.num_output_tokens == 20 for seq in sequences)
 
 
+def test_what_is_handed_over_makes_room_for_nobody_and_is_computed_beside_those_that_do() -> None:
+    scheduler, pool = scheduler_of(num_blocks=14, prefill_chunk=4, expected_output=1)
+    runs = [sequence(name, 12, max_tokens=20, salt=name.encode()) for name in "ab"]
+    for seq in runs:
+        scheduler.add(seq)
+    while any(seq.num_output_tokens < 3 for seq in runs):
+        run(scheduler, scheduler.schedule())  # type: ignore[arg-type]
+    leg = sequence("leg", 24, salt=b"leg", hand_over=True)
+    scheduler.add(leg)
+    kept = scheduler.schedule()
+    while leg.num_output_tokens == 0:
+        assert "leg" in counts(kept) and leg.num_blocks == 6
+        run(scheduler, kept)  # type: ignore[arg-type]
+        kept = scheduler.schedule()
+        scheduler.check_integrity()
+    assert scheduler.stats.preemptions and any(seq.status is SequenceStatus.PREEMPTED for seq in runs)
+    pool.free(leg.block_table)
+    while kept is not None:
+        run(scheduler, kept)
+        kept = scheduler.schedule()
+    assert all(seq.num_output_tokens == 20 for seq in runs) and pool.counts().held == 0
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     scheduler, _ = scheduler_of(num_blocks=4, block_size=4)
     with pytest.raises(CapacityError, match="16"):

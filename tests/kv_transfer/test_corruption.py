@@ -52,7 +52,7 @@ class Pools:
         return EndTransfer(*key(), Address("tcp://127.0.0.1:2"), round, FirstToken(5), COUNT, taken)
 
     def lane(self, of: TransferKey | None = None) -> DigestLane:
-        ((_, lane),) = Fanout(1, sends=False).fan(TakeDigests(of or key(), ROUTE, 0, self.blocks))
+        ((_, lane),) = Fanout(1).fan(TakeDigests(of or key(), ROUTE, 0, self.blocks))
         assert isinstance(lane, DigestLane)
         return lane
 
@@ -111,7 +111,7 @@ def verified(
     session.handle(Landed(key(), np.arange(COUNT, dtype=np.int32)), 0.0)
     session.handle(pools.end(round, expected), 0.0)
     assert session.state is ReceiveState.VERIFYING
-    fanout, wanted = Fanout(1, sends=False), TakeDigests(key(), ROUTE, 0, pools.blocks)
+    fanout, wanted = Fanout(1), TakeDigests(key(), ROUTE, 0, pools.blocks)
     fanout.fan(wanted)
     (digested,) = fanout.gather(0, LaneDigested(key(), 0, 0, taken))
     return session.handle(digested, 0.0)  # type: ignore[arg-type]
@@ -169,8 +169,8 @@ def test_an_end_that_is_cut_off_or_of_others_ends_no_transfer_well(damage: str) 
     session.handle(Landed(key(), np.arange(COUNT, dtype=np.int32)), 0.0)
     session.handle(EndTransfer(**fields), 0.0)
     if session.state is ReceiveState.VERIFYING:
-        ((_, lane),) = Fanout(1, sends=False).fan(TakeDigests(key(), ROUTE, 0, pools.blocks))
-        fanout = Fanout(1, sends=False)
+        ((_, lane),) = Fanout(1).fan(TakeDigests(key(), ROUTE, 0, pools.blocks))
+        fanout = Fanout(1)
         fanout.fan(TakeDigests(key(), ROUTE, 0, pools.blocks))
         (digested,) = fanout.gather(0, LaneDigested(key(), 0, 0, pools.hasher.digests(lane)))  # type: ignore[arg-type]
         session.handle(digested, 0.0)  # type: ignore[arg-type]

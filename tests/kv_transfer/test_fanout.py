@@ -37,12 +37,13 @@ def digest_of(number: int, first: int, count: int) -> bytes:
 
 @given(degrees, degrees, st.integers(0, 2**32))
 def test_a_senders_ranks_answer_as_one_in_whatever_order(sending: int, receiving: int, seed: int) -> None:
-    rng, way, fanout = Random(seed), route(sending, receiving), Fanout(sending, sends=True)
+    rng, way, fanout = Random(seed), route(sending, receiving), Fanout(sending)
     chunks = [(0, 3), (3, 1), (4, 5)]
     waiting: list[tuple[int, Any]] = []
     for first, count in chunks:
         for action in (
-            Push(key(), way, first, blocks(count), blocks(count)), TakeDigests(key(), way, first, blocks(count)),
+            Push(key(), way, first, blocks(count), blocks(count)),
+            TakeDigests(key(), way, first, blocks(count), sent=True),
         ):  # fmt: skip
             parts = fanout.fan(action)
             assert len(parts) == len(way.lanes)
@@ -70,9 +71,9 @@ def test_a_senders_ranks_answer_as_one_in_whatever_order(sending: int, receiving
 
 @given(degrees, degrees, st.integers(0, 2**32))
 def test_a_cancel_is_answered_once_by_all_and_leaves_nothing(sending: int, receiving: int, seed: int) -> None:
-    rng, way, fanout = Random(seed), route(sending, receiving), Fanout(sending, sends=True)
+    rng, way, fanout = Random(seed), route(sending, receiving), Fanout(sending)
     pushes = fanout.fan(Push(key(), way, 0, blocks(3), blocks(3)))
-    digests = fanout.fan(TakeDigests(key(), way, 0, blocks(3)))
+    digests = fanout.fan(TakeDigests(key(), way, 0, blocks(3), sent=True))
     answered = rng.sample(pushes, rng.randrange(len(pushes)))
     for rank, _ in answered:
         assert not fanout.gather(rank, Pushed(key(), 0, 3))
@@ -92,7 +93,7 @@ def test_a_cancel_is_answered_once_by_all_and_leaves_nothing(sending: int, recei
 def test_a_block_has_landed_when_every_rank_has_it_and_again_after_a_repair(
     sending: int, receiving: int, seed: int
 ) -> None:
-    rng, way, fanout = Random(seed), route(sending, receiving), Fanout(receiving, sends=False)
+    rng, way, fanout = Random(seed), route(sending, receiving), Fanout(receiving)
     parts = fanout.fan(OpenLanding(key(), way, 2, blocks(8)))
     for rank, part in parts:
         assert isinstance(part, OpenLanes)
@@ -119,7 +120,7 @@ def test_a_block_has_landed_when_every_rank_has_it_and_again_after_a_repair(
 
 def test_digests_of_no_blocks_are_answered_too() -> None:
     """Where decode has every block in its cache."""
-    way, fanout = route(2, 2), Fanout(2, sends=False)
+    way, fanout = route(2, 2), Fanout(2)
     heard: list[Any] = []
     for rank, part in fanout.fan(TakeDigests(key(), way, 3, blocks(0))):
         assert isinstance(part, DigestLane)

@@ -29,8 +29,9 @@ from kv_transfer.core.session import (
 )
 from kv_transfer.core.ways import KINDS, route
 from kv_transfer.transports.base import OnEvent, Pool, Sender
-from kv_transfer.transports.build import TRANSPORTS, allocate_pool, host_of, make_receiver, make_sender, ways_out
+from kv_transfer.transports.build import TRANSPORTS, allocate_pool, host_of, make_receiver, make_sender
 from kv_transfer.transports.faulty import Fault, FaultySender
+from kv_transfer.transports.memory import SharedMemory
 from kv_transfer.transports.records import LaneCopy
 from messages.codec import pack_tokens
 from messages.common import Generation, KVRank, KVShard, KVWay, Ticket, WorkerAddress
@@ -76,7 +77,8 @@ class Side:
                 memory.pool, partial(_sender, self.transport, shard), _from(rank, post), faults.get(rank, []),
                 Random(seed),
             )  # fmt: skip
-            kv = KVRank(shard, NUM_BLOCKS, host_of(memory), ways_out(self.transport, memory))
+            address = memory.address if isinstance(memory, SharedMemory) else ""
+            kv = KVRank(shard, NUM_BLOCKS, host_of(memory), (KVWay(self.transport, address),))
             ports.append(RankPort(rank, memory.pool, kv, post, senders={self.transport: sender}))
         return self._port(ports)
 

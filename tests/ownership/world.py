@@ -121,11 +121,10 @@ class World:
         old = self.workers[name]
         if old.plan is None:  # what a step copies is held for it besides
             old.machine.check_integrity()
-        if old.sends:
-            self.remains += old.ranks[1:]
-            for rank in old.ranks[1:]:
-                while rank.commands:  # what it had been told it goes on with
-                    rank.perform(rank.commands.popleft())
+        self.remains += old.ranks[1:]
+        for rank in old.ranks[1:]:
+            while rank.commands:  # what it had been told it goes on with
+                rank.perform(rank.commands.popleft())
         self.links.pop(old.address.mailbox, None)
         self.start(name)
         lost = seal(KEY, PeerLost(peer=old.address, dead=True, detail="killed"))
@@ -323,7 +322,7 @@ class World:
         """Let time pass where somebody waits for it; False where nobody does."""
         wake = min(worker.machine._deliveries.wake_at for worker in self.workers.values())
         for worker in self.workers.values():
-            wake = min(wake, worker.handoffs.wake_at if worker.sends else worker.reservations.wake_at)
+            wake = min(wake, worker.handoffs.wake_at, worker.reservations.wake_at)
         if wake < NEVER:
             self.now = max(self.now, wake)
             return True

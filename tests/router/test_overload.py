@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -26,10 +25,11 @@ from messages.ids import Address, Epoch, RequestId, WorkerId
 from messages.sampling import SamplingParams
 from messages.worker_to_gateway import TokenBatch
 from prefill_worker.core.handoff import Handoffs
-from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from router.core import machine as router
 from runtime.core.actions import Send, WakeAt
+from runtime.core.shared import WorkerSettings
 from tests.kv_transfer.kv_pair import shard_of_bytes
+from worker.core.machine import WorkerMachine
 
 KEY = bytes(32)
 ROUTER, GATEWAY = Address("R"), Address("G")
@@ -61,22 +61,25 @@ class Simulation:
         self.router = router.Router(router.RouterSettings(cluster_key=KEY, block_size=BLOCK, **settings))
         limits = SchedulerLimits(max_num_seqs=slots, max_num_batched_tokens=2048, max_model_len=4096, prefill_chunk=512)
         common: dict[str, Any] = {
-            "router": ROUTER, "cluster_key": KEY, "max_num_seqs": slots, "max_model_len": 4096, "vocab_size": 2048,
+            "router": ROUTER, "cluster_key": KEY, "max_num_seqs": slots, "max_model_len": 4096,
+            "vocab_size": 2048, "block_bytes": 1,
         }  # fmt: skip
         pool, self.decode_pool = BlockPool(4096, BLOCK), BlockPool(blocks, BLOCK)
         timeouts = transfer.TransferTimeouts()
-        self.prefill = PrefillMachine(
-            PrefillSettings(address=PREFILL, **common),
+        self.prefill = WorkerMachine(
+            WorkerSettings(address=PREFILL, role=Role.PREFILL, **common),
             Scheduler(pool, limits, frozenset()), pool, Handoffs(PREFILL, SOURCE, pool, timeouts),
+            Reservations(PREFILL.mailbox, SOURCE, pool, timeouts=timeouts),
         )  # fmt: skip
-        self.decode = DecodeMachine(
-            DecodeSettings(
-                address=DECODE, role=Role.DECODE, block_bytes=1, **common
+        self.decode = WorkerMachine(
+            WorkerSettings(
+                address=DECODE, role=Role.DECODE, **common
             ),
             Scheduler(self.decode_pool, limits, frozenset()), self.decode_pool,
+            Handoffs(DECODE, DECODE.kv, self.decode_pool, timeouts),
             Reservations(DECODE.mailbox, DECODE.kv, self.decode_pool, timeouts=timeouts),
         )  # fmt: skip
-        self._machines: dict[str, PrefillMachine | DecodeMachine] = {"P": self.prefill, "D": self.decode}
+        self._machines: dict[str, WorkerMachine] = {"P": self.prefill, "D": self.decode}
         for name, machine in self._machines.items():
             self._perform(name, [machine.membership.register()])
             self._at(0.0, lambda name=name: self._loop(name))

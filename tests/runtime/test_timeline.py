@@ -253,7 +253,7 @@ def test_an_order_without_its_ticket_has_no_timeline_sent_to_where_it_says_that_
 ) -> None:
     told = Told(who)
     told.handle(order(gateway=Address("tcp://10.6.6.6:666"), cluster_key=b"x" * 32))
-    assert told.machine.forged == 1 and not told.timelines.watching
+    assert told.machine.inspect()["forged"] == 1 and not told.timelines.watching
     told.handle(Abort(REQUEST, Attempt(1)))
     assert told.took() == []
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from decode_worker.actor import DecodeWorker
 from messages.codec import decoder_for, pack_tokens, unpack_tokens
 from messages.common import Generation, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill
@@ -20,10 +19,10 @@ from messages.seals import seal
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch, TokenChunk
 from messages.worker_to_router import Leaving, Register, Report
-from prefill_worker.actor import PrefillWorker
 from runtime.actor import WorkerActor
 from runtime.mailbox import Mailbox, Outbox
 from runtime.worker_config import WorkerConfig
+from worker.actor import Worker
 
 KEY = b"k" * 32
 PATIENCE = 60.0
@@ -64,11 +63,11 @@ class Relay:
 
     def start(self, config: WorkerConfig) -> None:
         """A worker; of one with several ranks each starts in a thread of its own, as each does in its own process."""
-        worker = make(config)
+        worker = Worker(config)
         others = []
         if config.tensor_parallel > 1:
             leader = worker.prepare()
-            others = [make(replace(config, rank=rank, leader=leader)) for rank in range(1, config.tensor_parallel)]
+            others = [Worker(replace(config, rank=rank, leader=leader)) for rank in range(1, config.tensor_parallel)]
         with ThreadPoolExecutor(config.tensor_parallel) as threads:
             list(threads.map(lambda each: each.start(), [worker, *others]))
         self.workers[config.worker] = worker
@@ -176,10 +175,6 @@ class Relay:
                 rank.stop()
         self.router.close()
         self.gateway.close()
-
-
-def make(config: WorkerConfig) -> WorkerActor:
-    return PrefillWorker(config) if config.role is Role.PREFILL else DecodeWorker(config)
 
 
 def config(relay: Relay, worker: str, role: Role, model: Path, **changes: Any) -> WorkerConfig:

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.host_tier import HostTier
@@ -14,23 +13,27 @@ from messages.common import Generation, Role
 from messages.gateway_to_worker import Generate
 from messages.ids import RequestId
 from messages.sampling import SamplingParams
+from prefill_worker.core.handoff import Handoffs
+from runtime.core.shared import WorkerSettings
 from tests.workers.test_machines import ATTEMPT, DECODE, GATEWAY, KEY, OPEN, ROUTER
+from worker.core.machine import WorkerMachine
 
 PARAMS = SamplingParams(max_tokens=100)
 
 
-def machine_with_a_host_tier() -> tuple[DecodeMachine, Scheduler, BlockPool]:
+def machine_with_a_host_tier() -> tuple[WorkerMachine, Scheduler, BlockPool]:
     pool = BlockPool(256, 16)
     limits = SchedulerLimits(
         max_num_seqs=32, max_num_batched_tokens=512, max_model_len=1024, prefill_chunk=512, expected_output=1
     )
     scheduler = Scheduler(pool, limits, frozenset(), HostTier(4096, 16))
-    settings = DecodeSettings(
+    settings = WorkerSettings(
         address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=64, max_num_seqs=32,
         max_model_len=1024, vocab_size=100,
     )  # fmt: skip
     reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, timeouts=TransferTimeouts())
-    return DecodeMachine(settings, scheduler, pool, reservations), scheduler, pool
+    handoffs = Handoffs(DECODE, DECODE.kv, pool, TransferTimeouts())
+    return WorkerMachine(settings, scheduler, pool, handoffs, reservations), scheduler, pool
 
 
 def fill_with_cached_content(pool: BlockPool) -> None:

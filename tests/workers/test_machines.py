@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -17,7 +16,7 @@ from kv_transfer.core.session import Digested, LandingOpened, Push, TakeDigests,
 from messages.codec import pack_tokens
 from messages.common import FailReason, Generation, KVRank, KVWay, Role, Ticket, WorkerAddress
 from messages.decode_to_prefill import CancelTransfer, TransferAccepted
-from messages.gateway_to_worker import Prefill
+from messages.gateway_to_worker import Generate, Prefill
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
 from messages.router_to_worker import PeerLost
@@ -26,9 +25,10 @@ from messages.seals import seal
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed
 from prefill_worker.core.handoff import Handoffs
-from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import ForgetPeer, Send
+from runtime.core.shared import WorkerSettings
 from tests.kv_transfer.kv_pair import shard_of_bytes
+from worker.core.machine import WorkerMachine
 
 KEY = b"k" * 32
 ROUTER, GATEWAY = Address("tcp://127.0.0.1:1"), Address("tcp://127.0.0.1:2")
@@ -56,23 +56,25 @@ def engine() -> tuple[Scheduler, BlockPool]:
 
 
 @pytest.fixture
-def decode() -> DecodeMachine:
+def decode() -> WorkerMachine:
     scheduler, pool = engine()
-    settings = DecodeSettings(
+    settings = WorkerSettings(
         address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=64,
         max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY,
     )  # fmt: skip
     reservations = Reservations(DECODE.mailbox, DECODE.kv, pool, timeouts=TransferTimeouts())
-    return DecodeMachine(settings, scheduler, pool, reservations)
+    return WorkerMachine(settings, scheduler, pool, Handoffs(DECODE, KV, pool, TransferTimeouts()), reservations)
 
 
 @pytest.fixture
-def prefill() -> PrefillMachine:
+def prefill() -> WorkerMachine:
     scheduler, pool = engine()
-    settings = PrefillSettings(
-        address=PREFILL, router=ROUTER, cluster_key=KEY, max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY
-    )
-    return PrefillMachine(settings, scheduler, pool, Handoffs(PREFILL, SOURCE, pool, TransferTimeouts()))
+    settings = WorkerSettings(
+        address=PREFILL, role=Role.PREFILL, router=ROUTER, cluster_key=KEY, block_bytes=64,
+        max_num_seqs=4, max_model_len=64, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    reservations = Reservations(PREFILL.mailbox, SOURCE, pool, timeouts=TransferTimeouts())
+    return WorkerMachine(settings, scheduler, pool, Handoffs(PREFILL, SOURCE, pool, TransferTimeouts()), reservations)
 
 
 def sent(actions: list[Any]) -> list[Any]:
@@ -93,7 +95,7 @@ FORGED = [
 
 
 @pytest.mark.parametrize("ticket", FORGED)
-def test_an_open_without_its_ticket_is_dropped_unanswered(decode: DecodeMachine, ticket: Ticket) -> None:
+def test_an_open_without_its_ticket_is_dropped_unanswered(decode: WorkerMachine, ticket: Ticket) -> None:
     assert decode.handle(replace(OPEN, ticket=ticket), 0.0) == []
     assert decode.schedule(0.0) == (None, [])
     assert decode.inspect()["forged"] == 1
@@ -102,7 +104,7 @@ def test_an_open_without_its_ticket_is_dropped_unanswered(decode: DecodeMachine,
 
 
 @pytest.mark.parametrize("ticket", FORGED)
-def test_a_prefill_without_its_ticket_is_dropped_unanswered(prefill: PrefillMachine, ticket: Ticket) -> None:
+def test_a_prefill_without_its_ticket_is_dropped_unanswered(prefill: WorkerMachine, ticket: Ticket) -> None:
     assert prefill.handle(replace(ORDER, ticket=ticket), 0.0) == []
     assert prefill.inspect()["legs"] == 0
     assert prefill.inspect()["forged"] == 1
@@ -111,7 +113,7 @@ def test_a_prefill_without_its_ticket_is_dropped_unanswered(prefill: PrefillMach
 
 
 def test_a_stranger_who_says_that_a_transfer_is_over_is_not_answered(
-    decode: DecodeMachine, prefill: PrefillMachine
+    decode: WorkerMachine, prefill: WorkerMachine
 ) -> None:
     cancel = CancelTransfer(REQUEST, Attempt(9), DECODE.mailbox, "over")
     assert decode.handle(replace(END, attempt=Attempt(9)), 0.0) == []
@@ -124,7 +126,7 @@ def test_a_stranger_who_says_that_a_transfer_is_over_is_not_answered(
 
 
 def test_of_a_dead_peer_nothing_is_kept_and_nothing_is_sent_to_it(
-    decode: DecodeMachine, prefill: PrefillMachine
+    decode: WorkerMachine, prefill: WorkerMachine
 ) -> None:
     prefill.handle(ORDER, 0.0)
     prefill.schedule(0.0)
@@ -141,7 +143,7 @@ def test_of_a_dead_peer_nothing_is_kept_and_nothing_is_sent_to_it(
     assert decode.handle(END, 0.0) == []  # it is a stranger now
 
 
-def test_only_the_router_can_say_that_a_peer_is_dead(decode: DecodeMachine, prefill: PrefillMachine) -> None:
+def test_only_the_router_can_say_that_a_peer_is_dead(decode: WorkerMachine, prefill: WorkerMachine) -> None:
     decode.handle(OPEN, 0.0)
     decode.schedule(0.0)
     prefill.handle(ORDER, 0.0)
@@ -153,7 +155,7 @@ def test_only_the_router_can_say_that_a_peer_is_dead(decode: DecodeMachine, pref
 
 
 def test_a_peer_that_is_only_silent_is_told_that_its_transfer_is_over_and_kept(
-    decode: DecodeMachine, prefill: PrefillMachine
+    decode: WorkerMachine, prefill: WorkerMachine
 ) -> None:
     prefill.handle(ORDER, 0.0)
     prefill.schedule(0.0)
@@ -167,7 +169,7 @@ def test_a_peer_that_is_only_silent_is_told_that_its_transfer_is_over_and_kept(
     assert decode.inspect()["held"] == 2
 
 
-def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its_blocks(decode: DecodeMachine) -> None:
+def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its_blocks(decode: WorkerMachine) -> None:
     decode.handle(OPEN, 0.0)
     decode.schedule(0.0)
     decode.handle(LandingOpened(KEY_OF_TRANSFER), 0.0)
@@ -178,7 +180,7 @@ def test_a_first_token_beyond_the_vocabulary_fails_its_own_attempt_and_frees_its
     assert decode.inspect()["held"] == decode.inspect()["runs"] == 0
 
 
-def test_on_a_slow_machine_a_prompt_comes_in_steps_that_leave_time_to_report(prefill: PrefillMachine) -> None:
+def test_on_a_slow_machine_a_prompt_comes_in_steps_that_leave_time_to_report(prefill: WorkerMachine) -> None:
     prefill.handle(ORDER_OF_60, 0.0)
     now, taken = 0.0, []
     while (plan := prefill.schedule(now)[0]) is not None:
@@ -196,7 +198,7 @@ def pushes(actions: list[Any]) -> list[tuple[int, int, Live]]:
     return [(action.first, len(action.source), action.live) for action in actions if isinstance(action, Push)]
 
 
-def test_a_prefill_worker_listens_while_a_step_runs_until_decode_has_accepted(prefill: PrefillMachine) -> None:
+def test_a_prefill_worker_listens_while_a_step_runs_until_decode_has_accepted(prefill: WorkerMachine) -> None:
     assert not prefill.listens
     prefill.handle(ORDER, 0.0)
     assert not prefill.listens
@@ -210,7 +212,7 @@ def test_a_prefill_worker_listens_while_a_step_runs_until_decode_has_accepted(pr
     prefill.check_integrity()
 
 
-def test_an_accept_during_a_step_of_others_pushes_what_is_final(prefill: PrefillMachine) -> None:
+def test_an_accept_during_a_step_of_others_pushes_what_is_final(prefill: WorkerMachine) -> None:
     prefill.handle(ORDER, 0.0)
     plan, _ = prefill.schedule(0.0)
     assert plan is not None
@@ -225,7 +227,7 @@ def test_an_accept_during_a_step_of_others_pushes_what_is_final(prefill: Prefill
     prefill.check_integrity()
 
 
-def test_a_step_that_fails_after_its_push_began_gives_the_attempt_up(prefill: PrefillMachine) -> None:
+def test_a_step_that_fails_after_its_push_began_gives_the_attempt_up(prefill: WorkerMachine) -> None:
     prefill.handle(ORDER, 0.0)
     plan, _ = prefill.schedule(0.0)
     assert plan is not None
@@ -236,5 +238,8 @@ def test_a_step_that_fails_after_its_push_began_gives_the_attempt_up(prefill: Pr
     prefill.check_integrity()
 
 
-def test_a_decode_worker_handles_nothing_while_a_step_runs(decode: DecodeMachine) -> None:
-    assert decode.early == () and not decode.listens
+def test_a_worker_that_hands_nothing_over_handles_nothing_while_a_step_runs(decode: WorkerMachine) -> None:
+    decode.handle(OPEN, 0.0)
+    decode.handle(Generate(RequestId("e" * 32), ATTEMPT, GATEWAY, GENERATION), 0.0)
+    plan, opened = decode.schedule(0.0)
+    assert plan is not None and opened and not decode.listens

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from decode_worker.core.machine import DecodeMachine
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.events import Cancelled, Pushed
 from kv_transfer.core.session import CancelPushes, CloseLanding, Digested, LandingOpened, OpenLanding, Push, TakeDigests
@@ -15,13 +14,13 @@ from messages.decode_to_prefill import TransferRefused
 from messages.gateway_to_worker import Generate
 from messages.ids import Attempt, RequestId
 from messages.sampling import SamplingParams
-from prefill_worker.core.machine import PrefillMachine
 from runtime.core.actions import Send
 from runtime.core.probe import ProbeEnded, ProbeStopped, ProbeWanted
 from runtime.core.timeline import Timelines
 from runtime.mailbox import Mailbox
 from runtime.worker import WorkerLoop
 from tests.workers.test_machines import DECODE, GATEWAY, OPEN, ORDER, decode, prefill, sent  # noqa: F401
+from worker.core.machine import WorkerMachine
 
 PROBE = RequestId("probe-1")
 
@@ -33,7 +32,7 @@ def wanted(blocks: int = 2) -> ProbeWanted:
 class Link:
     """Both machines, and a transport that does all at once."""
 
-    def __init__(self, prefill: PrefillMachine, decode: DecodeMachine) -> None:  # noqa: F811
+    def __init__(self, prefill: WorkerMachine, decode: WorkerMachine) -> None:  # noqa: F811
         self.prefill, self.decode = prefill, decode
         self.now = 0.0
         self.ended: list[ProbeEnded] = []
@@ -75,7 +74,7 @@ class Link:
 
 
 @pytest.fixture
-def link(prefill: PrefillMachine, decode: DecodeMachine) -> Link:  # noqa: F811
+def link(prefill: WorkerMachine, decode: WorkerMachine) -> Link:  # noqa: F811
     return Link(prefill, decode)
 
 
@@ -146,7 +145,7 @@ def test_a_probe_is_refused_at_once_where_as_many_sequences_run_as_may(link: Lin
     for number in range(4):
         link.decode.handle(generate(number), 0.0)
     assert [(each.request, each.detail) for each in refused(link)] == [(PROBE, "no room for a probe now")]
-    assert link.decode._reservations.num_waiting == 0
+    assert link.decode.decode._reservations.num_waiting == 0
 
 
 def test_a_probe_is_refused_at_once_while_sequences_wait_to_run(link: Link) -> None:
@@ -161,7 +160,7 @@ def test_a_probe_is_refused_at_once_behind_a_transfer_that_waits_for_blocks(link
     assert held is not None
     link.decode.handle(OPEN, 0.0)
     assert [each.request for each in refused(link)] == [PROBE]
-    assert link.decode._reservations.num_waiting == 1
+    assert link.decode.decode._reservations.num_waiting == 1
     pool.free(held)
 
 
@@ -178,7 +177,7 @@ def test_a_transfer_behind_a_probe_that_finds_no_room_is_not_kept_by_it(link: Li
     pool.free(held)
 
 
-def test_a_loop_that_hangs_is_not_waited_for_without_end(prefill: PrefillMachine) -> None:  # noqa: F811
+def test_a_loop_that_hangs_is_not_waited_for_without_end(prefill: WorkerMachine) -> None:  # noqa: F811
     mailbox = Mailbox("127.0.0.1", decoder_for(TransferRefused))
     nothing: Any = None  # a loop that does not run needs no runner and no port
     timelines = Timelines(OPEN.prefill.worker, "clock", prefill.has)

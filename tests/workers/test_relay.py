@@ -15,9 +15,9 @@ from engine.runner import ModelRunner
 from messages.common import CacheCounts, DecisionCounts, FailReason, Role
 from messages.ids import Attempt, RequestId
 from messages.sampling import FinishReason, SamplingParams
-from prefill_worker.core.machine import PrefillMachine
 from tests.kv_transfer.test_shared_memory import num_pidfds
 from tests.workers.relay import Relay, config, relay_of
+from worker.core.machine import WorkerMachine
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PAIR = {"prefill": "prefill-0", "decode": "decode-0"}
@@ -206,7 +206,7 @@ def test_a_loop_that_fails_says_so_to_its_host(
         if failing == "the digests":
             monkeypatch.setattr("runtime.kv_port.digests", broken)
         else:
-            monkeypatch.setattr(PrefillMachine, "handle", broken)
+            monkeypatch.setattr(WorkerMachine, "handle", broken)
         relay.send(prompt(40), GREEDY, **PAIR)
         error = failures.get(timeout=10)
         assert isinstance(error.__cause__ or error, MemoryError)

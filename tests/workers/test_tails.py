@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from decode_worker.core.machine import DecodeMachine, DecodeSettings
 from decode_worker.core.reservation import Reservations
 from engine.core.blocks import BlockPool
 from engine.core.outputs import StepOutput
@@ -27,10 +26,11 @@ from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch
 from messages.worker_to_router import Report
 from prefill_worker.core.handoff import Handoffs
-from prefill_worker.core.machine import PrefillMachine, PrefillSettings
 from runtime.core.actions import Send
 from runtime.core.disaggregation import Disaggregation, Policy
+from runtime.core.shared import WorkerSettings
 from tests.kv_transfer.kv_pair import shard_of_bytes
+from worker.core.machine import WorkerMachine
 
 KEY = b"k" * 32
 ROUTER, GATEWAY = Address("tcp://127.0.0.1:1"), Address("tcp://127.0.0.1:2")
@@ -52,18 +52,21 @@ class Pair:
     def __init__(self, disaggregation: Disaggregation = NEVER) -> None:
         self.now = 0.0
         scheduler, self.prefill_pool = _engine()
-        settings = PrefillSettings(
-            address=PREFILL, router=ROUTER, cluster_key=KEY, max_num_seqs=4, max_model_len=64, vocab_size=100
-        )
+        settings = WorkerSettings(
+            address=PREFILL, role=Role.PREFILL, router=ROUTER, cluster_key=KEY, block_bytes=64, max_num_seqs=4,
+            max_model_len=64, vocab_size=100, disaggregation=disaggregation,
+        )  # fmt: skip
         handoffs = Handoffs(PREFILL, SOURCE, self.prefill_pool, TransferTimeouts())
-        self.prefill = PrefillMachine(settings, scheduler, self.prefill_pool, handoffs)
+        reservations = Reservations(PREFILL.mailbox, SOURCE, self.prefill_pool, timeouts=TransferTimeouts())
+        self.prefill = WorkerMachine(settings, scheduler, self.prefill_pool, handoffs, reservations)
         scheduler, self.decode_pool = _engine()
-        decode = DecodeSettings(
+        decode = WorkerSettings(
             address=DECODE, role=Role.DECODE, router=ROUTER, cluster_key=KEY, block_bytes=64, max_num_seqs=4,
             max_model_len=64, vocab_size=100, disaggregation=disaggregation,
         )  # fmt: skip
         reservations = Reservations(DECODE.mailbox, DECODE.kv, self.decode_pool, timeouts=TransferTimeouts())
-        self.decode = DecodeMachine(decode, scheduler, self.decode_pool, reservations)
+        handoffs = Handoffs(DECODE, DECODE.kv, self.decode_pool, TransferTimeouts())
+        self.decode = WorkerMachine(decode, scheduler, self.decode_pool, handoffs, reservations)
         self.sent: dict[Address, list[Any]] = {}
         """What has been sent and not been taken, by receiver."""
         self.performed: list[Any] = []

@@ -1,0 +1,1 @@
+"""A worker: the machine, and the process, that can both prefill and decode."""

@@ -1,0 +1,195 @@
+"""A whole worker: both halves on one engine, and what is neither's alone.
+
+A step is planned once. Rows of sequences that are to be handed over belong to the prefill half, all others to the
+decode half. A message about a hand-over goes to the half that sends, or receives, in it; what is about a request as
+such goes to both.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from msgspec import structs
+
+from decode_worker.core import machine as decode_half
+from decode_worker.core.machine import DecodeMachine
+from decode_worker.core.reservation import Reservations
+from engine.core.blocks import BlockPool
+from engine.core.outputs import StepOutput
+from engine.core.scheduler import Scheduler, StepPlan
+from kv_transfer.core.events import TransferKey
+from kv_transfer.core.session import Digested
+from kv_transfer.core.stats import both
+from kv_transfer.core.trace import TransferTrace
+from messages.common import FailReason
+from messages.gateway_to_worker import Abort, EndAck, TokensWanted
+from messages.ids import RequestId
+from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.seals import genuine
+from prefill_worker.core import machine as prefill_half
+from prefill_worker.core.handoff import Handoffs
+from prefill_worker.core.machine import PrefillMachine
+from runtime.core.actions import ForgetPeer
+from runtime.core.membership import Membership
+from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
+from runtime.core.shared import Shared, WorkerSettings
+from runtime.core.work import block_counts, cache_counts
+
+Messages = (
+    *prefill_half.Messages, *decode_half.Messages, Abort, EndAck, TokensWanted, RegisterWanted, PeerLost,
+)  # fmt: skip
+"""What a worker's mailbox takes."""
+
+
+class WorkerMachine:
+    """``handle``, ``schedule`` and ``update`` take the time and return actions; the shell performs them."""
+
+    early = PrefillMachine.early
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        handoffs: Handoffs,
+        reservations: Reservations,
+    ) -> None:
+        self._shared = shared = Shared(settings, scheduler, pool)
+        self.membership: Membership = shared.membership
+        self._scheduler = scheduler
+        self._pool = pool
+        self._deliveries = shared.deliveries
+        self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
+        self._begun = 0.0
+        """When the step that runs was planned."""
+        self.prefill = PrefillMachine(shared, handoffs)
+        self.decode = DecodeMachine(shared, reservations)
+        shared.stops += [self.prefill.stop, self.decode.stop]
+        self.membership.transfer_cost = handoffs.transfer_cost
+        self._halves: dict[type, PrefillMachine | DecodeMachine] = {
+            **dict.fromkeys(PrefillMachine.takes, self.prefill),
+            **dict.fromkeys(DecodeMachine.takes, self.decode),
+        }
+
+    @property
+    def traces(self) -> list[TransferTrace]:
+        """Of the hand-overs from here that have ended last."""
+        return list(self.prefill.traces)
+
+    @property
+    def wake_at(self) -> float:
+        """When ``tick`` has something to do at the latest."""
+        halves = min(self.prefill.wake_at, self.decode.wake_at)
+        return min(self.membership.report_at, self._deliveries.wake_at, halves)
+
+    @property
+    def listens(self) -> bool:
+        """Whether one of ``early`` may come while the step runs that was planned last."""
+        return self.prefill.listens
+
+    def handle(self, event: Any, now: float) -> list[Any]:
+        """One message, or one answer of the transport."""
+        half = self._halves.get(type(event))
+        if half is not None:
+            return half.handle(event, now)
+        match event:
+            case Digested(key):
+                return self.prefill.handle(event, now) if self.prefill.sends(key) else self.decode.handle(event, now)
+            case Abort():
+                self._shared.fences.raise_to(event.request, event.attempt)
+                return self._shared.stop(event.request, event.attempt, "the gateway wants no more of it", now)
+            case EndAck():
+                self._deliveries.close(event.request, event.attempt)
+                return []
+            case TokensWanted():
+                return [*self._deliveries.resend(event.request, event.attempt, event.index)]
+            case RegisterWanted():
+                return [*self.membership.wanted(event)]
+            case PeerLost():
+                return self._peer_lost(event, now)
+        raise AssertionError(f"nobody here takes {event}")
+
+    def tick(self, now: float) -> list[Any]:
+        """What is due by the clock."""
+        actions = [*self.prefill.tick(now), *self.decode.tick(now), *self._deliveries.tick(now)]
+        self.membership.prefill_rate.forget_old(now)
+        actions += self.membership.report(
+            block_counts(self._pool),
+            cache_counts(self._pool, self._scheduler),
+            lambda: both(self.prefill.counts(now), self.decode.counts(now)),
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting + self.decode.num_incoming,
+            now=now,
+        )
+        return actions
+
+    def schedule(self, now: float) -> tuple[StepPlan | None, list[Any]]:
+        """The next step, with what to open and push before it runs. Sequences already here come first; what they leave
+        is promised to those that knock."""
+        plan = self._scheduler.schedule(self._pace.budget)
+        self._begun = now
+        actions = [] if plan is None else self.prefill.planned(plan, now)
+        return plan, [*actions, *self.decode.admit(plan, now)]
+
+    def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Any]:
+        """The step has run: deliver its tokens, push what is complete."""
+        self.membership.steps += 1
+        seconds = now - self._begun
+        self._pace.took(int(plan.num_tokens.sum()), seconds)
+        prompt_tokens = int(plan.num_tokens[plan.num_tokens > 1].sum())
+        if prompt_tokens >= MEASURED:  # what the others of the step took is counted in: rather too slow than too fast
+            self.membership.prefill_rate.took(prompt_tokens, seconds, now)
+        actions: list[Any] = []
+        for progress in self._scheduler.update(plan, output):
+            if progress.seq.hand_over:
+                actions += self.prefill.progressed(progress, now)
+            else:
+                actions += self.decode.progressed(progress)
+        return [*self._deliveries.flush(now), *actions]
+
+    def fail_step(self, plan: StepPlan, detail: str, now: float) -> list[Any]:
+        """The step could not run: its sequences' attempts fail, the worker goes on."""
+        self._scheduler.failed(plan)
+        actions: list[Any] = []
+        for seq in plan.sequences:
+            half = self.prefill if seq.hand_over else self.decode
+            actions += half.fail(RequestId(seq.seq_id), FailReason.ENGINE, detail)
+        return actions
+
+    def leave(self, now: float) -> list[Any]:
+        """Out of the membership; every attempt goes back to its gateway."""
+        detail = "the worker is shutting down"
+        return [self.membership.leave(), *self.prefill.leave(detail), *self.decode.leave(detail, now)]
+
+    def has(self, key: TransferKey) -> bool:
+        """Whether an attempt is here: it is computed, its KV is on its way out or in, or it runs."""
+        return self.prefill.has(key) or self.decode.has(key)
+
+    def check_integrity(self) -> None:
+        """Every held block belongs to an attempt of one of the halves."""
+        self._pool.check_integrity()
+        self._scheduler.check_integrity()
+        self.prefill.check_integrity()
+        self.decode.check_integrity()
+        held = self.prefill.blocks_held + self.decode.blocks_held
+        assert held == self._pool.num_references, f"{held} blocks have an owner, of {self._pool.num_references}"
+
+    def inspect(self) -> dict[str, int]:
+        """What is here now, and the pool's accounting; for status pages and tests."""
+        counts = asdict(self._pool.counts()) | structs.asdict(cache_counts(self._pool, self._scheduler))
+        own = {"deliveries": len(self._deliveries), "forged": self._shared.forged}
+        halves = self.prefill.inspect() | self.decode.inspect()
+        return counts | halves | own | structs.asdict(self.membership.decisions.counts())
+
+    def _peer_lost(self, event: PeerLost, now: float) -> list[Any]:
+        if not genuine(self._shared.settings.cluster_key, event):
+            self._shared.forged += 1
+            return []
+        lost = (event.peer.worker, event.peer.epoch)
+        actions: list[Any] = [
+            *self.prefill.peer_lost(*lost, dead=event.dead),
+            *self.decode.peer_lost(*lost, dead=event.dead, now=now),
+        ]
+        if event.dead:
+            self._shared.peers.discard(event.peer.mailbox)
+            actions.append(ForgetPeer(event.peer))
+        return actions
