@@ -1,4 +1,4 @@
-"""The command line: `baton up | down | status | validate | submit | chat | trace | doctor | demo`.
+"""The command line: `baton up | down | status | validate | submit | chat | trace | doctor | simulate | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -245,6 +245,34 @@ def demo() -> None:
     from cluster.demo import demo as run_demo
 
     run_demo(_console())
+
+
+@app.command()
+def simulate(
+    faults: Annotated[bool, typer.Option("--faults", help="Have things go wrong.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Run this one, and say what it was.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Run so many.")] = None,
+    begin: Annotated[int, typer.Option("--from", min=0, help="The first of --seeds.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share --seeds.")] = 2,
+    trace: Annotated[bool, typer.Option("--trace", help="With --seed: tell the story, message by message.")] = False,
+) -> None:
+    """Run the real state machines on a virtual clock and network, where anything may go wrong, and judge what happened.
+
+    For example: `baton simulate --faults --seed 7 --trace`, or `baton simulate --faults --seeds 2000`
+
+    One seed is one run, always the same. Where a promise is broken the exit code is 1; a single seed is then made as
+    small as it can be, and the story of the request that it broke is told.
+    """
+    from cluster.simulate import simulate_seed, simulate_seeds
+
+    if (seed is None) == (seeds is None):
+        raise typer.BadParameter("name one of --seed and --seeds")
+    if seed is not None:
+        clean = simulate_seed(_console(), seed, faults=faults, trace=trace)
+    else:
+        clean = simulate_seeds(_console(), begin, seeds or 0, faults=faults, jobs=jobs)
+    if not clean:
+        raise typer.Exit(1)
 
 
 def _url(url: str | None, name: str | None) -> str:

@@ -33,9 +33,9 @@ from gateway.recorded import RecordedSession
 from messages.common import WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished
 from messages.ids import Address, RequestId, WorkerId
-from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
+from messages.router_to_gateway import ClusterState, Placed, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch
+from messages.worker_to_gateway import Timeline
 from runtime.clock import clock_name
 from runtime.core.actions import Send, WakeAt
 from runtime.mailbox import AsyncMailbox
@@ -43,8 +43,6 @@ from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-Messages = (TokenBatch, AttemptFailed, Timeline, Placed, Rejected, WorkerLost, ClusterState)
-"""What a gateway's mailbox takes."""
 MESSAGES_A_TURN = 64
 """Messages handled in a row before others get the loop."""
 FORGET_AFTER = 60.0

@@ -14,7 +14,8 @@ import uvicorn
 
 from gateway.config import GatewayConfig
 from gateway.connections import Connections, affordable
-from gateway.hub import Hub, Messages
+from gateway.core.dispatch import Messages
+from gateway.hub import Hub
 from gateway.metrics import Metrics
 from gateway.openai_api import Api, create_app
 from gateway.orders import Planner

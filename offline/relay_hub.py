@@ -7,8 +7,9 @@ from typing import Self
 from cluster.errors import LaunchError
 from cluster.plan import LOOPBACK, Plan, make_plan
 from cluster.topology import Topology
+from gateway.core.dispatch import Messages
 from gateway.core.session import SessionTimeouts
-from gateway.hub import Hub, Listener, Messages, Order, Relay
+from gateway.hub import Hub, Listener, Order, Relay
 from gateway.metrics import Metrics
 from messages.codec import decoder_for
 from messages.ids import Address

@@ -5,12 +5,13 @@ place changes every token behind it.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.core.outputs import TokenLogprobs
 from messages.common import KVShard
+from messages.sampling import FinishReason, SamplingParams
 
 BLOCK, LAYERS, HEADS, VOCABULARY = 4, 2, 2, 50
 EOS = 7
@@ -24,6 +25,14 @@ def shards(ranks: int) -> list[KVShard]:
     """What each of ``ranks`` ranks holds of the KV."""
     own = HEADS // ranks
     return [KVShard(LAYERS, 1, BLOCK, "float32", HEADS, rank * own, own) for rank in range(ranks)]
+
+
+class Transcript(NamedTuple):
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of the tokens."""
+    text: str
+    reason: FinishReason
 
 
 class Truth:
@@ -59,6 +68,28 @@ class Truth:
         for _ in range(count):
             tokens += (self.next(tokens, seed),)
         return list(tokens[len(prompt) :])
+
+    def transcript(self, prompt: tuple[int, ...], params: SamplingParams, stop: tuple[str, ...] = ()) -> Transcript:
+        """The whole answer, as a run without faults gives it."""
+        tokens, text, logprobs, reason = prompt, "", [], FinishReason.LENGTH
+        while len(tokens) - len(prompt) < params.max_tokens:
+            token = self.next(tokens, params.seed)
+            logprobs.append(self.scores(tokens, token, 0).logprob)
+            tokens += (token,)
+            if (token == EOS and not params.ignore_eos) or token in params.stop_token_ids:
+                reason = FinishReason.STOP
+                break
+            text += text_of(token)
+            ends = [each for each in stop if text.endswith(each)]
+            if ends:
+                text, reason = text[: -max(map(len, ends))], FinishReason.STOP
+                break
+        return Transcript(tokens[len(prompt) :], tuple(logprobs), text, reason)
+
+
+def text_of(token: int) -> str:
+    """One character; several tokens have the same."""
+    return "abcdefghij"[token % 10]
 
 
 @lru_cache(_KNOWN)

@@ -7,11 +7,13 @@ from gateway.core.session import Chunk, Event, answer_to_unwanted
 from messages.common import WorkerAddress
 from messages.gateway_to_router import Finished
 from messages.ids import Address, RequestId, WorkerId
-from messages.router_to_gateway import Placed, Rejected, WorkerLost
-from messages.worker_to_gateway import AttemptFailed, TokenBatch, TokenChunk
+from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
+from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch, TokenChunk
 from runtime.core.actions import Send
 
 Message = TokenBatch | AttemptFailed | Placed | Rejected | WorkerLost
+Messages = (TokenBatch, AttemptFailed, Timeline, Placed, Rejected, WorkerLost, ClusterState)
+"""What a gateway's mailbox takes."""
 
 
 class Heard(NamedTuple):

@@ -1,0 +1,127 @@
+"""Many runs: which seeds break a promise, and how little of such a run is enough to break it."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from simulator.checker import check
+from simulator.history import Asked
+from simulator.model import VOCABULARY, Truth
+from simulator.plan import Plan, draw
+from simulator.verdict import Answer, Bounds, Times, Verdict
+from simulator.worker import MAX_MODEL_LEN
+from simulator.world import Run, World
+
+SEEDS_AT_ONCE = 50
+"""That one process runs before it says what came of them."""
+TRIES = 300
+"""Runs that shrinking one may take."""
+BOUNDS = Bounds(compute=1.0)
+"""Its workers are slow, and wait for each other's prompts."""
+
+
+class Judged(NamedTuple):
+    run: Run
+    verdict: Verdict
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of some seeds."""
+
+    seeds: int = 0
+    requests: int = 0
+    faults: int = 0
+    resumes: int = 0
+    broken: dict[int, list[str]] = field(default_factory=dict)
+    """What the seeds that broke something broke."""
+    times: Times = field(default_factory=Times)
+
+    def add(self, other: "Tally") -> None:
+        self.seeds += other.seeds
+        self.requests += other.requests
+        self.faults += other.faults
+        self.resumes += other.resumes
+        self.broken.update(other.broken)
+        self.times.add(other.times)
+
+
+def judged(plan: Plan, *, story: bool = False) -> Judged:
+    """Run a plan, and look at what happened."""
+    run = World(plan, story=story).run()
+    return Judged(run, check(run.history, answer_to, BOUNDS))
+
+
+@lru_cache(1)
+def _truth() -> Truth:
+    return Truth()
+
+
+def answer_to(asked: Asked) -> Answer:
+    """What the run without faults answers."""
+    longest = len(asked.prompt) + asked.params.max_tokens
+    if longest > MAX_MODEL_LEN or max(asked.prompt) >= VOCABULARY:
+        return Answer(None, None, status=400)
+    tokens, logprobs, text, reason = _truth().transcript(asked.prompt, asked.params, asked.stop)
+    return Answer(tokens, reason, None if asked.params.logprobs is None else logprobs, text)
+
+
+def run_seeds(first: int, count: int, *, faults: bool) -> Tally:
+    """Run the seeds one after the other."""
+    tally = Tally()
+    for seed in range(first, first + count):
+        verdict = judged(draw(seed, faults=faults)).verdict
+        tally.seeds += 1
+        tally.requests += verdict.requests
+        tally.faults += verdict.faults
+        tally.resumes += verdict.resumes
+        tally.times.add(verdict.times)
+        if not verdict.clean:
+            tally.broken[seed] = [str(each) for each in verdict.violations]
+    return tally
+
+
+def campaign(first: int, count: int, *, faults: bool, jobs: int) -> Iterator[Tally]:
+    """The same in ``jobs`` processes; what came of some seeds at a time."""
+    parts = [
+        (begin, min(SEEDS_AT_ONCE, first + count - begin)) for begin in range(first, first + count, SEEDS_AT_ONCE)
+    ]
+    if jobs == 1:
+        for part in parts:
+            yield run_seeds(*part, faults=faults)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run_seeds, *part, faults=faults) for part in parts]
+        try:
+            for each in as_completed(running):
+                yield each.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def shrunk(plan: Plan, *, tries: int = TRIES) -> Plan:
+    """As little of ``plan`` as still breaks what it breaks: left out greedily, first misfortunes, then wishes."""
+    broken = {each.invariant for each in judged(plan).verdict.violations}
+    least, left = plan, tries
+    again = True
+    while again:
+        again = False
+        for smaller in _smaller(least):
+            if left == 0:
+                return least
+            left -= 1
+            if broken & {each.invariant for each in judged(smaller).verdict.violations}:
+                least, again = smaller, True
+                break
+    return least
+
+
+def _smaller(plan: Plan) -> Iterator[Plan]:
+    for misfortune in plan.misfortunes:
+        yield plan.without(misfortunes=[misfortune.number])
+    if len(plan.wishes) > 1:
+        for wish in plan.wishes:
+            yield plan.without(wishes=[wish.number])

@@ -1,0 +1,72 @@
+"""What goes wrong in a run: drawn up front, numbered, so that leaving some out leaves the others what they were."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    KILL = "kill"
+    """SIGKILL. Another process takes the name later."""
+    STOP = "stop"
+    """SIGTERM: the process ends in good order; another takes the name later."""
+    FREEZE = "freeze"
+    """SIGSTOP, and SIGCONT when the time is over."""
+    CUT = "cut"
+    """Nothing gets from one process to another."""
+    LOSE = "lose"
+    REPEAT = "repeat"
+    REORDER = "reorder"
+    DELAY = "delay"
+    SLOW = "slow"
+    """KV takes longer."""
+    FLIP = "flip"
+    SWAP = "swap"
+    STALE = "stale"
+    """What lands is a bit off; in another block; or not there."""
+    FAIL = "fail"
+    """Steps of a worker fail."""
+    HEADLESS = "headless"
+    """Ray's head is gone: nobody says who is dead, nobody is started again."""
+
+
+ON_LINKS = frozenset({
+    Kind.CUT, Kind.LOSE, Kind.REPEAT, Kind.REORDER, Kind.DELAY, Kind.SLOW, Kind.FLIP, Kind.SWAP, Kind.STALE
+})  # fmt: skip
+ON_PROCESSES = frozenset({Kind.KILL, Kind.STOP, Kind.FREEZE, Kind.FAIL})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfortune:
+    number: int
+    kind: Kind
+    at: float = 0.0
+    """When it begins, or from when on its message is looked for."""
+    target: str = ""
+    """Name of the process that it befalls, or that a link leads to."""
+    source: str = ""
+    """Where the link begins."""
+    seconds: float = 0.0
+    """How long it lasts; of KILL and STOP, until another process takes the name (never: infinite)."""
+    chance: float = 1.0
+    """That it strikes a message, a piece of KV, a step. Of DELAY: the longest, in seconds; of SLOW: how many times."""
+    notice: float | None = None
+    """Seconds after which the supervisor tells of a death; None: it never does."""
+    holds: bool = False
+    """Of CUT: what is sent arrives when it heals."""
+    message: str = ""
+    """It begins when ``source`` (or anybody) sends ``target`` (or anybody) the ``nth`` message of this type."""
+    nth: int = 1
+
+    def __str__(self) -> str:
+        where = f"{self.source} -> {self.target}" if self.source else self.target
+        when = f"at {self.at:.3f}" + (f" with {self.message} number {self.nth}" if self.message else "")
+        parts = [f"[{self.number}] {self.kind} {where} {when}"]
+        if self.seconds:
+            parts.append(f"for {self.seconds:.3f} s")
+        if self.chance != 1.0:
+            parts.append(f"by {self.chance:g}")
+        if self.kind in (Kind.KILL, Kind.STOP):
+            parts.append("no notice" if self.notice is None else f"notice after {self.notice:.3f} s")
+        if self.holds:
+            parts.append("held back")
+        return ", ".join(parts)

@@ -1,0 +1,383 @@
+"""One run: the processes of a plan, its clients and its misfortunes, from the first message until all is let go."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any
+
+from decode_worker.core import machine as decode_machine
+from gateway.core import dispatch
+from gateway.core.session import SessionTimeouts
+from messages.codec import decoder_for
+from messages.ids import Address, Epoch, WorkerId
+from prefill_worker.core import machine as prefill_machine
+from router.core import machine as router_machine
+from router.core.machine import RouterSettings
+from runtime.core.disaggregation import Disaggregation
+from simulator.clock import Clock
+from simulator.faults import Kind, Misfortune
+from simulator.gateways import Client, GatewayProcess, Wish
+from simulator.history import (
+    Anything,
+    Asked,
+    Crashed,
+    Cut,
+    Frozen,
+    Got,
+    Healed,
+    History,
+    Idle,
+    Injected,
+    Killed,
+    Left,
+    Started,
+    Stopped,
+    Thawed,
+)
+from simulator.model import BLOCK, EOS, Truth
+from simulator.network import Network
+from simulator.plan import ROUTER, Plan
+from simulator.processes import NEVER, Process, RouterProcess, WorkerProcess
+from simulator.rank import Rank
+from simulator.worker import KEY, MAX_NUM_SEQS, WorkerShape
+
+LOOK_EVERY = 0.25
+"""Seconds from one look at all that is held to the next, once no client waits."""
+PATIENCE = 40.0
+"""Seconds after the last misfortune within which every client has its end."""
+LETS_GO = 4.0
+"""Seconds within which everything is let go, where nothing was lost."""
+LONGEST_LEASE = 160.0
+"""Seconds after which nothing is held for anybody who is not there."""
+
+
+@dataclass(slots=True)
+class Run:
+    """What came of a plan."""
+
+    plan: Plan
+    history: History
+    seconds: float
+    """Virtual ones."""
+    events: int
+
+
+class World:
+    """Is the ``Surface`` of its processes."""
+
+    def __init__(self, plan: Plan, *, story: bool = False) -> None:
+        """``story``: have the history tell of each message."""
+        self.plan = plan
+        self.clock = Clock()
+        self.history: History = []
+        self.rng = Random(f"{plan.seed} run")
+        self.truth = Truth()
+        self.one_sided = plan.topology.one_sided
+        self.ranks: dict[str, Rank] = {}
+        self.network = Network(self.clock, self.rng, self.history, story=story)
+        self.network.watch = self._watch if any(each.message for each in plan.misfortunes) else None
+        self.processes: dict[str, Process] = {}
+        self.clients: list[Client] = []
+        self._epochs = Random(f"{plan.seed} epochs")
+        self._ports = 1000
+        self._headless_until = 0.0
+        self._trouble_until = 0.0
+        self._armed: list[Misfortune] = []
+        """Wait for their messages."""
+        self._seen: dict[int, int] = {}
+        self._waits: dict[str, int] = {}
+        """Processes that will be started again, and how often."""
+        self._router_at = self._address(ROUTER)
+        self._start_router()
+        for name in plan.topology.gateway_names:
+            self._start_gateway(name)
+        for name in plan.topology.workers:
+            self._start_worker(name)
+
+    # What processes see
+
+    def worker(self, name: str) -> WorkerProcess | None:
+        process = self.processes.get(name)
+        return process if isinstance(process, WorkerProcess) and process.alive else None
+
+    def tell(self, record: Anything) -> None:
+        self.history.append(record)
+
+    # Processes
+
+    def _address(self, name: str) -> Address:
+        self._ports += 1
+        return Address(f"tcp://{name}:{self._ports}")
+
+    def _epoch(self) -> Epoch:
+        return Epoch(self._epochs.getrandbits(62))
+
+    def _origin(self) -> float:
+        """No two processes' clocks began together."""
+        return self._epochs.uniform(0.0, 7200.0)
+
+    def _start_router(self) -> None:
+        settings = RouterSettings(
+            cluster_key=KEY, block_size=BLOCK, disaggregation=Disaggregation(policy=self.plan.topology.policy)
+        )
+        router = RouterProcess(self, ROUTER, self._epoch(), self._router_at, self._origin(), settings)
+        self._started(router, "router", router_machine.Messages)
+
+    def _start_gateway(self, name: str) -> None:
+        gateway = GatewayProcess(
+            self, name, self._epoch(), self._address(name), self._origin(), router=self._router_at,
+            timeouts=SessionTimeouts(),
+        )  # fmt: skip
+        self._started(gateway, "gateway", dispatch.Messages)
+
+    def _start_worker(self, name: str) -> None:
+        topology = self.plan.topology
+        role = topology.workers[name]
+        shape = WorkerShape(
+            role=role,
+            num_blocks=topology.num_blocks[role],
+            router=self._router_at,
+            ranks=topology.ranks[role],
+            rule=Disaggregation(policy=topology.policy),
+            eos=frozenset({EOS}),
+        )
+        worker = WorkerProcess(self, name, self._epoch(), self._address(name), self._origin(), shape)
+        self._started(worker, "worker", WORKER_MESSAGES, shape)
+
+    def _started(
+        self, process: Process, kind: str, messages: tuple[Any, ...], shape: WorkerShape | None = None
+    ) -> None:
+        name = process.name
+        self.processes[name] = process
+        if self.plan.topology.bytes_on_the_wire:
+            self.network.codecs[name] = decoder_for(*messages)
+        now = self.clock.now
+        if shape is None:
+            self.tell(Started(now, process.incarnation, kind))
+        else:
+            sizes = (shape.num_blocks, BLOCK, MAX_NUM_SEQS)
+            self.tell(Started(now, process.incarnation, kind, shape.role, *sizes))
+
+    def _start_again(self, name: str) -> None:
+        if self.clock.now < self._headless_until:
+            self.clock.at(self._headless_until, partial(self._start_again, name))
+            return
+        self._waits[name] -= 1
+        if self.processes[name].alive:
+            return
+        if name == ROUTER:
+            self._start_router()
+        elif name in self.plan.topology.workers:
+            self._start_worker(name)
+        else:
+            self._start_gateway(name)
+
+    # Clients
+
+    def _ask(self, wish: Wish) -> None:
+        client = Client(wish, self.tell, lambda: self.clock.now)
+        self.clients.append(client)
+        self.tell(Asked(self.clock.now, wish.request, wish.prompt, wish.params, wish.stop, wish.tenant, wish.gateway))
+        gateway = self.processes[wish.gateway]
+        assert isinstance(gateway, GatewayProcess)
+        if wish.leaves_at is not None:
+            self.clock.at(wish.leaves_at, partial(self._leave, client))
+        if wish.leaves_after is not None:
+            client.tell = partial(self._read, client)
+        if wish.rests is not None:
+            self.clock.at(wish.rests[0], client.rest)
+            self.clock.at(wish.rests[1], client.go_on)
+        gateway.ask(client)
+
+    def _read(self, client: Client, record: Anything) -> None:
+        """Of one that leaves when it has enough."""
+        self.tell(record)
+        if isinstance(record, Got) and client.tokens >= (client.wish.leaves_after or 0):
+            self.clock.at(self.clock.now, partial(self._leave, client))
+
+    def _leave(self, client: Client) -> None:
+        if client.over:
+            return
+        client.over = True
+        self.tell(Left(self.clock.now, client.wish.request))
+        gateway = self.processes[client.wish.gateway]
+        if isinstance(gateway, GatewayProcess):
+            gateway.gone(client.wish.request)
+
+    # Misfortunes
+
+    def _watch(self, source: str, target: str, message: Any) -> None:
+        """A message is sent: those that wait for it come with it."""
+        if not self._armed:
+            return
+        kind = type(message).__name__
+        for each in [each for each in self._armed if each.message == kind]:
+            self._seen[each.number] = self._seen.get(each.number, 0) + 1
+            if self._seen[each.number] == each.nth:
+                self._armed.remove(each)
+                self.clock.at(self.clock.now, partial(self._befall, each))
+
+    def _befall(self, what: Misfortune) -> None:
+        self._trouble_until = max(self._trouble_until, self.clock.now + (what.seconds if what.seconds < NEVER else 0.0))
+        match what.kind:
+            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL:
+                self._befall_process(what, self.processes[what.target])
+            case Kind.HEADLESS:
+                self._headless_until = max(self._headless_until, self.clock.now + what.seconds)
+            case Kind.CUT:
+                self._cut(what)
+            case _:
+                self._befall_link(what)
+
+    def _befall_process(self, what: Misfortune, process: Process) -> None:
+        now = self.clock.now
+        if not process.alive:
+            return
+        match what.kind:
+            case Kind.KILL:
+                self.tell(Killed(now, process.incarnation))
+                process.die(comes_back=process.name == ROUTER)
+                self._gone(what, process)
+            case Kind.STOP if isinstance(process, WorkerProcess) and not process.frozen:
+                self.tell(Stopped(now, process.incarnation))
+                process.leave()
+                self._gone(what, process)
+            case Kind.FREEZE if not process.frozen:
+                self.tell(Frozen(now, process.incarnation))
+                process.freeze()
+                self.clock.at(now + what.seconds, partial(self._thaw, process))
+            case Kind.FAIL if isinstance(process, WorkerProcess):
+                until = now + what.seconds
+                self.tell(Injected(now, what.kind, process.name, until))
+                process.failing = what.chance
+                self.clock.at(until, partial(self._recover, process))
+
+    def _gone(self, what: Misfortune, process: Process) -> None:
+        now, name = self.clock.now, process.name
+        if what.notice is not None and isinstance(process, WorkerProcess):
+            self.clock.at(now + what.notice, partial(self._notice, process))
+        if what.seconds < NEVER:
+            self._waits[name] = self._waits.get(name, 0) + 1
+            self.clock.at(now + what.seconds, partial(self._start_again, name))
+
+    def _notice(self, process: WorkerProcess) -> None:
+        """Ray's word, where its head is there."""
+        router = self.processes[ROUTER]
+        if self.clock.now >= self._headless_until and isinstance(router, RouterProcess):
+            router.worker_died(WorkerId(process.name), process.epoch, "its process has ended")
+
+    def _thaw(self, process: Process) -> None:
+        if process.alive:
+            self.tell(Thawed(self.clock.now, process.incarnation))
+            process.thaw()
+
+    def _recover(self, process: WorkerProcess) -> None:
+        process.failing = 0.0
+
+    def _cut(self, what: Misfortune) -> None:
+        now, link = self.clock.now, (what.source, what.target)
+        weather = self.network.link(*link).weather
+        weather.cut += 1
+        weather.holds = what.holds
+        if weather.cut == 1:
+            self.tell(Cut(now, *link))
+        self.clock.at(now + what.seconds, partial(self._heal, link))
+
+    def _heal(self, link: tuple[str, str]) -> None:
+        if self.network.link(*link).weather.cut == 1:
+            self.tell(Healed(self.clock.now, *link))
+        self.network.heal(*link)
+
+    def _befall_link(self, what: Misfortune) -> None:
+        now, field = self.clock.now, WEATHER[what.kind]
+        weather = self.network.link(what.source, what.target).weather
+        setattr(weather, field, what.chance)
+        until = now + what.seconds
+        self.tell(Injected(now, what.kind, what.source, until, f"to {what.target}"))
+        calm = 1.0 if what.kind is Kind.SLOW else 0.0
+        self.clock.at(until, partial(setattr, weather, field, calm))
+
+    # The run
+
+    def run(self) -> Run:
+        """Until every client has its end and everything is let go, or it is plain that it will not be."""
+        try:
+            self._go()
+        except Exception as error:  # noqa: BLE001 - whatever a core raises is a finding
+            self.tell(Crashed(self.clock.now, "", _what(error)))
+        return Run(self.plan, self.history, self.clock.now, self.clock.events)
+
+    def _go(self) -> None:
+        for wish in self.plan.wishes:
+            self.clock.at(wish.at, partial(self._ask, wish))
+        for what in self.plan.misfortunes:
+            self.clock.at(what.at, partial(self._arm if what.message else self._befall, what))
+        begin = max((each.at for each in (*self.plan.wishes, *self.plan.misfortunes)), default=0.0)
+        self.clock.run(begin)
+        while self.clock.now < max(begin, self._trouble_until) + PATIENCE and not self._rests():
+            self.clock.run(self.clock.now + LOOK_EVERY)
+        self._let_go()
+
+    def _arm(self, what: Misfortune) -> None:
+        self._armed.append(what)
+
+    def _rests(self) -> bool:
+        """No client waits, and nothing goes wrong any more."""
+        over = len(self.clients) == len(self.plan.wishes) and all(client.over for client in self.clients)
+        return over and self.clock.now >= self._trouble_until and not any(self._waits.values())
+
+    def _let_go(self) -> None:
+        """What nobody wants is let go of soon; what was lost on its way, when the longest lease is over."""
+        self._armed.clear()
+        until = self.clock.now + LETS_GO
+        while self._held() and self.clock.now < until:
+            self.clock.run(self.clock.now + LOOK_EVERY)
+        if self._held() and self.plan.misfortunes:
+            self.clock.stand_still(LONGEST_LEASE)
+            self.clock.run(self.clock.now + LETS_GO)
+        self.tell(Idle(self.clock.now))
+        for process in self._there():
+            if isinstance(process, WorkerProcess | RouterProcess):
+                self.tell(process.look())
+            if isinstance(process, RouterProcess):
+                process.router.check_integrity()
+            elif isinstance(process, WorkerProcess) and process.worker.plan is None:
+                process.worker.machine.check_integrity()
+                process.worker.check()
+
+    def _there(self) -> Iterable[Process]:
+        return [process for process in self.processes.values() if process.alive]
+
+    def _held(self) -> bool:
+        """Whether anything is held for anybody."""
+        for process in self._there():
+            if isinstance(process, WorkerProcess):
+                seen = process.worker.machine.inspect()
+                if any(seen.get(what, 0) for what in HOLDINGS):
+                    return True
+            elif isinstance(process, RouterProcess):
+                seen = process.router.inspect()
+                if seen["placed"] or seen["waiting"]:
+                    return True
+            elif isinstance(process, GatewayProcess) and process.relays:
+                return True
+        return False
+
+
+WORKER_MESSAGES = tuple(dict.fromkeys((*prefill_machine.Messages, *decode_machine.Messages)))
+HOLDINGS = ("held", "legs", "handoffs", "runs", "reservations", "deliveries")
+WEATHER = {
+    Kind.LOSE: "loss", Kind.REPEAT: "twice", Kind.REORDER: "astray", Kind.DELAY: "delay", Kind.SLOW: "slowness",
+    Kind.FLIP: "flip", Kind.SWAP: "swap", Kind.STALE: "stale",
+}  # fmt: skip
+
+
+def _what(error: Exception) -> str:
+    """Which exception, and where it came from."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = f"{code.co_qualname} ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__} in {place}: {error}"
