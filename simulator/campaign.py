@@ -11,7 +11,7 @@ from simulator.checker import check
 from simulator.history import Asked
 from simulator.model import VOCABULARY, Truth
 from simulator.plan import Plan, draw
-from simulator.verdict import Answer, Bounds, Times, Verdict
+from simulator.verdict import Answer, Bound, Bounds, Fault, Times, Verdict
 from simulator.worker import MAX_MODEL_LEN
 from simulator.world import Run, World
 
@@ -19,8 +19,11 @@ SEEDS_AT_ONCE = 50
 """That one process runs before it says what came of them."""
 TRIES = 300
 """Runs that shrinking one may take."""
-BOUNDS = Bounds(compute=1.0)
-"""Its workers are slow, and wait for each other's prompts."""
+BOUNDS = Bounds(
+    compute=1.0, detect_crash=Bound(6.0, 6.0), detect_hang=Bound(8.0, 8.0), silence=12.0, error=45.0,
+    resume=dict.fromkeys(Fault, Bound(12.0, 12.0)),
+)  # fmt: skip
+"""Its workers are slow, and wait for each other's prompts. The router takes 5 s to miss a worker, if nobody tells."""
 
 
 class Judged(NamedTuple):
@@ -86,20 +89,18 @@ def run_seeds(first: int, count: int, *, faults: bool) -> Tally:
 
 def campaign(first: int, count: int, *, faults: bool, jobs: int) -> Iterator[Tally]:
     """The same in ``jobs`` processes; what came of some seeds at a time."""
-    parts = [
-        (begin, min(SEEDS_AT_ONCE, first + count - begin)) for begin in range(first, first + count, SEEDS_AT_ONCE)
-    ]
+    parts = [(begin, min(SEEDS_AT_ONCE, first + count - begin)) for begin in range(first, first + count, SEEDS_AT_ONCE)]
     if jobs == 1:
         for part in parts:
             yield run_seeds(*part, faults=faults)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         running = [pool.submit(run_seeds, *part, faults=faults) for part in parts]
         try:
             for each in as_completed(running):
                 yield each.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def shrunk(plan: Plan, *, tries: int = TRIES) -> Plan:

@@ -76,7 +76,9 @@ class Client:
     _unread: deque[Any] = field(default_factory=deque)
 
     def hear(self, record: Any) -> None:
-        """Tokens, or the end."""
+        """Tokens, or the end. What is read later tells no more whose it was: other attempts have begun since."""
+        if self.resting and isinstance(record, Got):
+            record = structs.replace(record, attempt=None, source=None)
         self._unread.append(record)
         if not self.resting:
             self.read()

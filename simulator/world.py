@@ -313,7 +313,8 @@ class World:
             self.clock.at(wish.at, partial(self._ask, wish))
         for what in self.plan.misfortunes:
             self.clock.at(what.at, partial(self._arm if what.message else self._befall, what))
-        begin = max((each.at for each in (*self.plan.wishes, *self.plan.misfortunes)), default=0.0)
+        times = [wish.at for wish in self.plan.wishes] + [what.at for what in self.plan.misfortunes]
+        begin = max(times, default=0.0)
         self.clock.run(begin)
         while self.clock.now < max(begin, self._trouble_until) + PATIENCE and not self._rests():
             self.clock.run(self.clock.now + LOOK_EVERY)

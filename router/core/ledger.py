@@ -123,6 +123,19 @@ class Ledger:
             self.close(request)
         return len(old)
 
+    def forget_deserted(self, time: float) -> int:
+        """Close entries older than ``time`` of which no worker is left: their gateway has heard that it is lost, and
+        asks for no other, so the word that they are over must have been lost. Returns how many."""
+        old = []
+        for request, entry in self._entries.items():
+            if entry.since >= time:
+                break
+            if entry.prefill is None and entry.decode is None:
+                old.append(request)
+        for request in old:
+            self.close(request)
+        return len(old)
+
     def forget_absent(self, worker: WorkerView, present: int, before: float) -> int:
         """``worker`` says that it has ``present`` requests: of those placed on it before ``before``, close the oldest
         in excess of that. Returns how many.

@@ -403,6 +403,7 @@ class Router:
             actions.append(self._reject(wanted, detail, self._settings.retry_after))
             self._moved = True
         self._ledger.forget_before(now - self._settings.forget_after)
+        self._ledger.forget_deserted(now - self._settings.forget_absent_after)
         return actions
 
     def _next_deadline(self) -> float:

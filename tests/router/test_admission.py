@@ -174,6 +174,16 @@ def test_requests_that_their_worker_does_not_have_give_up_their_places_in_time(k
     assert world.state().workers[0].assigned == 2 + known + 1
 
 
+def test_a_request_whose_worker_is_gone_is_forgotten_in_time_where_finished_was_lost() -> None:
+    world = colocated(4, 4, forget_absent_after=10.0)
+    world.place("a")
+    world.handle(WorkerDied(worker=WorkerId("c0"), epoch=None, detail="killed"))
+    world.handle(report("c1", 1))
+    assert world.router.inspect()["placed"] == 1  # its gateway may ask, and has to hear that the worker is lost
+    world.sleep(12.0, "c1")
+    assert world.router.inspect()["placed"] == 0
+
+
 def test_a_request_that_becomes_too_long_for_the_cluster_while_it_waits_is_told_so() -> None:
     world = World()
     assert world.handle(wanted("r", tokens=200)) == []
