@@ -341,16 +341,13 @@ class WorkerProcess(Process):
 
     def _owners(self) -> tuple[Owner, ...]:
         worker, owners = self.worker, []
-        if worker.sends:
-            for leg in worker.machine._legs.values():
-                if not leg.opened:
-                    owners.append(Owner(leg.order.request, leg.order.attempt, len(leg.seq.block_table)))
-            for key, handoff in worker.handoffs._open.items():
-                owners.append(Owner(*key, len(handoff.seq.block_table)))
-        else:
-            for request, run in worker.machine._runs.items():
-                owners.append(Owner(request, run.attempt, len(run.seq.block_table)))
-            for key, each in worker.reservations._open.items():
-                quarantined = each.blocks_are is BlockState.QUARANTINED
-                owners.append(Owner(*key, each.num_blocks, quarantined))
+        for leg in worker.machine.prefill._legs.values():
+            if not leg.opened:
+                owners.append(Owner(leg.order.request, leg.order.attempt, len(leg.seq.block_table)))
+        for key, handoff in worker.handoffs._open.items():
+            owners.append(Owner(*key, len(handoff.seq.block_table)))
+        for request, run in worker.machine.decode._runs.items():
+            owners.append(Owner(request, run.attempt, len(run.seq.block_table)))
+        for key, each in worker.reservations._open.items():
+            owners.append(Owner(*key, each.num_blocks, each.blocks_are is BlockState.QUARANTINED))
         return tuple(owner for owner in owners if owner.num_blocks)

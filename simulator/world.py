@@ -6,12 +6,10 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from decode_worker.core import machine as decode_machine
 from gateway.core import dispatch
 from gateway.core.session import SessionTimeouts
 from messages.codec import decoder_for
 from messages.ids import Address, Epoch, WorkerId
-from prefill_worker.core import machine as prefill_machine
 from router.core import machine as router_machine
 from router.core.machine import RouterSettings
 from runtime.core.disaggregation import Disaggregation
@@ -41,6 +39,7 @@ from simulator.plan import ROUTER, Plan
 from simulator.processes import NEVER, Process, RouterProcess, WorkerProcess
 from simulator.rank import Rank
 from simulator.worker import KEY, MAX_NUM_SEQS, WorkerShape
+from worker.core import machine as worker_machine
 
 LOOK_EVERY = 0.25
 """Seconds from one look at all that is held to the next, once no client waits."""
@@ -143,7 +142,7 @@ class World:
             eos=frozenset({EOS}),
         )
         worker = WorkerProcess(self, name, self._epoch(), self._address(name), self._origin(), shape)
-        self._started(worker, "worker", WORKER_MESSAGES, shape)
+        self._started(worker, "worker", worker_machine.Messages, shape)
 
     def _started(
         self, process: Process, kind: str, messages: tuple[Any, ...], shape: WorkerShape | None = None
@@ -366,7 +365,6 @@ class World:
         return False
 
 
-WORKER_MESSAGES = tuple(dict.fromkeys((*prefill_machine.Messages, *decode_machine.Messages)))
 HOLDINGS = ("held", "legs", "handoffs", "runs", "reservations", "deliveries")
 WEATHER = {
     Kind.LOSE: "loss", Kind.REPEAT: "twice", Kind.REORDER: "astray", Kind.DELAY: "delay", Kind.SLOW: "slowness",
