@@ -14,10 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.core.blocks import BlockPool
-from engine.core.host_tier import HostTier
 from engine.core.kv_layout import KVLayout
-from engine.core.scheduler import Scheduler, SchedulerLimits
 from engine.core.step_input import StepInput
 from engine.layer_gate import LayerGate
 from engine.models.config import ModelConfig
@@ -124,18 +121,6 @@ class WorkerActor(ABC):
             group=group,
             broadcast=_nobody if leader is None else leader.broadcast,
         )
-        caching = config.enable_prefix_caching
-        pool = BlockPool(config.num_blocks, config.block_size, caching=caching)
-        host = HostTier(config.swap_blocks, config.block_size, caching=caching) if config.swap_blocks else None
-        limits = SchedulerLimits(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            prefill_chunk=config.prefill_chunk,
-            expected_output=config.expected_output,
-        )
-        eos = frozenset(runner.config.eos_token_ids)
-        scheduler = Scheduler(pool, limits, eos, host, preemption=config.preemption)
         self._own = self._make_port(memory, mailbox, _shard(layout, model_config, group), runner.layers)
         others = [] if leader is None else [RemoteRank(leader, ready) for ready in leader.wait_until_ready()]
         self._port = port = KVPort(self._own, others)
@@ -145,7 +130,7 @@ class WorkerActor(ABC):
             mailbox=mailbox.address,
             kv=port.ranks,
         )
-        machine = self._make_machine(address, scheduler, pool, runner)
+        machine = self._make_machine(address, runner)
         timelines = Timelines(address.worker, clock_name(), machine.has)
         return WorkerLoop(machine, runner, mailbox, port, timelines, leader)
 
@@ -267,9 +252,7 @@ class WorkerActor(ABC):
         return RankPort(config.rank, memory.pool, kv, mailbox.post, senders, receivers, layers)
 
     @abstractmethod
-    def _make_machine(
-        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
-    ) -> Machine:
+    def _make_machine(self, address: WorkerAddress, runner: ModelRunner) -> Machine:
         """Its decisions."""
 
 

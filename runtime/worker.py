@@ -18,8 +18,7 @@ from engine.core.outputs import StepOutput
 from engine.core.scheduler import StepPlan
 from engine.layer_gate import LayerGate
 from engine.rank import STEP_ERRORS
-from kv_transfer.core.events import Pushed, TransferKey
-from kv_transfer.core.fanout import WorkerEvent
+from kv_transfer.core.events import TransferKey
 from kv_transfer.core.session import (
     CancelPushes,
     CloseLanding,
@@ -48,8 +47,8 @@ Perform = Callable[[Iterable[Any]], None]
 class Machine(Protocol):
     """What prefill and decode machines have in common."""
 
-    membership: Membership
-
+    @property
+    def membership(self) -> Membership: ...
     @property
     def early(self) -> tuple[type, ...]: ...
     @property
@@ -152,7 +151,7 @@ class WorkerLoop:
         if isinstance(event, RankMessage | Join):
             return self._heard(event)
         if isinstance(event, FromRank):
-            return [action for answer in self._port.gather(event) for action in self._answered(answer)]
+            return [action for answer in self._port.gather(event) for action in self._told(answer)]
         if isinstance(event, PortFailed):
             raise RuntimeError("taking a digest failed") from event.error
         if callable(event):
@@ -175,11 +174,6 @@ class WorkerLoop:
             if event is not None:
                 return self._handle(FromRank(message.rank, event))
         return []
-
-    def _answered(self, event: WorkerEvent) -> list[Any]:
-        if isinstance(event, Pushed):
-            self._machine.membership.kv_bytes_sent += event.num_bytes
-        return self._told(event)
 
     def _step(self, plan: StepPlan) -> list[Any]:
         begin, layers = time.monotonic(), self._watch_layers()
@@ -232,7 +226,7 @@ class WorkerLoop:
                     port.forget(peer)
                 case Push() | CancelPushes() | OpenLanding() | CloseLanding() | TakeDigests():
                     for answer in port.perform(action):
-                        self._perform(self._answered(answer))
+                        self._perform(self._told(answer))
                 case LookForWriters(key, writers):
                     if port.all_gone(writers):
                         self._perform(self._machine.handle(WritersGone(key), time.monotonic()))

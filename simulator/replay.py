@@ -9,14 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from engine.core.outputs import StepOutput
+from engine.core.scheduler import StepPlan
 from gateway.core import session
 from gateway.core.session import Session
+from kv_transfer.core.fanout import WorkerEvent
+from kv_transfer.core.session import WritersGone
 from messages.codec import BadMessage
 from messages.record_file import read_records
 from messages.worker_to_router import WorkerDied
 from router.core import machine as router
 from router.core.machine import Router
 from runtime.core.journal import Called, Full, Made, Types, first_difference, make, pack_answer, read_entry
+from runtime.core.probe import ProbeStopped, ProbeWanted
+from worker.core import machine as worker
+from worker.core.build import make_machine
 
 
 class Core(NamedTuple):
@@ -27,6 +34,10 @@ class Core(NamedTuple):
 
 
 CORES = {
+    "worker": Core(
+        make_machine,
+        Types(*worker.Messages, *get_args(WorkerEvent), WritersGone, ProbeWanted, ProbeStopped, StepOutput, str),
+    ),
     "session": Core(Session, Types(*get_args(session.Event))),
     "router": Core(Router, Types(*router.Messages, WorkerDied, router.Tick)),
 }
@@ -98,7 +109,15 @@ class _Player:
         self._calls: dict[str, Callable[[Any, float], Any]] = {
             "start": lambda _, now: machine.start(now),
             "handle": lambda event, now: machine.handle(event, now),
+            "tick": lambda _, now: machine.tick(now),
+            "schedule": self._schedule,
+            "update": lambda output, now: machine.update(self._plan, output, now),
+            "fail_step": lambda detail, now: machine.fail_step(self._plan, detail, now),
+            "leave": lambda _, now: machine.leave(now),
         }
+        self._machine = machine
+        self._plan: StepPlan | None = None
+        """Of a worker's step that runs."""
 
     def play(self, called: Called) -> tuple[Any, Any]:
         """The event, and what the machine answers now, or the name of what it raises."""
@@ -110,3 +129,7 @@ class _Player:
             return event, call(event, called.now)
         except Exception as error:  # noqa: BLE001 - that it raises, and what, is its answer
             return event, type(error).__name__
+
+    def _schedule(self, _event: None, now: float) -> Any:
+        self._plan, actions = self._machine.schedule(now)
+        return self._plan, actions

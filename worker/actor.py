@@ -1,18 +1,20 @@
 """The process of a worker, whatever its role."""
 
-from decode_worker.core.reservation import Reservations
-from engine.core.blocks import BlockPool
-from engine.core.scheduler import Scheduler
+from pathlib import Path
+
+from engine.core.scheduler import SchedulerLimits
 from engine.runner import ModelRunner
 from kv_transfer.core.lanes import layout_of
-from kv_transfer.core.session import TransferTimeouts
 from messages.common import WorkerAddress
 from messages.ids import Address
-from prefill_worker.core.handoff import Handoffs
 from runtime.actor import WorkerActor
 from runtime.core.shared import WorkerSettings
+from runtime.recorded import RecordedMachine
+from runtime.recorder import Recorder
 from runtime.worker import Machine
-from worker.core.machine import Messages, WorkerMachine
+from runtime.worker_config import WorkerConfig
+from worker.core.build import EngineSettings, make_machine
+from worker.core.machine import Messages
 
 
 class Worker(WorkerActor):
@@ -20,20 +22,48 @@ class Worker(WorkerActor):
 
     _messages = Messages
 
-    def _make_machine(
-        self, address: WorkerAddress, scheduler: Scheduler, pool: BlockPool, runner: ModelRunner
-    ) -> Machine:
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self._recorder: Recorder | None = None
+
+    def _make_machine(self, address: WorkerAddress, runner: ModelRunner) -> Machine:
+        config = self._config
         settings = WorkerSettings(
             address=address,
-            role=self._config.role,
-            router=Address(self._config.router),
-            cluster_key=self._config.cluster_key,
+            role=config.role,
+            router=Address(config.router),
+            cluster_key=config.cluster_key,
             block_bytes=sum(layout_of(rank.shard).block_bytes for rank in address.kv),
-            max_num_seqs=self._config.max_num_seqs,
-            max_model_len=self._config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
             vocab_size=runner.config.vocab_size,
-            disaggregation=self._config.disaggregation,
+            disaggregation=config.disaggregation,
         )
-        handoffs = Handoffs(address, address.kv, pool, TransferTimeouts())
-        reservations = Reservations(address.mailbox, address.kv, pool, timeouts=TransferTimeouts())
-        return WorkerMachine(settings, scheduler, pool, handoffs, reservations)
+        limits = SchedulerLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            prefill_chunk=config.prefill_chunk,
+            expected_output=config.expected_output,
+        )
+        engine = EngineSettings(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            swap_blocks=config.swap_blocks,
+            limits=limits,
+            eos_token_ids=frozenset(runner.config.eos_token_ids),
+            preemption=config.preemption,
+        )
+        machine = make_machine(settings, engine)
+        if not config.record:
+            return machine
+        self._recorder = Recorder(Path(config.record), config.worker)
+        self._recorder.made("worker", config.worker, settings=settings, engine=engine)
+        return RecordedMachine(machine, self._recorder, config.worker)
+
+    def stop(self) -> None:
+        super().stop()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None

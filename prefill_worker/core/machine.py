@@ -139,6 +139,9 @@ class PrefillMachine:
                 return [Send(event.mailbox, closed)]
             case TailOffered():
                 return self._tail_offered(event, now)
+            case Pushed(num_bytes=num_bytes):
+                self._shared.membership.kv_bytes_sent += num_bytes
+                return self._settle(self._handoffs.handle(event, now))
             case _:
                 return self._settle(self._handoffs.handle(event, now))
 
