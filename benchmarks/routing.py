@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def in_the_core(workers: int, requests: int) -> dict[str, object]:
-    router = Router(RouterSettings(cluster_key=KEY))
+    router = Router(RouterSettings(cluster_key=KEY, settle=0.0))
     for register in registers(workers):
         router.handle(register, 0.0)
     times: dict[str, list[int]] = {"place": [], "prefilled": [], "finished": [], "report": []}
@@ -100,7 +100,7 @@ def in_the_core(workers: int, requests: int) -> dict[str, object]:
 
 
 def overloaded(workers: int, requests: int, *, max_num_seqs: int, blocks: int) -> dict[str, object]:
-    router = Router(RouterSettings(cluster_key=KEY))
+    router = Router(RouterSettings(cluster_key=KEY, settle=0.0))
     for register in registers(workers, max_num_seqs, blocks):
         router.handle(register, 0.0)
     placed: deque[RequestId] = deque()

@@ -129,7 +129,7 @@ class Hub:
         self._relays: dict[RequestId, Relay] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._dispatch = Dispatch(router)
+        self._dispatch = Dispatch(mailbox.address, router)
         self._forgetting: dict[WorkerId, asyncio.TimerHandle] = {}  # lost workers whose sockets will be closed
         self._cluster_heard = float("-inf")
         self._draining = False
@@ -221,6 +221,7 @@ class Hub:
                 self.cluster = self.metrics.cluster = message
                 self._cluster_heard = self._loop.time()
                 self.metrics.malformed.set(self._mailbox.malformed)
+                self._take(self._dispatch.state(message, [relay.session for relay in self._relays.values()]))
             case _:
                 self._dispatched(message)
 
@@ -229,7 +230,12 @@ class Hub:
             for address in (message.prefill, message.decode):
                 if address is not None:
                     self._moves_to(address)
-        for step in self._dispatch.take(message, self._relays):
+        self._take(self._dispatch.take(message, self._relays))
+        if isinstance(message, WorkerLost):
+            self._worker_lost(message)
+
+    def _take(self, steps: Iterable[Heard | Late | Send]) -> None:
+        for step in steps:
             match step:
                 case Heard(request, event):
                     relay = self._relays.get(request)
@@ -241,8 +247,6 @@ class Hub:
                         self._mailbox.send(answer.to, answer.message)
                 case Send(to, answer):
                     self._mailbox.send(to, answer)
-        if isinstance(message, WorkerLost):
-            self._worker_lost(message)
 
     def _moves_to(self, worker: WorkerAddress) -> None:
         """Where ``worker`` is now; the socket to where it was before will be closed."""
@@ -259,8 +263,9 @@ class Hub:
             self._forgetting[lost.worker] = self._loop.call_later(FORGET_AFTER, self._forget, lost.worker)
 
     def _forget(self, worker: WorkerId) -> None:
+        """Close the socket. Where the worker was stays known: it may have been frozen, and send more tokens yet."""
         del self._forgetting[worker]
-        self._mailbox.outbox.forget(self._dispatch.workers.pop(worker).mailbox)
+        self._mailbox.outbox.forget(self._dispatch.workers[worker].mailbox)
 
     async def _ask_for_state(self) -> None:
         while True:

@@ -243,8 +243,8 @@ class TransferCounts(Part, frozen=True):
 
 
 class DecisionCounts(Part, frozen=True):
-    """Prompts by the reason why they were handed over, or computed by their decode worker (``never``, ``costs_less``),
-    since the start; see ``runtime.core.disaggregation``."""
+    """Prompts by the reason why they were handed over, or computed by their decode worker (``never``, ``costs_less``,
+    ``no_prefill``), since the start; see ``runtime.core.disaggregation``."""
 
     always: Count = 0
     never: Count = 0
@@ -254,6 +254,7 @@ class DecisionCounts(Part, frozen=True):
     costs_more: Count = 0
     costs_less: Count = 0
     too_late: Count = 0
+    no_prefill: Count = 0
 
 
 class FailReason(StrEnum):
@@ -271,6 +272,8 @@ class FailReason(StrEnum):
     """The engine failed in a step that this sequence was part of; alone or elsewhere it may succeed."""
     STOPPING = "stopping"
     """The worker is shutting down."""
+    ORPHANED = "orphaned"
+    """The gateway was taken for lost, and nobody has adopted the request in time."""
 
     @property
     def retryable(self) -> bool:

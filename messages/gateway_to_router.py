@@ -1,7 +1,14 @@
 """What a gateway asks and tells the router."""
 
-from messages.common import AttemptMessage, Count, Message, Name, Part
-from messages.ids import Address, Epoch, WorkerId
+from typing import Annotated
+
+from msgspec import Meta
+
+from messages.common import AttemptMessage, Count, Detail, Message, Name, Part
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+
+MAX_HELD = 256
+"""Attempts in one ``Holding``."""
 
 
 class Computed(Part, frozen=True):
@@ -37,3 +44,39 @@ class ClusterStateWanted(Message, frozen=True):
     """Answered by ``ClusterState``."""
 
     gateway: Address
+
+
+class Held(Part, frozen=True):
+    """An attempt that a router has placed, and that is not over."""
+
+    request: RequestId
+    attempt: Annotated[Attempt, Meta(ge=1, le=2**31)]
+    prefill: tuple[WorkerId, Epoch] | None
+    decode: tuple[WorkerId, Epoch]
+    num_tokens: Count
+    """As in ``PlacementWanted``."""
+    max_new_tokens: Count
+    prefilled: bool
+    """Its first token is there."""
+
+    @property
+    def workers(self) -> list[tuple[WorkerId, Epoch]]:
+        """On which it counts, decode last."""
+        return [self.decode] if self.prefill is None else [self.prefill, self.decode]
+
+
+class Holding(Message, frozen=True):
+    """What a router that was restarted does not know of this gateway's requests. Saying it twice is harmless."""
+
+    gateway: Address
+    attempts: Annotated[tuple[Held, ...], Meta(max_length=MAX_HELD)]
+    last: bool
+    """Whether that is all, with what was said just before."""
+
+
+class GatewayDied(Message, frozen=True):
+    """Ray, or the controller, says that the gateway's process is dead: in the router's own process, like
+    ``WorkerDied``."""
+
+    gateway: Address
+    detail: Detail

@@ -32,14 +32,18 @@ class Rejected(AttemptMessage, frozen=True):
 
     detail: Detail
     retry_after: float | None
+    unavailable: bool = False
+    """There is no live worker of a role that it needs, rather than too many requests."""
 
 
 class WorkerLost(Message, frozen=True):
-    """This incarnation of the worker has left the membership: its attempts need new ones."""
+    """This incarnation of the worker has left the membership: its attempts need new ones. Sent to every gateway."""
 
     worker: WorkerId
     epoch: Epoch
     detail: Detail
+    dead: bool = False
+    """Its process has died. Where False it was silent, and may come back, or has left in good order."""
 
 
 class WorkerState(Part, frozen=True):
@@ -74,3 +78,7 @@ class ClusterState(Message, frozen=True):
     """Whether every role that a request needs has a live worker."""
     decisions: DecisionCounts = DecisionCounts()
     """Of the router, on requests that it has placed."""
+    router: Epoch = Epoch(0)
+    """Of the router's process: another one knows of no request that the one before has placed."""
+    known: bool = True
+    """Whether this router has heard what the gateway holds: ``Holding``. Where not, it shall say so."""

@@ -1,7 +1,7 @@
 """What the router tells workers."""
 
 from messages.common import Detail, Message, WorkerAddress
-from messages.ids import Epoch, WorkerId
+from messages.ids import Address, Epoch, WorkerId
 from messages.seals import Sealed
 
 
@@ -19,3 +19,16 @@ class PeerLost(Sealed, frozen=True):
     dead: bool
     """Its process is gone: it writes no more. Where False it was silent, or said good-bye, and may still write."""
     detail: Detail
+
+
+class GatewayLost(Sealed, frozen=True):
+    """Nothing is heard of this gateway: its requests are kept for a while, for another one to adopt, or for itself to
+    come back, and then dropped. Said again and again, lest it get lost."""
+
+    gateway: Address
+
+
+class GatewayBack(Sealed, frozen=True):
+    """The gateway was only slow: its requests are not dropped."""
+
+    gateway: Address

@@ -1,5 +1,9 @@
 """What workers, and whoever watches them, tell the router."""
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from messages.common import (
     BlockCounts,
     CacheCounts,
@@ -13,8 +17,11 @@ from messages.common import (
     TransferCounts,
     WorkerAddress,
 )
-from messages.ids import Epoch, WorkerId
+from messages.ids import Address, Epoch, WorkerId
 from messages.seals import Sealed
+
+MAX_GATEWAYS = 64
+"""That one report names."""
 
 
 class Register(Sealed, frozen=True):
@@ -50,6 +57,10 @@ class Report(Message, frozen=True):
     """KV bytes a second on top of that; 0 where they make no difference."""
     decisions: DecisionCounts = DecisionCounts()
     """Of a decode worker, on the transfers opened to it."""
+    gateways: Annotated[tuple[Address, ...], Meta(max_length=MAX_GATEWAYS)] = ()
+    """Whose requests it has; said now and then."""
+    busy_for: Seconds = 0.0
+    """What the step is expected to take that runs now: no report comes before its end."""
 
 
 class WorkerDied(Message, frozen=True):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from messages.ids import Epoch, WorkerId
+from messages.gateway_to_router import GatewayDied
+from messages.ids import Address, Epoch, WorkerId
 from messages.worker_to_router import WorkerDied
 from router.core.machine import Router, RouterSettings
 from router.loop import RouterLoop
@@ -64,6 +65,11 @@ class RouterActor:
         assert self._loop is not None, "not started"
         died = WorkerDied(worker=WorkerId(worker), epoch=None if epoch is None else Epoch(epoch), detail=detail[:2_000])
         self._loop.ask(died)
+
+    def gateway_died(self, address: str, detail: str) -> None:
+        """The supervisor's word that the gateway with this mailbox is gone."""
+        assert self._loop is not None, "not started"
+        self._loop.ask(GatewayDied(gateway=Address(address), detail=detail[:2_000]))
 
     def inspect(self) -> dict[str, int]:
         """Figures of the router between two events, after ``check_integrity``; for tests."""

@@ -1,15 +1,16 @@
 """The router's shell: bytes become events, actions become bytes."""
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from messages.codec import decoder_for
-from messages.ids import Address
-from router.core.machine import Action, Forget, Messages, Router, RouterSettings, Tick
-from runtime.core.actions import Send, WakeAt
+from messages.ids import Address, Epoch
+from router.core.machine import Action, Messages, Router, RouterSettings, Tick
+from runtime.core.actions import Forget, Send, WakeAt
 from runtime.mailbox import MESSAGES_A_TURN, Mailbox
 from runtime.recorder import Recorder
 
@@ -21,10 +22,11 @@ class RouterLoop:
 
     def __init__(self, settings: RouterSettings, host: str, recorder: Recorder | None = None) -> None:
         """``recorder``, if any, writes down what happens to the router."""
-        self._router = Router(settings)
+        epoch = Epoch(secrets.randbits(62))
+        self._router = Router(settings, epoch)
         self._recorder = recorder
         if recorder is not None:
-            recorder.made("router", "router", settings=settings)
+            recorder.made("router", "router", settings=settings, epoch=epoch)
         self._mailbox = Mailbox(host, decoder_for(*Messages))
         self._wake = float("inf")
         self._stopping = threading.Event()

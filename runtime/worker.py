@@ -30,7 +30,7 @@ from kv_transfer.core.session import (
 )
 from messages.ids import RequestId
 from messages.rank_to_leader import Join, RankEvent, RankMessage
-from runtime.core.actions import ForgetPeer, Send
+from runtime.core.actions import Forget, ForgetPeer, Send
 from runtime.core.during_step import DuringStep
 from runtime.core.membership import Membership
 from runtime.core.probe import NOTHING_CAME, ProbeEnded, ProbeStopped, ProbeWanted
@@ -221,6 +221,8 @@ class WorkerLoop:
             match action:
                 case Send(to, message):
                     self._mailbox.send(to, message)
+                case Forget(address):
+                    self._mailbox.outbox.forget(address)
                 case ForgetPeer(peer):
                     self._mailbox.outbox.forget(peer.mailbox)
                     port.forget(peer)

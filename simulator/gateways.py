@@ -25,9 +25,9 @@ from gateway.core.session import (
 )
 from gateway.core.stop_strings import StopStrings
 from messages.codec import count_tokens, pack_tokens
-from messages.gateway_to_router import PlacementWanted
+from messages.gateway_to_router import ClusterStateWanted, PlacementWanted
 from messages.ids import Address, Attempt, Epoch, RequestId
-from messages.router_to_gateway import Placed
+from messages.router_to_gateway import ClusterState, Placed
 from messages.sampling import FinishReason, SamplingParams
 from messages.worker_to_gateway import AttemptFailed
 from runtime.core.actions import Send, WakeAt
@@ -37,6 +37,7 @@ from simulator.model import text_of
 from simulator.processes import Process, Surface
 
 MAX_ATTEMPTS = 5
+STATE_EVERY = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,9 +122,10 @@ class GatewayProcess(Process):
     ) -> None:  # fmt: skip
         super().__init__(world, name, epoch, address, origin)
         self.relays: dict[RequestId, Relay] = {}
-        self._dispatch = Dispatch(router)
+        self._dispatch = Dispatch(address, router)
         self._router, self._timeouts = router, timeouts
         self._limits = Limits()
+        self.after(0.0, self._ask_for_state)
 
     # Clients
 
@@ -159,7 +161,13 @@ class GatewayProcess(Process):
     # Messages
 
     def hear(self, message: Any) -> None:
-        for step in self._dispatch.take(message, self.relays):
+        if isinstance(message, ClusterState):
+            steps: Iterable[Heard | Late | Send] = self._dispatch.state(
+                message, [relay.session for relay in self.relays.values()]
+            )
+        else:
+            steps = self._dispatch.take(message, self.relays)
+        for step in steps:
             match step:
                 case Heard(request, event):
                     relay = self.relays.get(request)
@@ -167,6 +175,10 @@ class GatewayProcess(Process):
                         self._feed(relay, event)
                 case Late(Send(to, answer)) | Send(to, answer):
                     self.send(to, answer)
+
+    def _ask_for_state(self) -> None:
+        self.send(self._router, ClusterStateWanted(gateway=self.address))
+        self.after(STATE_EVERY, self._ask_for_state)
 
     def _feed(self, relay: Relay, event: Event) -> None:
         source = self._tell_of(relay.session, event)

@@ -126,7 +126,7 @@ class RouterProcess(Process):
         self, world: Surface, name: str, epoch: Epoch, address: Address, origin: float, settings: RouterSettings
     ) -> None:
         super().__init__(world, name, epoch, address, origin)
-        self.router = Router(settings)
+        self.router = Router(settings, epoch)
         self._told: set[tuple[str, Epoch]] = set()
 
     def hear(self, message: Any) -> None:

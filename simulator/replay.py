@@ -16,6 +16,7 @@ from gateway.core.session import Session
 from kv_transfer.core.fanout import WorkerEvent
 from kv_transfer.core.session import WritersGone
 from messages.codec import BadMessage
+from messages.gateway_to_router import GatewayDied
 from messages.record_file import read_records
 from messages.worker_to_router import WorkerDied
 from router.core import machine as router
@@ -39,7 +40,7 @@ CORES = {
         Types(*worker.Messages, *get_args(WorkerEvent), WritersGone, ProbeWanted, ProbeStopped, StepOutput, str),
     ),
     "session": Core(Session, Types(*get_args(session.Event))),
-    "router": Core(Router, Types(*router.Messages, WorkerDied, router.Tick)),
+    "router": Core(Router, Types(*router.Messages, WorkerDied, GatewayDied, router.Tick)),
 }
 
 

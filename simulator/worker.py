@@ -33,7 +33,7 @@ from messages.common import KVRank, KVWay, Role, WorkerAddress
 from messages.decode_to_prefill import TransferAcked
 from messages.ids import Address, Epoch, WorkerId
 from prefill_worker.core.handoff import Handoffs
-from runtime.core.actions import ForgetPeer, Send
+from runtime.core.actions import Forget, ForgetPeer, Send
 from runtime.core.disaggregation import ALWAYS, Disaggregation
 from runtime.core.during_step import DuringStep
 from runtime.core.shared import WorkerSettings
@@ -221,7 +221,7 @@ class Worker:
                 case LookForWriters(key, writers):
                     if all(world.gone(writer) for writer in writers):
                         self.perform(self.machine.handle(WritersGone(key), world.now))
-                case ForgetPeer():
+                case Forget() | ForgetPeer():
                     pass
 
     # What is looked at

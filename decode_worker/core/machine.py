@@ -146,6 +146,20 @@ class DecodeMachine:
         failed = [action for request in [*self._runs] for action in self.fail(request, FailReason.STOPPING, detail)]
         return [*failed, *self._settle(self._reservations.give_up_all(detail, now))]
 
+    def gateways(self) -> list[Address]:
+        """Whose attempts are on their way here."""
+        return self._reservations.gateways()
+
+    def drop(self, gateway: Address, detail: str, now: float) -> list[Action]:
+        """Give up all attempts of a gateway."""
+        actions: list[Action] = []
+        for request in [request for request, run in self._runs.items() if run.gateway == gateway]:
+            actions += self.fail(request, FailReason.ORPHANED, detail)
+        for request, attempt in self._reservations.of(gateway):
+            actions += self._settle(self._reservations.give_up(request, attempt, detail, now))
+            actions.append(self._shared.failed(request, attempt, gateway, FailReason.ORPHANED, detail))
+        return actions
+
     def has(self, key: TransferKey) -> bool:
         """Whether an attempt is here: its KV is on its way, or it runs."""
         run = self._runs.get(key.request)

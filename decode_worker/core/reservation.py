@@ -166,6 +166,17 @@ class Reservations:
     def blocks_held(self) -> int:
         return sum(reservation.num_blocks for reservation in self._open.values())
 
+    def _orders(self) -> list[OpenTransfer]:
+        return [each.order for each in self._open.values()] + [each.order for each in self._waiting.values()]
+
+    def gateways(self) -> list[Address]:
+        """Of all orders."""
+        return [order.gateway for order in self._orders()]
+
+    def of(self, gateway: Address) -> list[TransferKey]:
+        """Its attempts."""
+        return [TransferKey(order.request, order.attempt) for order in self._orders() if order.gateway == gateway]
+
     def counts(self, now: float) -> TransferCounts:
         """For the worker's report."""
         quarantined = [each for each in self._open.values() if each.blocks_are is BlockState.QUARANTINED]

@@ -3,10 +3,10 @@
 from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from gateway.core.session import Chunk, Event, answer_to_unwanted
+from gateway.core.session import Chunk, Event, RouterRestarted, Session, answer_to_unwanted
 from messages.common import WorkerAddress
-from messages.gateway_to_router import Finished
-from messages.ids import Address, RequestId, WorkerId
+from messages.gateway_to_router import MAX_HELD, Finished, Holding
+from messages.ids import Address, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
 from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch, TokenChunk
 from runtime.core.actions import Send
@@ -36,9 +36,12 @@ class Sessions(Container[RequestId], Iterable[RequestId], Protocol):
 class Dispatch:
     """Belongs to one gateway. ``workers``: where each one is, by the last placement."""
 
-    def __init__(self, router: Address) -> None:
+    def __init__(self, gateway: Address, router: Address) -> None:
         self.workers: dict[WorkerId, WorkerAddress] = {}
+        self._gateway = gateway
         self._router = router
+        self._epoch: Epoch | None = None
+        """Of the router."""
 
     def take(self, message: Message, sessions: Sessions) -> Iterator[Heard | Late | Send]:
         """What ``message`` means, step by step; ``sessions`` may change between two of them."""
@@ -67,3 +70,26 @@ class Dispatch:
     def _late(self, worker: WorkerId, chunk: TokenChunk) -> Late:
         known = self.workers.get(worker)
         return Late(None if known is None else answer_to_unwanted(known.mailbox, chunk))
+
+    def state(self, state: ClusterState, sessions: Iterable[Session]) -> Iterator[Heard | Send]:
+        """What the router's state means for ``sessions``, all that there are.
+
+        Another process is the router: who waits for an answer asks again. It does not know what is placed: it is told.
+        A worker is gone whose ``WorkerLost`` did not arrive: this makes up for it.
+        """
+        everyone = list(sessions)
+        if self._epoch not in (None, state.router):
+            yield from [Heard(session.request, RouterRestarted()) for session in everyone]
+        self._epoch = state.router
+        held = [each for session in everyone if (each := session.held) is not None]
+        if not state.known:
+            for first in range(0, max(1, len(held)), MAX_HELD):
+                some, last = tuple(held[first : first + MAX_HELD]), first + MAX_HELD >= len(held)
+                yield Send(self._router, Holding(gateway=self._gateway, attempts=some, last=last))
+        workers = {each.worker: each for each in state.workers}
+        for each in held:
+            for worker, epoch in each.workers:
+                now = workers.get(worker)
+                if now is not None and not (now.alive and now.epoch == epoch):
+                    lost = WorkerLost(worker=worker, epoch=epoch, detail="the router has lost it")
+                    yield Heard(each.request, lost)

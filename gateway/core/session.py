@@ -10,8 +10,9 @@
 When an attempt fails or a worker in use is lost, the old attempt is aborted and the next one placed; it gets the tokens
 delivered so far, so the stream goes on without a gap or a repeat. Silence is not failure: workers that live may be
 busy, and the router tells when they are lost. A silent stream is asked for; only after a long while without any
-progress is the attempt given up. After ``max_attempts`` there is one typed error. Whatever happens, there is exactly
-one ``Ended`` or ``Failed``.
+progress is the attempt given up. After ``max_attempts`` there is one typed error; an attempt that ended with a worker
+which was only silent, or stopped in good order, counts less. Whatever happens, there is exactly one ``Ended`` or
+``Failed``.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from gateway.core import salts
 from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
 from messages.codec import count_tokens, unpack_tokens
 from messages.common import FailReason, Generation, Logprobs, WorkerAddress
-from messages.gateway_to_router import Computed, Finished, PlacementWanted, Prefilled
+from messages.gateway_to_router import Computed, Finished, Held, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, RequestId, WorkerId
 from messages.router_to_gateway import Placed, Rejected, WorkerLost
@@ -79,11 +80,26 @@ class ClientGone(NamedTuple):
     """Nobody reads the answer any more."""
 
 
+class RouterRestarted(NamedTuple):
+    """Another process is the router now: it has never heard of this request."""
+
+
 class ShutDown(NamedTuple):
     """The gateway stops: the client gets an error now."""
 
 
-Event = Placed | Rejected | Chunk | AttemptFailed | WorkerLost | Tick | StopMatched | ClientGone | ShutDown
+Event = (
+    Placed
+    | Rejected
+    | Chunk
+    | AttemptFailed
+    | WorkerLost
+    | Tick
+    | StopMatched
+    | ClientGone
+    | RouterRestarted
+    | ShutDown
+)
 
 
 class Deliver(NamedTuple):
@@ -110,11 +126,18 @@ class Failed(NamedTuple):
 Action = Send | WakeAt | Deliver | Ended | Failed
 
 
+FAILURE = 1.0
+"""What an attempt counts that has failed, or whose worker has died with it: another one may die of the request too."""
+MISHAP = 1 / 4
+"""What it counts where a worker was silent, and may be back, or was stopped: that is not the request's doing. It counts
+at all because a request that makes every worker hang must end too."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionTimeouts:
     """Seconds."""
 
-    ask_again: float = 1.0
+    ask_again: float = 0.25
     """Until a placement or start message without an effect is sent again; doubles each time."""
     ask_again_most: float = 8.0
     placement: float = 120.0
@@ -177,6 +200,7 @@ class Session:
         self._traced = traced
         self._timeouts = timeouts
         self._max_attempts = max_attempts
+        self._spent = 0.0  # of max_attempts
         self._avoid: dict[WorkerId, None] = {}
         self._computed: Computed | None = None  # by the last prefill worker that is not to blame for a failed attempt
         self._placed_tokens = 0  # of this attempt's prompt, what was generated before counted in
@@ -205,6 +229,23 @@ class Session:
         if logprobs is not None and len(logprobs.sampled) != len(tokens):
             logprobs = None  # a worker has left some out
         return Deliver(tokens, logprobs, self.prompt_logprobs, self.finish, self.cached_tokens)
+
+    @property
+    def held(self) -> Held | None:
+        """What a router that was restarted does not know of it; None where nothing is placed."""
+        placed = self.placed
+        if placed is None or self.status.over:
+            return None
+        prefill = None if self._decode_streams or placed.prefill is None else placed.prefill
+        return Held(
+            request=self.request,
+            attempt=self.attempt,
+            prefill=None if prefill is None else (prefill.worker, prefill.epoch),
+            decode=(placed.decode.worker, placed.decode.epoch),
+            num_tokens=self._placed_tokens,
+            max_new_tokens=max(0, count_tokens(self.prompt) + self.sampling.max_tokens - self._placed_tokens),
+            prefilled=self.status is Status.STREAMING,
+        )
 
     def start(self, now: float) -> list[Action]:
         """The first attempt."""
@@ -238,6 +279,9 @@ class Session:
                 return [*self._abort(), *self._end(Status.FINISHED, FinishReason.STOP)]
             case ClientGone():
                 return [*self._abort(), *self._end(Status.CANCELLED, FinishReason.ABORT)]
+            case RouterRestarted() if self.status is Status.PLACING:
+                self._ask_from(now, self._timeouts.ask_again)
+                return [self._placement_wanted()]
             case ShutDown():
                 return self._fail(Unavailable("the server is shutting down", retry_after=1.0))
         return []
@@ -310,6 +354,10 @@ class Session:
                 blamed = [decode]
             case FailReason.TRANSFER:
                 blamed = [event.worker, decode]
+            case FailReason.STOPPING:
+                return self._retry([event.worker], now, MISHAP)
+            case FailReason.ORPHANED:
+                return self._retry([], now, MISHAP)
             case _:
                 blamed = [event.worker]
         return self._retry(blamed, now)
@@ -320,11 +368,14 @@ class Session:
             return []
         if lost[0] is not self.placed.decode and self._decode_streams:
             return []  # the prefill worker has done its part
-        return self._retry([event.worker], now)
+        if event.dead:
+            return self._retry([event.worker], now)
+        return self._retry([], now, MISHAP)  # it may be back by now, and is placed on only if so
 
-    def _retry(self, blamed: list[WorkerId], now: float) -> list[Action]:
+    def _retry(self, blamed: list[WorkerId], now: float, cost: float = FAILURE) -> list[Action]:
         actions = self._abort()
-        if self.attempt >= self._max_attempts:
+        self._spent += cost
+        if self._spent >= self._max_attempts:
             message = f"all {self.attempt} attempts to run the request failed"
             return [*actions, *self._end(Status.FAILED, AttemptsExhausted(message, retry_after=1.0))]
         self._avoid.update(dict.fromkeys(blamed))
@@ -488,6 +539,8 @@ def answer_to_unwanted(worker: Address, chunk: TokenChunk) -> Send:
 
 
 def _rejection(rejected: Rejected) -> GatewayError:
+    if rejected.unavailable:
+        return Unavailable(rejected.detail or "no worker is there", retry_after=rejected.retry_after)
     if rejected.retry_after is not None:
         return Overloaded(rejected.detail or "no capacity", retry_after=rejected.retry_after)
     return InvalidRequest(rejected.detail or "the request cannot be placed", code="not_placeable")

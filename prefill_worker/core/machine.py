@@ -34,7 +34,7 @@ from messages.decode_to_prefill import (
     TransferRefused,
 )
 from messages.gateway_to_worker import Prefill
-from messages.ids import Attempt, Epoch, RequestId, WorkerId
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, TransferClosed
 from messages.sampling import FinishReason
 from messages.tickets import valid_between
@@ -207,6 +207,15 @@ class PrefillMachine:
     def leave(self, detail: str) -> list[Action]:
         """Every attempt whose prompt is not computed goes back to its gateway."""
         return [action for request in [*self._legs] for action in self.fail(request, FailReason.STOPPING, detail)]
+
+    def gateways(self) -> list[Address]:
+        """Whose prompts are here."""
+        return [leg.order.gateway for leg in self._legs.values()]
+
+    def drop(self, gateway: Address, detail: str) -> list[Action]:
+        """Give up all prompts of a gateway. What is being handed over is decode's to keep or to drop."""
+        requests = [request for request, leg in self._legs.items() if leg.order.gateway == gateway]
+        return [action for request in requests for action in self.fail(request, FailReason.ORPHANED, detail)]
 
     def has(self, key: TransferKey) -> bool:
         """Whether an attempt is here: its prompt is to be computed, or its KV handed over."""

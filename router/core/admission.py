@@ -19,12 +19,21 @@ def expected_tokens(wanted: PlacementWanted, block_size: int) -> int:
     return -(-tokens // block_size) * block_size
 
 
-def has_room(worker: WorkerView, tokens: int) -> bool:
-    """Whether a request that takes ``tokens`` of the pool may be placed now; a pool of unknown size is no limit."""
-    placed = len(worker.requests)
+def has_room(worker: WorkerView, tokens: int, *, settling: bool = False) -> bool:
+    """Whether a request that takes ``tokens`` of the pool may be placed now; a pool of unknown size is no limit.
+
+    ``settling``: not all that an earlier router has placed may be known here, so what the worker says counts too.
+    """
+    placed, taken = len(worker.requests), worker.tokens
+    if settling:
+        report = worker.report
+        if report is None:
+            return False
+        placed = max(placed, report.running + report.waiting)
+        taken = max(taken, report.blocks.held * worker.block_size)
     if placed == 0:
         return True
     if placed >= worker.max_num_seqs:
         return False
     pool = worker.pool_tokens
-    return pool == 0 or worker.tokens + tokens <= pool
+    return pool == 0 or taken + tokens <= pool

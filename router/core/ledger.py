@@ -3,7 +3,7 @@
 Tokens are counted on the prefill worker from ``Placed`` to ``Prefilled``, on the decode worker from ``Placed`` to
 ``Finished``; prompts that a decode worker computes itself also apart, up to ``Prefilled``. A newer attempt of a request
 takes the place of the older one. What nobody will ever finish, because a message was lost or a gateway died, is found
-by the worker's reports, and at last by its age.
+when the gateway is lost, by the worker's reports, and at last by its age.
 """
 
 from collections.abc import Callable, Iterator
@@ -111,6 +111,10 @@ class Ledger:
             if entry.decode is worker:
                 self._leave_decode(request, entry)
         return list(gateways)
+
+    def of(self, gateway: Address) -> list[RequestId]:
+        """Its requests."""
+        return [request for request, entry in self._entries.items() if entry.gateway == gateway]
 
     def forget_before(self, time: float) -> int:
         """Close entries older than ``time``: their gateway must have died. Returns how many."""

@@ -2,7 +2,7 @@
 
 A further attempt of a request that was placed before stands in front of all first attempts, for its client may be
 reading already. Within both kinds it is first come, first served. A first attempt waits for a bounded time; a further
-one is given up only when a role that it needs has had no live worker for as long.
+one is given up only when a role that it needs has had no live worker for a while, which is shorter: its client reads.
 """
 
 from collections import OrderedDict
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from messages.gateway_to_router import PlacementWanted
-from messages.ids import RequestId
+from messages.ids import Address, RequestId
 
 
 @dataclass(slots=True)
@@ -20,10 +20,11 @@ class Waiting:
 
 
 class Line:
-    """``timeout``: seconds that one may wait."""
+    """``timeout``: seconds that a first attempt may wait; ``deserted``: that further ones do without a live worker."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, deserted: float) -> None:
         self._timeout = timeout
+        self._patience = deserted
         self._further: OrderedDict[RequestId, Waiting] = OrderedDict()
         self._first: OrderedDict[RequestId, Waiting] = OrderedDict()
         self._deserted: float | None = None  # since when a role has had no live worker
@@ -58,20 +59,20 @@ class Line:
         self._further.pop(request, None)
         self._first.pop(request, None)
 
-    def note(self, *, ready: bool, now: float) -> None:
-        """Whether there is a live worker of every role that a request needs."""
+    def note(self, *, ready: bool, since: float) -> None:
+        """Whether there is a live worker of every role that a request needs; if not, since when."""
         if ready:
             self._deserted = None
         elif self._deserted is None:
-            self._deserted = now
+            self._deserted = since
 
     @property
     def deadline(self) -> float:
         """When the next one has waited for too long."""
-        since = _oldest(self._first).since if self._first else float("inf")
+        first = _oldest(self._first).since + self._timeout if self._first else float("inf")
         if self._further and self._deserted is not None:
-            since = min(since, max(_oldest(self._further).since, self._deserted))
-        return since + self._timeout
+            return min(first, self._deserted + self._patience)
+        return first
 
     def take_late(self, now: float) -> list[PlacementWanted]:
         """Take those out who have waited for too long."""
@@ -81,6 +82,12 @@ class Line:
             _, waiting = (self._first if in_first else self._further).popitem(last=False)
             late.append(waiting.wanted)
         return late
+
+    def take_from(self, gateway: Address) -> None:
+        """Forget those of a gateway that is lost."""
+        for lane in (self._further, self._first):
+            for request in [request for request, waiting in lane.items() if waiting.wanted.gateway == gateway]:
+                del lane[request]
 
     def check_integrity(self) -> None:
         for lane in (self._further, self._first):

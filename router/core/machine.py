@@ -8,7 +8,10 @@
 3. None live, or all full: it waits in line, first come first served, until there is one or its time is up
    (``Rejected``). A further attempt goes to the front, however long the line is: its client may be reading already.
 4. ``Prefilled`` takes it off the prefill worker's load, ``Finished`` off the ledger.
-5. If one of its workers leaves the membership, its gateway hears ``WorkerLost`` and asks for the next attempt.
+5. If one of its workers leaves the membership, every gateway hears ``WorkerLost``, and its own asks for the next
+   attempt. If its gateway falls silent, the workers hear ``GatewayLost``.
+6. A router that was restarted knows nothing. Workers register again, gateways say what they hold (``Holding``), and
+   until they had time to, it places what the workers themselves say that they have room for.
 """
 
 from dataclasses import dataclass, field
@@ -18,20 +21,29 @@ from msgspec import structs
 
 from messages import tickets
 from messages.common import Role, WorkerAddress
-from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
-from messages.ids import Address
+from messages.gateway_to_router import (
+    ClusterStateWanted,
+    Finished,
+    GatewayDied,
+    Held,
+    Holding,
+    PlacementWanted,
+    Prefilled,
+)
+from messages.ids import Address, Attempt, Epoch, RequestId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
-from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted
 from messages.seals import Sealed, genuine, seal
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
 from router.core.admission import expected_tokens, has_room
+from router.core.gateways import Gateways
 from router.core.ledger import Ledger
 from router.core.line import Line
 from router.core.membership import Members
 from router.core.policies.least_load import LeastLoad, outstanding_sequences, outstanding_tokens
 from router.core.policies.take_over import stays
 from router.core.views import WorkerView
-from runtime.core.actions import Send, WakeAt
+from runtime.core.actions import Forget, Send, WakeAt
 from runtime.core.disaggregation import ALWAYS, Case, Decisions, Disaggregation, Reason, decide
 from runtime.core.fences import Fences
 
@@ -40,10 +52,13 @@ class Tick(NamedTuple):
     """The time that a ``WakeAt`` asked for has come."""
 
 
-class Forget(NamedTuple):
-    """Nobody listens at ``address`` any more."""
-
-    address: Address
+NO_EPOCH = Epoch(0)
+TICK = 0.1
+"""Seconds between two looks at who is silent."""
+STOOD_STILL = 0.25
+"""Seconds that a tick may be late before it means that this process, and perhaps the whole machine, stood still."""
+TELL_EVERY = 1.0
+"""Seconds between two tellings that a gateway is lost."""
 
 
 class Found(NamedTuple):
@@ -58,10 +73,20 @@ class Found(NamedTuple):
     """Why it is handed over, or not; None in a colocated pool."""
 
 
+@dataclass(slots=True)
+class Awaited:
+    """An attempt that a gateway holds."""
+
+    held: Held
+    gateway: Address
+    until: float
+    """When its workers are taken for lost that have not registered."""
+
+
 Action = Send | WakeAt | Forget
 
 Messages = (
-    PlacementWanted, Prefilled, Finished, ClusterStateWanted, Register, Report, Leaving,
+    PlacementWanted, Prefilled, Finished, ClusterStateWanted, Holding, Register, Report, Leaving,
 )  # fmt: skip
 """What the router's mailbox takes from the network."""
 
@@ -70,15 +95,23 @@ Messages = (
 class RouterSettings:
     cluster_key: bytes = field(repr=False)
     """Tickets are minted, and messages about the membership sealed, under it."""
-    liveness_timeout: float = 5.0
-    """Seconds without a report after which a worker is taken for lost."""
+    liveness_timeout: float = 2.0
+    """Seconds without a report after which a worker is taken for lost, unless it has announced a long step; a gateway,
+    without a question."""
+    adoption_grace: float = 10.0
+    """Seconds for which the requests of a lost gateway are kept."""
+    settle: float = 1.0
+    """Seconds after its start in which a router believes what workers say of their load: an earlier one may have placed
+    it."""
     block_size: int = 16
     """Tokens in a KV block of the workers."""
     disaggregation: Disaggregation = ALWAYS
     max_waiting: int = 1024
     """Requests that may wait for a worker; further attempts of placed ones may always."""
     wait_timeout: float = 30.0
-    """Seconds that one may wait; for further attempts, seconds without a live worker that they need."""
+    """Seconds that a first attempt may wait."""
+    deserted_timeout: float = 4.5
+    """Seconds without a live worker of some role, after which further attempts are given up: their clients read."""
     retry_after: float = 1.0
     """What a request that is turned away is told."""
     forget_after: float = 3600.0
@@ -88,10 +121,13 @@ class RouterSettings:
 
 
 class Router:
-    """``handle(event, now)`` with what ``Messages`` names, a ``WorkerDied`` or a ``Tick``; ``now`` never goes back."""
+    """``handle(event, now)`` with what ``Messages`` names, a ``WorkerDied``, a ``GatewayDied`` or a ``Tick``; ``now``
+    never goes back."""
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterSettings, epoch: Epoch = NO_EPOCH) -> None:
+        """``epoch``: random, of this process."""
         self._settings = settings
+        self._epoch = epoch
         self._members = Members(
             {
                 Role.PREFILL: LeastLoad(outstanding_tokens),
@@ -104,17 +140,24 @@ class Router:
         """Messages without a proof that they come from the cluster; dropped."""
         self.decisions = Decisions()
         self._finished = Fences()
-        self._line = Line(settings.wait_timeout)
+        self._line = Line(settings.wait_timeout, settings.deserted_timeout)
+        self._gateways = Gateways(settings.liveness_timeout, settings.adoption_grace, TELL_EVERY)
+        self._awaited: dict[RequestId, Awaited] = {}
+        """Attempts that gateways hold, on workers that have not registered here yet."""
+        self._settled_at: float | None = None
+        self._settling = settings.settle > 0
         self._moved = False  # whether this event may have made room for the head of the line
-        self._asked_wake = float("inf")
+        self._asked_wake = self._tick_at = float("inf")
         self._handlers: dict[type[Any], Any] = {
             PlacementWanted: self._placement_wanted,
             Prefilled: self._prefilled,
             Finished: self._finish,
             ClusterStateWanted: self._state_wanted,
+            Holding: self._hold,
             Register: self._register,
             Report: self._report,
             WorkerDied: self._died,
+            GatewayDied: self._gateway_died,
             Leaving: self._leaving,
             Tick: self._tick,
         }
@@ -123,11 +166,12 @@ class Router:
         if isinstance(event, Sealed) and not genuine(self._settings.cluster_key, event):
             self.forged += 1
             return []
+        self._settle(now)
         actions: list[Action] = self._handlers[type(event)](event, now)
         if self._moved and len(self._line):
             actions += self._serve(now)
         self._moved = False
-        wake = self._next_deadline()
+        wake = self._next_deadline(now)
         if wake < self._asked_wake:
             self._asked_wake = wake
             actions.append(WakeAt(wake))
@@ -148,9 +192,27 @@ class Router:
         head = self._line.head()
         assert head is None or self._find(head) is None, "a request waits where there is room"
 
+    @property
+    def ready(self) -> bool:
+        """Whether every role that a request needs has a live worker."""
+        members = self._members
+        if members.has_live(Role.COLOCATED):
+            return True
+        return members.has_live(Role.DECODE) and (members.has_live(Role.PREFILL) or self._without_prefill)
+
+    @property
+    def _without_prefill(self) -> bool:
+        return self._settings.disaggregation.without_prefill
+
     # Requests
 
     def _placement_wanted(self, wanted: PlacementWanted, now: float) -> list[Action]:
+        return [*self._heard(wanted.gateway, now), *self._answer(wanted, now)]
+
+    def _answer(self, wanted: PlacementWanted, now: float) -> list[Action]:
+        awaited = self._awaited.get(wanted.request)
+        if awaited is not None and awaited.held.attempt < wanted.attempt:
+            del self._awaited[wanted.request]
         entry = self._ledger.get(wanted.request)
         if entry is not None and wanted.attempt == entry.attempt:
             again: list[Action] = [Send(wanted.gateway, entry.placed)]
@@ -179,6 +241,18 @@ class Router:
         detail = f"{wanted.num_tokens} + {wanted.max_new_tokens} tokens exceed the context of {longest}"
         return [self._reject(wanted, detail, None)]
 
+    def _placed(self, request: RequestId, attempt: Attempt, prefill: WorkerView | None, decode: WorkerView) -> Placed:
+        ticket = None
+        if prefill is not None:
+            ticket = tickets.mint(self._settings.cluster_key, request, attempt, prefill.address, decode.address)
+        return Placed(
+            request=request,
+            attempt=attempt,
+            prefill=prefill.address if prefill is not None else None,
+            decode=decode.address,
+            ticket=ticket,
+        )
+
     def _place(self, wanted: PlacementWanted, now: float) -> list[Action]:
         """The answer, or nothing where the request has to wait."""
         found = self._find(wanted)
@@ -187,17 +261,7 @@ class Router:
         prefill, decode, expected, reason = found
         if reason is not None:
             self.decisions.add(reason)
-        ticket = None
-        if prefill is not None:
-            key = self._settings.cluster_key
-            ticket = tickets.mint(key, wanted.request, wanted.attempt, prefill.address, decode.address)
-        placed = Placed(
-            request=wanted.request,
-            attempt=wanted.attempt,
-            prefill=prefill.address if prefill is not None else None,
-            decode=decode.address,
-            ticket=ticket,
-        )
+        placed = self._placed(wanted.request, wanted.attempt, prefill, decode)
         self._ledger.place(wanted, placed, prefill, decode, expected, now)
         return [Send(wanted.gateway, placed)]
 
@@ -208,9 +272,13 @@ class Router:
             worker = self._choose(Role.COLOCATED, wanted, expected)
             return None if worker is None else Found(None, worker, expected, None)
         best = self._choose(Role.PREFILL, wanted)
-        decode = self._choose(Role.DECODE, wanted, expected) if best is not None else None
-        if best is None or decode is None:
+        if best is None and not self._without_prefill:
             return None
+        decode = self._choose(Role.DECODE, wanted, expected)
+        if decode is None:
+            return None
+        if best is None or (best.worker in wanted.avoid and self._without_prefill):
+            return Found(None, decode, expected, Reason.NO_PREFILL)
         prefill = self._previous(wanted, best) or best
         reason = self._decide(wanted, prefill, decode)
         return Found(None if reason.local else prefill, decode, expected, reason)
@@ -245,7 +313,8 @@ class Router:
     def _choose(self, role: Role, wanted: PlacementWanted, expected: int | None = None) -> WorkerView | None:
         """``expected``: only a worker that has room for as many tokens."""
         policy, avoid, length = self._members.policies[role], wanted.avoid, wanted.num_tokens + wanted.max_new_tokens
-        room = None if expected is None else lambda view: has_room(view, expected)
+        settling = self._settling
+        room = None if expected is None else lambda view: has_room(view, expected, settling=settling)
         if avoid:
             other = policy.choose(lambda view: view.max_model_len >= length and view.worker not in avoid)
             if other is not None:  # worth waiting for
@@ -259,7 +328,7 @@ class Router:
             return members.longest(Role.COLOCATED)
         if members.knows(Role.PREFILL) and members.knows(Role.DECODE):
             return min(members.longest(Role.PREFILL), members.longest(Role.DECODE))
-        return None
+        return members.longest(Role.DECODE) if members.knows(Role.DECODE) and self._without_prefill else None
 
     def _wait(self, wanted: PlacementWanted, now: float) -> list[Action]:
         if wanted.attempt == 1 and len(self._line) >= self._settings.max_waiting:
@@ -270,11 +339,17 @@ class Router:
         return []
 
     def _shortage(self) -> str:
-        return "every worker is full" if self._members.ready else "no worker is there"
+        return "every worker is full" if self.ready else "no worker is there"
 
     def _reject(self, wanted: PlacementWanted, detail: str, retry_after: float | None) -> Send:
         self._ledger.close(wanted.request)
-        rejected = Rejected(request=wanted.request, attempt=wanted.attempt, detail=detail, retry_after=retry_after)
+        rejected = Rejected(
+            request=wanted.request,
+            attempt=wanted.attempt,
+            detail=detail,
+            retry_after=retry_after,
+            unavailable=retry_after is not None and not self.ready,
+        )
         return Send(wanted.gateway, rejected)
 
     def _serve(self, now: float) -> list[Action]:
@@ -283,7 +358,7 @@ class Router:
         while (head := self._line.head()) is not None and (answer := self._too_long(head) or self._place(head, now)):
             self._line.remove(head.request)
             actions += answer
-        self._line.note(ready=self._members.ready, now=now)
+        self._line.note(ready=self.ready, since=now)
         return actions
 
     def _load_changed(self, view: WorkerView) -> None:
@@ -292,10 +367,16 @@ class Router:
 
     def _prefilled(self, event: Prefilled, _now: float) -> list[Action]:
         self._ledger.prefilled(event.request, event.attempt)
+        awaited = self._awaited.get(event.request)
+        if awaited is not None and awaited.held.attempt == event.attempt:
+            awaited.held = structs.replace(awaited.held, prefilled=True)
         return []
 
     def _finish(self, event: Finished, _now: float) -> list[Action]:
         self._finished.raise_to(event.request, event.attempt)
+        awaited = self._awaited.get(event.request)
+        if awaited is not None and awaited.held.attempt <= event.attempt:
+            del self._awaited[event.request]
         entry = self._ledger.get(event.request)
         if entry is not None and entry.attempt <= event.attempt:
             self._ledger.close(event.request)
@@ -305,14 +386,104 @@ class Router:
             self._moved = True
         return []
 
-    def _state_wanted(self, event: ClusterStateWanted, _now: float) -> list[Action]:
+    def _state_wanted(self, event: ClusterStateWanted, now: float) -> list[Action]:
+        back = self._heard(event.gateway, now)
         state = ClusterState(
             workers=tuple(view.state() for view in sorted(self._members, key=lambda view: (view.role, view.worker))),
             queued=len(self._line),
-            ready=self._members.ready,
+            ready=self.ready,
             decisions=self.decisions.counts(),
+            router=self._epoch,
+            known=self._gateways.has_said(event.gateway),
         )
-        return [Send(event.gateway, state)]
+        return [*back, Send(event.gateway, state)]
+
+    # Gateways
+
+    def _heard(self, gateway: Address, now: float) -> list[Action]:
+        return self._tell_workers(GatewayBack(gateway=gateway)) if self._gateways.heard(gateway, now) else []
+
+    def _hold(self, event: Holding, now: float) -> list[Action]:
+        """A gateway says what an earlier router has placed for it."""
+        actions = self._heard(event.gateway, now)
+        if event.last:
+            self._gateways.holds(event.gateway)
+        lost: dict[WorkerLost, None] = {}
+        for held in event.attempts:
+            entry, waiting = self._ledger.get(held.request), self._line.get(held.request)
+            newest = max(entry.attempt if entry else 0, waiting.attempt if waiting else 0)
+            if held.attempt > newest and self._finished.admits(held.request, held.attempt):
+                self._awaited[held.request] = Awaited(held, event.gateway, now + self._settings.liveness_timeout)
+                lost |= self._take_over(held.request, now)
+        return [*actions, *(Send(event.gateway, message) for message in lost)]
+
+    def _take_over(self, request: RequestId, now: float) -> dict[WorkerLost, None]:
+        """Count an awaited attempt on its workers, if they are here; or say which of them never will be."""
+        awaited = self._awaited[request]
+        held, gateway = awaited.held, awaited.gateway
+        views: list[WorkerView] = []
+        lost: dict[WorkerLost, None] = {}
+        for worker, epoch in held.workers:
+            view = self._members.get(worker, epoch)
+            if view is not None and view.alive:
+                views.append(view)
+            elif view is not None or self._members.get(worker) is not None:
+                lost[WorkerLost(worker=worker, epoch=epoch, detail="it left while the router was away")] = None
+        if lost:
+            del self._awaited[request]
+        elif len(views) == len(held.workers):
+            del self._awaited[request]
+            self._restore(held, gateway, views, now)
+        return lost
+
+    def _restore(self, held: Held, gateway: Address, views: list[WorkerView], now: float) -> None:
+        *prefills, decode = views
+        wanted = PlacementWanted(
+            request=held.request,
+            attempt=held.attempt,
+            gateway=gateway,
+            tenant="",
+            num_tokens=held.num_tokens,
+            max_new_tokens=held.max_new_tokens,
+        )
+        prefill = prefills[0] if prefills else None
+        expected = expected_tokens(wanted, self._settings.block_size)
+        placed = self._placed(held.request, held.attempt, prefill, decode)
+        self._ledger.place(wanted, placed, prefill, decode, expected, now)
+        if held.prefilled:
+            self._ledger.prefilled(held.request, held.attempt)
+
+    def _take_over_all(self, now: float) -> list[Action]:
+        """A worker has come."""
+        actions: dict[Send, None] = {}
+        for request, awaited in list(self._awaited.items()):
+            actions |= {Send(awaited.gateway, lost): None for lost in self._take_over(request, now)}
+        return list(actions)
+
+    def _gateway_died(self, event: GatewayDied, now: float) -> list[Action]:
+        return self._lose_gateway(event.gateway, now)
+
+    def _lose_gateway(self, gateway: Address, now: float) -> list[Action]:
+        """Its requests go on for a while; those that wait do not."""
+        self._gateways.lose(gateway, now)
+        self._line.take_from(gateway)
+        self._moved = True
+        return self._tell_lost(now)
+
+    def _tell_lost(self, now: float) -> list[Action]:
+        messages = [GatewayLost(gateway=gateway) for gateway in self._gateways.to_tell(now)]
+        return [action for message in messages for action in self._tell_workers(message)]
+
+    def _forget_gateways(self, now: float) -> list[Action]:
+        """Whose requests nobody has adopted: the workers drop them too."""
+        actions: list[Action] = []
+        for gateway in self._gateways.forget(now):
+            for request in self._ledger.of(gateway):
+                self._ledger.close(request)
+            for request in [request for request, awaited in self._awaited.items() if awaited.gateway == gateway]:
+                del self._awaited[request]
+            actions.append(Forget(gateway))
+        return actions
 
     # Workers
 
@@ -333,9 +504,13 @@ class Router:
             actions += self._lose(known, "another process has taken its name", for_good=True)
         self._members.join(WorkerView.registered(event, now, self._settings.block_size))
         self._moved = True
-        return actions
+        self._line.note(ready=self.ready, since=now)
+        return [*actions, *self._take_over_all(now)]
 
     def _report(self, event: Report, now: float) -> list[Action]:
+        self._moved = self._moved or self._settling
+        for gateway in event.gateways:
+            self._gateways.named(gateway, now)
         view = self._members.get(event.worker, event.epoch)
         if view is None or view.dead_for_good:
             return []  # a report does not say where its sender listens, so only a Register can bring it in
@@ -372,32 +547,55 @@ class Router:
         view.dead_for_good = True
         return self._tell_peers(view.address, detail, dead=dead) if dead else []
 
-    def _lose(self, view: WorkerView, detail: str, *, for_good: bool, dead: bool = False) -> list[Action]:
+    def _lose(
+        self, view: WorkerView, detail: str, *, for_good: bool, dead: bool = False, since: float | None = None
+    ) -> list[Action]:
         """Take a worker out of the membership, and tell everyone who deals with it. It may still write unless it is
-        ``dead``, which only its supervisor knows."""
+        ``dead``, which only its supervisor knows. ``since``: when its capacity was gone; None: when last heard."""
         self._members.leave(view)
         self._moved = True
         view.dead_for_good = for_good
-        lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail)
-        actions: list[Action] = [Send(gateway, lost) for gateway in self._ledger.lose(view, lost)]
+        self._line.note(ready=self.ready, since=since if since is not None else view.heard)
+        lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail, dead=dead)
+        gateways = dict.fromkeys([*self._ledger.lose(view, lost), *self._gateways])
+        actions: list[Action] = [Send(gateway, lost) for gateway in gateways]
         return [*actions, *self._tell_peers(view.address, detail, dead=dead), Forget(view.address.mailbox)]
 
     def _tell_peers(self, lost: WorkerAddress, detail: str, *, dead: bool) -> list[Action]:
-        message = seal(self._settings.cluster_key, PeerLost(peer=lost, dead=dead, detail=detail))
-        return [Send(peer.address.mailbox, message) for peer in self._members.live()]
+        return self._tell_workers(PeerLost(peer=lost, dead=dead, detail=detail))
+
+    def _tell_workers(self, message: Sealed) -> list[Action]:
+        sealed = seal(self._settings.cluster_key, message)
+        return [Send(worker.address.mailbox, sealed) for worker in self._members.live()]
 
     # Time
+
+    def _settle(self, now: float) -> None:
+        """See whether workers and gateways have had time to say what there is."""
+        if self._settling:
+            if self._settled_at is None:
+                self._settled_at = now + self._settings.settle
+            if now >= self._settled_at:
+                self._settling = False
+                self._moved = True
 
     def _tick(self, _event: Tick, now: float) -> list[Action]:
         timeout = self._settings.liveness_timeout
         late = now - self._asked_wake
-        self._asked_wake = float("inf")
-        if late > timeout / 4:  # this process, and perhaps the whole machine, stood still: silence proves nothing
-            for member in self._members.live():
-                member.heard = now
+        self._asked_wake = self._tick_at = float("inf")
+        if late > STOOD_STILL:  # silence meanwhile proves nothing
+            self._members.stood_still(late, now)
+            self._gateways.stood_still(late, now)
+            for awaited in self._awaited.values():
+                awaited.until += late
         actions: list[Action] = []
-        while (view := self._members.most_silent()) is not None and view.heard + timeout <= now:
-            actions += self._lose(view, f"no report for {now - view.heard:.1f} s", for_good=False)
+        for view in self._members.silent(timeout, now):
+            actions += self._lose(view, f"no report for {now - view.heard:.1f} s", for_good=False, since=now)
+        for gateway in self._gateways.silent(now):
+            actions += self._lose_gateway(gateway, now)
+        actions += self._tell_lost(now)
+        actions += self._forget_gateways(now)
+        actions += self._give_up_awaited(now)
         for wanted in self._line.take_late(now):
             detail = f"waited too long, for {self._shortage()}"
             actions.append(self._reject(wanted, detail, self._settings.retry_after))
@@ -406,7 +604,21 @@ class Router:
         self._ledger.forget_deserted(now - self._settings.forget_absent_after)
         return actions
 
-    def _next_deadline(self) -> float:
+    def _give_up_awaited(self, now: float) -> list[Action]:
+        """Workers that have not registered in time: they died while no router was there."""
+        actions: dict[Send, None] = {}
+        for request, awaited in list(self._awaited.items()):
+            if awaited.until <= now:
+                del self._awaited[request]
+                missing = [each for each in awaited.held.workers if self._members.get(*each) is None]
+                lost = [WorkerLost(worker=w, epoch=e, detail="the router does not know it") for w, e in missing]
+                actions |= {Send(awaited.gateway, message): None for message in lost}
+        return list(actions)
+
+    def _next_deadline(self, now: float) -> float:
         silent = self._members.most_silent()
-        deadline = silent.heard + self._settings.liveness_timeout if silent is not None else float("inf")
+        if silent is not None or self._gateways or self._awaited or self._settling:
+            self._tick_at = min(self._tick_at, now + TICK)
+        lost_at = silent.heard + self._settings.liveness_timeout if silent is not None else 0.0
+        deadline = min(self._tick_at, lost_at) if lost_at > now else self._tick_at
         return min(deadline, self._line.deadline) if len(self._line) else deadline

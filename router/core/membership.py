@@ -57,6 +57,21 @@ class Members:
     def heard(self, view: WorkerView) -> None:
         self._by_silence.move_to_end(view.worker)
 
+    def silent(self, timeout: float, now: float) -> list[WorkerView]:
+        """Those that must have died, or hang."""
+        late = []
+        for view in self._by_silence.values():
+            if view.heard + timeout > now:
+                break
+            if view.deadline(timeout) <= now:
+                late.append(view)
+        return late
+
+    def stood_still(self, seconds: float, now: float) -> None:
+        """For so long nobody could be heard."""
+        for view in self._by_silence.values():
+            view.heard = min(now, view.heard + seconds)
+
     def leave(self, view: WorkerView) -> None:
         view.alive = False
         del self._by_silence[view.worker]
@@ -67,11 +82,6 @@ class Members:
 
     def has_live(self, role: Role) -> bool:
         return len(self.policies[role]) > 0
-
-    @property
-    def ready(self) -> bool:
-        """Whether every role that a request needs has a live worker."""
-        return self.has_live(Role.COLOCATED) or (self.has_live(Role.PREFILL) and self.has_live(Role.DECODE))
 
     def knows(self, role: Role) -> bool:
         """Whether a worker of this role ever registered."""

@@ -9,6 +9,8 @@ from messages.router_to_gateway import WorkerState
 from messages.worker_to_router import Register, Report
 from runtime.core.recent import Cost
 
+LONGEST_STEP = 10.0
+"""Seconds that an announced step is believed to take."""
 NO_BLOCKS = BlockCounts(free=0, held=0, cached=0, total=0)
 
 
@@ -75,6 +77,12 @@ class WorkerView:
     def transfer_cost(self) -> Cost:
         """Of a hand-over from it by its KV bytes, from the computed prompt to the ack."""
         return Cost(self.report.transfer_latency, self.report.transfer_rate) if self.report else Cost(0.0, 0.0)
+
+    def deadline(self, timeout: float) -> float:
+        """When it has been silent for too long: for ``timeout`` seconds, or longer where it has announced a step that
+        takes twice as long as it expects, at the worst."""
+        announced = min(self.report.busy_for, LONGEST_STEP) if self.report else 0.0
+        return self.heard + max(timeout, 0.4 * timeout + 2 * announced)
 
     def take(self, report: Report, now: float) -> bool:
         """Note a report, unless a younger one came before it: then False."""

@@ -22,6 +22,12 @@ class ForgetPeer(NamedTuple):
     peer: WorkerAddress
 
 
+class Forget(NamedTuple):
+    """Nobody listens at ``address`` any more: let go of the socket that leads there."""
+
+    address: Address
+
+
 @dataclass(frozen=True, slots=True)
 class WakeAt:
     """Call ``handle`` with a tick at or soon after ``time`` (seconds of the shell's monotonic clock)."""

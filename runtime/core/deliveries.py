@@ -4,6 +4,7 @@ Tokens that a step made leave in one ``TokenBatch`` a gateway. Every token of a 
 acked its end: a gateway that missed some asks again, and a last chunk that is not acked is sent again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from messages.codec import pack_tokens
@@ -138,6 +139,15 @@ class Deliveries:
             del self._streams[request]
             self._dirty.pop(request, None)
             self._ended.pop(request, None)
+
+    def gateways(self) -> Iterator[Address]:
+        """Of all streams."""
+        return (stream.gateway for stream in self._streams.values())
+
+    def close_all(self, gateway: Address) -> None:
+        """Nobody is there to take them."""
+        for request in [request for request, stream in self._streams.items() if stream.gateway == gateway]:
+            self.close(request)
 
     def fence(self, request: RequestId, attempt: Attempt) -> None:
         """Nothing of attempts up to ``attempt`` is wanted any more."""

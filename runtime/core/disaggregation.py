@@ -32,7 +32,12 @@ class Disaggregation:
 
     policy: Policy = Policy.AUTO
     max_local_prefill_length: int = MAX_LOCAL_PREFILL_LENGTH
-    """Tokens of a tail that decode computes itself at most."""
+    """Tokens of a tail that decode computes itself at most, while a prefill worker can."""
+
+    @property
+    def without_prefill(self) -> bool:
+        """Whether decode computes any prompt where no prefill worker can."""
+        return self.policy is not Policy.ALWAYS
 
 
 ALWAYS = Disaggregation(policy=Policy.ALWAYS)
@@ -58,10 +63,12 @@ class Reason(StrEnum):
     """Local."""
     TOO_LATE = "too_late"
     """Handed over: when decode offered to compute the tail, the prefill worker had done it."""
+    NO_PREFILL = "no_prefill"
+    """Local: no prefill worker lives, or all that do have failed the request."""
 
     @property
     def local(self) -> bool:
-        return self in (Reason.NEVER, Reason.COSTS_LESS)
+        return self in (Reason.NEVER, Reason.COSTS_LESS, Reason.NO_PREFILL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

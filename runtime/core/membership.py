@@ -1,20 +1,25 @@
 """How a worker stays known to the router: it registers, then reports from its step loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from msgspec import structs
 
 from messages.common import BlockCounts, CacheCounts, Role, TransferCounts, WorkerAddress
 from messages.ids import Address
 from messages.router_to_worker import RegisterWanted
 from messages.seals import seal
-from messages.worker_to_router import Leaving, Register, Report
+from messages.worker_to_router import MAX_GATEWAYS, Leaving, Register, Report
 from runtime.core.actions import Send
 from runtime.core.disaggregation import Decisions
 from runtime.core.recent import RecentCost, RecentRate
 
 REPORT_EVERY = 0.1
 """Seconds."""
-REGISTER_EVERY = 50
-"""Reports from one ``Register`` to the next, for the router may be another one, or may have missed the last."""
+REGISTER_EVERY = 5
+"""Reports from one ``Register`` to the next, for the router may be another one, or may have missed the last. It was
+sealed once, so it costs as little as a report."""
+ANNOUNCED = 0.5
+"""Seconds: a longer step is announced before it begins. The router's patience covers shorter ones."""
 
 
 class Membership:
@@ -37,6 +42,7 @@ class Membership:
         self._register = seal(cluster_key, register)
         self._leaving = seal(cluster_key, Leaving(worker=address.worker, epoch=address.epoch))
         self._number = 0
+        self._last: Report | None = None
         self.report_at = 0.0
         self.kv_bytes_sent = 0
         self.kv_bytes_received = 0
@@ -65,14 +71,16 @@ class Membership:
         *,
         running: int,
         waiting: int,
+        gateways: Callable[[], Iterable[Address]] = tuple,
         now: float,
     ) -> list[Send]:
-        """A report, if one is due."""
+        """A report, if one is due. ``gateways``: whose requests are here."""
         if now < self.report_at:
             return []
         self.report_at = now + REPORT_EVERY
         self._number += 1
         transfer = self.transfer_cost.value
+        registers = self._number % REGISTER_EVERY == 0
         report = Report(
             worker=self.address.worker,
             epoch=self.address.epoch,
@@ -90,6 +98,16 @@ class Membership:
             transfer_latency=transfer.latency,
             transfer_rate=transfer.rate,
             decisions=self.decisions.counts(),
+            gateways=tuple(dict.fromkeys(gateways()))[:MAX_GATEWAYS] if registers else (),
         )
-        again = [self.register()] if self._number % REGISTER_EVERY == 0 else []
+        self._last = report
+        again = [self.register()] if registers else []
         return [*again, Send(self._router, report)]
+
+    def announce(self, seconds: float) -> list[Send]:
+        """A step of so many seconds is to begin: silence till its end means nothing."""
+        if seconds < ANNOUNCED or self._last is None:
+            return []
+        self._number += 1
+        self._last = structs.replace(self._last, number=self._number, steps=self.steps, busy_for=seconds)
+        return [Send(self._router, self._last)]

@@ -8,6 +8,8 @@ STEP_SECONDS = 1.0
 """Well below ``router.liveness_timeout``, and little to wait for one's next token beside a long prompt."""
 MEASURED = 32
 """Steps of fewer tokens mostly read weights, and say nothing about the pace of prompts."""
+FIRST_STEP = 5.0
+"""Seconds that a step is expected to take before one was measured."""
 PATIENCE = 1.25
 """Where no step ends in time: how much longer than the shortest one a step may take."""
 
@@ -29,6 +31,16 @@ class StepPace:
         """Seconds of the shortest step, whatever was in it."""
         self.budget = min(most, MEASURED)
         """Tokens that the next step may have."""
+        self._least = 0.0
+        """Seconds of the last step of few tokens."""
+        self._per_token = 0.0
+        """Seconds, in the last step of more."""
+
+    def expected(self, tokens: int) -> float:
+        """Seconds that a step of ``tokens`` takes, by those before it. The first one warms up what all others use."""
+        if self._shortest == float("inf"):
+            return FIRST_STEP
+        return max(self._least, tokens * self._per_token)
 
     def took(self, tokens: int, seconds: float) -> None:
         """A step of ``tokens`` took so long; the first one sets the pace."""
@@ -36,7 +48,9 @@ class StepPace:
             return
         self._shortest = min(self._shortest, seconds)
         if tokens < min(MEASURED, self.budget):
+            self._least = seconds
             return
+        self._per_token = seconds / tokens
         hopeless = self._known and self._shortest > self._target
         fits = tokens / seconds * (PATIENCE * self._shortest if hopeless else self._target)
         if self._known:

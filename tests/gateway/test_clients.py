@@ -290,8 +290,8 @@ def test_a_stream_survives_its_worker_and_a_zombie(
     while len(texts_of(chunks)[0]) < len(tokenizer.decode(counting([5], cluster.hold_after))):
         chunks.append(next(stream))
     (first,) = cluster.of(Prefill)
-    cluster.send(server.address, WorkerLost(worker=lost, epoch=EPOCH, detail="dead"))
-    _, second = cluster.wait_for(Prefill, 2)
+    cluster.send(server.address, WorkerLost(worker=lost, epoch=EPOCH, detail="why", dead=True))
+    second = next(order for order in cluster.wait_for(Prefill, 2) if order.attempt == 2)
     assert cluster.of(PlacementWanted)[1].avoid == (lost,)
     generated = unpack_tokens(second.generation.generated).tolist()
     assert generated == counting([5], 4 if lost == DECODE else 1)

@@ -121,8 +121,8 @@ class Play:
             AttemptFailed(request=REQUEST, attempt=number, worker=WorkerId(by), reason=reason, detail="why")
         )
 
-    def lose(self, name: str, epoch: int = 1) -> list[Send]:
-        return self.handle(WorkerLost(worker=WorkerId(name), epoch=Epoch(epoch), detail="dead"))
+    def lose(self, name: str, epoch: int = 1, *, dead: bool = True) -> list[Send]:
+        return self.handle(WorkerLost(worker=WorkerId(name), epoch=Epoch(epoch), detail="why", dead=dead))
 
     def sent_to(self, to: str, kind: type[Any]) -> list[Any]:
         return [send.message for send in self.sent if send.to == to and isinstance(send.message, kind)]

@@ -127,7 +127,7 @@ def test_a_further_attempt_waits_for_a_worker_that_it_does_not_avoid_and_others_
 
 
 def test_a_further_attempt_waits_for_room_as_long_as_it_takes_but_not_for_workers_that_are_gone() -> None:
-    world = colocated(1, 1, wait_timeout=3.0)
+    world = colocated(1, 1, wait_timeout=3.0, deserted_timeout=3.0)
     world.place("a")
     world.place("b")
     world.handle(WorkerDied(worker=WorkerId("c0"), epoch=None, detail="killed"))

@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 
 
 def started(**settings: Any) -> Iterator[RouterActor]:
-    actor = RouterActor(RouterConfig(host=HOST, settings=RouterSettings(cluster_key=KEY, **settings)))
+    actor = RouterActor(RouterConfig(host=HOST, settings=RouterSettings(cluster_key=KEY, settle=0.0, **settings)))
     yield actor
     actor.stop()
     actor.stop()

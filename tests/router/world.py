@@ -62,9 +62,11 @@ class World:
     """A router, its clock, and what it sent; integrity is checked after every event."""
 
     def __init__(self, **settings: Any) -> None:
-        self.router = Router(RouterSettings(cluster_key=KEY, **settings))
+        self.router = Router(RouterSettings(cluster_key=KEY, **({"settle": 0.0} | settings)))
         self.now = 0.0
         self.wakes: list[float] = []
+        self.gateways = {GATEWAY: None}
+        """That live."""
 
     def handle(self, event: Any) -> list[Send]:
         """What ``event`` leads to; the sender of one that needs a seal knows the key, unless it has put on its own."""
@@ -91,12 +93,15 @@ class World:
         return state
 
     def sleep(self, seconds: float, *reporting: str, numbers: Iterator[int] = itertools.count(1)) -> list[Send]:  # noqa: B008
-        """Let time pass; ``reporting`` workers report every 100 ms, and asked-for ticks come on time."""
+        """Let time pass; ``reporting`` workers report every 100 ms, and asked-for ticks come on time. So do the
+        questions of the gateways."""
         sends: list[Send] = []
         until = self.now + seconds
         while self.now < until - 1e-9:
             self.now = min(until, self.now + 0.1)
             number = next(numbers)
+            for gateway in self.gateways:
+                self.handle(ClusterStateWanted(gateway=gateway))
             for worker in reporting:
                 sends += self.handle(report(worker, number))
             if self.wakes and min(self.wakes) <= self.now:

@@ -22,20 +22,22 @@ from kv_transfer.core.stats import both
 from kv_transfer.core.trace import TransferTrace
 from messages.common import FailReason
 from messages.gateway_to_worker import Abort, EndAck, TokensWanted
-from messages.ids import RequestId
-from messages.router_to_worker import PeerLost, RegisterWanted
+from messages.ids import Address, RequestId
+from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted
 from messages.seals import genuine
 from prefill_worker.core import machine as prefill_half
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine
-from runtime.core.actions import ForgetPeer
+from runtime.core.actions import Forget, ForgetPeer
 from runtime.core.membership import Membership
+from runtime.core.orphans import Orphans
 from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
 from runtime.core.shared import Shared, WorkerSettings
 from runtime.core.work import block_counts, cache_counts
 
 Messages = (
     *prefill_half.Messages, *decode_half.Messages, Abort, EndAck, TokensWanted, RegisterWanted, PeerLost,
+    GatewayLost, GatewayBack,
 )  # fmt: skip
 """What a worker's mailbox takes."""
 
@@ -59,6 +61,7 @@ class WorkerMachine:
         self._pool = pool
         self._deliveries = shared.deliveries
         self._pace = StepPace(STEP_SECONDS, scheduler.max_num_batched_tokens)
+        self._orphans = Orphans()
         self._begun = 0.0
         """When the step that runs was planned."""
         self.prefill = PrefillMachine(shared, handoffs)
@@ -79,7 +82,7 @@ class WorkerMachine:
     def wake_at(self) -> float:
         """When ``tick`` has something to do at the latest."""
         halves = min(self.prefill.wake_at, self.decode.wake_at)
-        return min(self.membership.report_at, self._deliveries.wake_at, halves)
+        return min(self.membership.report_at, self._deliveries.wake_at, self._orphans.wake_at, halves)
 
     @property
     def listens(self) -> bool:
@@ -104,13 +107,16 @@ class WorkerMachine:
                 return [*self._deliveries.resend(event.request, event.attempt, event.index)]
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
-            case PeerLost():
-                return self._peer_lost(event, now)
+            case PeerLost() | GatewayLost() | GatewayBack():
+                return self._left(event, now)
         raise AssertionError(f"nobody here takes {event}")
 
     def tick(self, now: float) -> list[Any]:
         """What is due by the clock."""
-        actions = [*self.prefill.tick(now), *self.decode.tick(now), *self._deliveries.tick(now)]
+        actions: list[Any] = [*self.prefill.tick(now), *self.decode.tick(now), *self._deliveries.tick(now)]
+        for gateway in self._orphans.dropped(now):
+            actions += self._drop_orphans(gateway, now)
+        actions += [Forget(gateway) for gateway in self._orphans.forgotten(now)]
         self.membership.prefill_rate.forget_old(now)
         actions += self.membership.report(
             block_counts(self._pool),
@@ -118,6 +124,7 @@ class WorkerMachine:
             lambda: both(self.prefill.counts(now), self.decode.counts(now)),
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting + self.decode.num_incoming,
+            gateways=lambda: (*self._deliveries.gateways(), *self.prefill.gateways(), *self.decode.gateways()),
             now=now,
         )
         return actions
@@ -127,7 +134,10 @@ class WorkerMachine:
         is promised to those that knock."""
         plan = self._scheduler.schedule(self._pace.budget)
         self._begun = now
-        actions = [] if plan is None else self.prefill.planned(plan, now)
+        actions: list[Any] = []
+        if plan is not None:
+            actions += self.membership.announce(self._pace.expected(int(plan.num_tokens.sum())))
+            actions += self.prefill.planned(plan, now)
         return plan, [*actions, *self.decode.admit(plan, now)]
 
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> list[Any]:
@@ -180,10 +190,24 @@ class WorkerMachine:
         halves = self.prefill.inspect() | self.decode.inspect()
         return counts | halves | own | structs.asdict(self.membership.decisions.counts())
 
-    def _peer_lost(self, event: PeerLost, now: float) -> list[Any]:
+    def _left(self, event: PeerLost | GatewayLost | GatewayBack, now: float) -> list[Any]:
+        """The router's word on who is there."""
         if not genuine(self._shared.settings.cluster_key, event):
             self._shared.forged += 1
             return []
+        if isinstance(event, PeerLost):
+            return self._peer_lost(event, now)
+        self._orphans.heard(event, now)
+        return []
+
+    def _drop_orphans(self, gateway: Address, now: float) -> list[Any]:
+        """Nobody has adopted what ``gateway`` left behind. It hears of that, in case it was only slow."""
+        detail = "its gateway was taken for lost"
+        actions = [*self.prefill.drop(gateway, detail), *self.decode.drop(gateway, detail, now)]
+        self._deliveries.close_all(gateway)
+        return actions
+
+    def _peer_lost(self, event: PeerLost, now: float) -> list[Any]:
         lost = (event.peer.worker, event.peer.epoch)
         actions: list[Any] = [
             *self.prefill.peer_lost(*lost, dead=event.dead),
