@@ -29,8 +29,8 @@ def has_room(worker: WorkerView, tokens: int, *, settling: bool = False) -> bool
         report = worker.report
         if report is None:
             return False
-        placed = max(placed, report.running + report.waiting)
-        taken = max(taken, report.blocks.held * worker.block_size)
+        placed = max(placed, report.running + report.waiting + worker.unreported)
+        taken = max(taken, report.blocks.held * worker.block_size + worker.unreported_tokens)
     if placed == 0:
         return True
     if placed >= worker.max_num_seqs:

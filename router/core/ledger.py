@@ -73,6 +73,8 @@ class Ledger:
         if prefill is not None:
             self._add(prefill, wanted.request, entry.prefill_tokens)
         decode.prompt_tokens += entry.prompt_tokens
+        decode.unreported += 1
+        decode.unreported_tokens += expected
         self._add(decode, wanted.request, entry.decode_tokens)
 
     def prefilled(self, request: RequestId, attempt: Attempt) -> None:

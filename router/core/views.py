@@ -16,7 +16,7 @@ NO_BLOCKS = BlockCounts(free=0, held=0, cached=0, total=0)
 
 @dataclass(slots=True, eq=False)
 class WorkerView:
-    """One incarnation of a worker. The ledger alone writes ``requests`` and ``tokens``."""
+    """One incarnation of a worker. The ledger alone writes what is placed on it."""
 
     address: WorkerAddress
     role: Role
@@ -29,6 +29,9 @@ class WorkerView:
     """Of its KV pool; 0 until it says so."""
     token_bytes: float = 0.0
     """KV of one token, as it is handed over to this worker."""
+    unreported: int = 0
+    """Requests placed here since its last report."""
+    unreported_tokens: int = 0
     alive: bool = True
     dead_for_good: bool = False
     """Its process is gone or has said good-bye: whatever still comes in its name is late."""
@@ -89,6 +92,7 @@ class WorkerView:
         if self.report is not None and report.number <= self.report.number:
             return False
         self.report, self.heard = report, now
+        self.unreported = self.unreported_tokens = 0
         return True
 
     def state(self) -> WorkerState:

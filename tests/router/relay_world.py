@@ -333,7 +333,11 @@ class RelayWorld:
         elif to == ROUTER:
             self._perform(to, self.router.handle(message, self.now))
         elif isinstance(message, ClusterState):
-            self._take(self._dispatch.state(message, [each for each in self.sessions.values() if not each.status.over]))
+            self._take(
+                self._dispatch.state(
+                    message, [each for each in self.sessions.values() if each.attempt and not each.status.over]
+                )
+            )
         else:
             self._take(self._dispatch.take(message, self.sessions))
 
