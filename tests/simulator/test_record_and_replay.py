@@ -34,7 +34,6 @@ from tests.router.world import KEY, finished, prefilled, register, report, wante
 from tests.workers.relay import relay_of
 from worker.core import machine as worker
 
-
 ROOT = Path(__file__).parents[2]
 
 
