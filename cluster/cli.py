@@ -1,4 +1,4 @@
-"""The command line: `baton up | down | status | validate | submit | chat | trace | doctor | simulate | demo`.
+"""The command line: `baton up | down | status | validate | submit | chat | trace | doctor | simulate | chaos | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -233,6 +233,38 @@ def replay(
     from cluster.replay import replay_all
 
     if not replay_all(_console(), journals):
+        raise typer.Exit(1)
+
+
+@app.command()
+def chaos(
+    topology: TopologyFile,
+    faults: Annotated[
+        str, typer.Option(metavar="KINDS", help="Of kill, stop, cut, slow, corrupt.")
+    ] = "kill,stop,cut,slow,corrupt",
+    duration: Annotated[str, typer.Option(metavar="TIME", help="Of the load, such as 60s or 10m.")] = "60s",
+    every: Annotated[str, typer.Option(metavar="TIME", help="From one fault to the next.")] = "5s",
+    seed: Annotated[int, typer.Option(help="Of the requests and of the faults.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at a time.")] = 8,
+    report: Annotated[
+        Path | None, typer.Option(metavar="PAGE.HTML", help="Write what happened when; as a picture: *.svg.")
+    ] = None,
+    history: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what was seen, for the checker.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say it in JSON.")] = False,
+) -> None:
+    """Start a cluster, put faults into it under load, and compare every stream with its failure-free run.
+
+    For example: `baton chaos configs/topologies/local.yaml --faults kill,stop,cut,slow,corrupt --duration 60s`
+
+    Tells the faults, the streams that were resumed, the time to detect and to resume, and what was lost, repeated,
+    wrong or leaked: unless that is nothing, the exit code is 1.
+    """
+    from cluster.chaos.command import chaos as run_chaos
+    from cluster.chaos.options import kinds, seconds
+    from cluster.chaos.session import Settings
+
+    settings = Settings(str(topology), kinds(faults), seconds(duration), seconds(every), seed, concurrency)
+    if not run_chaos(_console(), topology, settings, report=report, history=history, as_json=as_json):
         raise typer.Exit(1)
 
 

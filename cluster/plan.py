@@ -134,6 +134,7 @@ class Plan:
             threads=pool.threads,
             tensor_parallel=pool.tensor_parallel,
             rank=rank,
+            chaos=self.topology.cluster.chaos,
         )
 
     def layout(self, pool: Pool) -> KVLayout:

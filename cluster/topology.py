@@ -76,6 +76,8 @@ class ClusterSection(Section):
     name: Name | None = None
     """For `baton status NAME`; the file's name if it is not given."""
     address: Annotated[str, AfterValidator(_ray_address)] = "local"
+    chaos: bool = False
+    """Whether `baton chaos` may put faults into the links between its workers."""
 
 
 class Resources(Section):

@@ -71,6 +71,11 @@ class RouterActor:
         assert self._loop is not None, "not started"
         self._loop.ask(GatewayDied(gateway=Address(address), detail=detail[:2_000]))
 
+    def losses(self, since: float) -> list[tuple[float, str, int]]:
+        """When, name and epoch of workers taken for lost after ``since``: seconds of the host's monotonic clock."""
+        assert self._loop is not None, "not started"
+        return [(at, lost.worker, lost.epoch) for at, lost in list(self._loop.losses) if at > since]
+
     def inspect(self) -> dict[str, int]:
         """Figures of the router between two events, after ``check_integrity``; for tests."""
         assert self._loop is not None, "not started"

@@ -4,17 +4,21 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 from messages.codec import decoder_for
-from messages.ids import Address, Epoch
+from messages.ids import Address, Epoch, WorkerId
+from messages.router_to_gateway import WorkerLost
 from router.core.machine import Action, Messages, Router, RouterSettings, Tick
 from runtime.core.actions import Forget, Send, WakeAt
 from runtime.mailbox import MESSAGES_A_TURN, Mailbox
 from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
+
+LOSSES_KEPT = 256
 
 
 class RouterLoop:
@@ -30,6 +34,8 @@ class RouterLoop:
         self._mailbox = Mailbox(host, decoder_for(*Messages))
         self._wake = float("inf")
         self._stopping = threading.Event()
+        self.losses: deque[tuple[float, WorkerLost]] = deque(maxlen=LOSSES_KEPT)
+        """Workers that were taken for lost, with when: seconds of the host's monotonic clock."""
 
     @property
     def address(self) -> Address:
@@ -74,11 +80,16 @@ class RouterLoop:
         return self._recorder.call("router", "handle", lambda: self._router.handle(event, now), event, now)
 
     def _perform(self, actions: Iterable[Action]) -> None:
+        lost: set[tuple[WorkerId, Epoch]] = set()
         for action in actions:
             match action:
                 case Send(to, message):
+                    if isinstance(message, WorkerLost) and (message.worker, message.epoch) not in lost:
+                        lost.add((message.worker, message.epoch))
+                        self.losses.append((time.monotonic(), message))
+                        log.warning("lost %s: %s", message.worker, message.detail)
                     self._mailbox.send(to, message)
-                case WakeAt(time):
-                    self._wake = min(self._wake, time)
+                case WakeAt(at):
+                    self._wake = min(self._wake, at)
                 case Forget(address):
                     self._mailbox.outbox.forget(address)

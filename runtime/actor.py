@@ -25,6 +25,7 @@ from kv_transfer.core.fanout import RankEvent
 from kv_transfer.core.lanes import shard_of
 from kv_transfer.transports.base import PoolMemory
 from kv_transfer.transports.build import allocate_pool, host_of, make_receivers, make_senders
+from kv_transfer.transports.switched import Links, LinkState
 from messages.codec import decoder_for
 from messages.common import KVRank, KVShard, KVWay, WorkerAddress
 from messages.fingerprint import protocol
@@ -67,6 +68,7 @@ class WorkerActor(ABC):
         self._member: Leader | Follower | None = None
         self._loop: WorkerLoop | FollowerLoop | None = None
         self._thread: threading.Thread | None = None
+        self._links = Links() if config.chaos else None
         self.on_failure: Callable[[BaseException], None] | None = None
         """Called, in the loop's thread, when the loop ends by an exception: nothing is served here any more."""
 
@@ -188,6 +190,13 @@ class WorkerActor(ABC):
         wanted = ProbeWanted(RequestId(f"probe-{secrets.token_hex(16)}"), decode, num_blocks)
         return self._loop.probe(wanted, within=within)
 
+    def inject(self, state: LinkState) -> None:
+        """Have the KV links out of this rank be like this from now on. ``RuntimeError`` unless the cluster was started
+        for chaos; no message leads here, only a call of who may call actors."""
+        if self._links is None:
+            raise RuntimeError(f"{self._config.process} was not started for chaos: set cluster.chaos in the topology")
+        self._links.state = state
+
     def inspect(self) -> dict[str, int]:
         """What is in the machine between two turns of its loop, after ``check_integrity``; for tests and status."""
         assert isinstance(self._loop, WorkerLoop), "not started, or no rank 0"
@@ -245,7 +254,7 @@ class WorkerActor(ABC):
         def report(event: RankEvent) -> None:
             mailbox.post(FromRank(config.rank, event))
 
-        senders = make_senders(config.transport, memory, shard, report)
+        senders = make_senders(config.transport, memory, shard, report, self._links)
         receivers = make_receivers(config.transport, config.host, memory, shard, report)
         ways = tuple(KVWay(name, receiver.endpoint.address) for name, receiver in receivers.items())
         kv = KVRank(shard, len(memory.pool), host_of(memory), ways)

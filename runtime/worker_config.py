@@ -57,6 +57,8 @@ class WorkerConfig:
     rank: int = 0
     leader: str = ""
     """Rank 0's mailbox, for the other ranks."""
+    chaos: bool = False
+    """Whether faults may be put into the links of this worker: see ``WorkerActor.inject``."""
 
     @property
     def process(self) -> str:

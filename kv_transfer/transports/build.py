@@ -2,12 +2,14 @@
 
 import logging
 import secrets
+from functools import partial
 
 from engine.shared_memory import SharedMemoryError, mapping_host
 from kv_transfer.transports.base import OnEvent, Pool, PoolMemory, Receiver, Sender
 from kv_transfer.transports.inproc import InprocReceiver, InprocSender
 from kv_transfer.transports.memory import PrivateMemory, SharedMemory
 from kv_transfer.transports.shm import ShmReceiver, ShmSender
+from kv_transfer.transports.switched import Links, SwitchedSender
 from kv_transfer.transports.torch_distributed import TorchDistributedReceiver, TorchDistributedSender
 from kv_transfer.transports.zmq import ZmqReceiver, ZmqSender
 from messages.common import KVShard
@@ -45,9 +47,17 @@ def host_of(memory: PoolMemory) -> str:
     return mapping_host() if isinstance(memory, SharedMemory) else _PROCESS
 
 
-def make_senders(transport: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent) -> dict[str, Sender]:
-    """A sender for each transport that ``transport`` or ``AUTO`` means; see ``make_sender``."""
-    return {name: make_sender(name, memory.pool, shard, on_event) for name in _offered(transport, memory)}
+def make_senders(
+    transport: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent, links: Links | None = None
+) -> dict[str, Sender]:
+    """A sender for each transport that ``transport`` or ``AUTO`` means; see ``make_sender``. With ``links`` faults can
+    be put into them while they work."""
+    if links is None:
+        return {name: make_sender(name, memory.pool, shard, on_event) for name in _offered(transport, memory)}
+    return {
+        name: SwitchedSender(memory.pool, partial(make_sender, name, shard=shard), on_event, links)
+        for name in _offered(transport, memory)
+    }
 
 
 def make_receivers(

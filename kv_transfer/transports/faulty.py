@@ -46,6 +46,8 @@ class Fault(Enum):
     """One bit of one block arrives flipped."""
     SWAP = auto()
     """Two of its blocks arrive in each other's place."""
+    LOSE = auto()
+    """It is lost, and nobody is told: the link is cut. At a receiver the same as ``DROP``."""
     FAIL = auto()
     """``PushFailed``. At a receiver the same as ``DROP``."""
     DIE = auto()
@@ -73,8 +75,8 @@ class _Push(NamedTuple):
 class FaultySender:
     """Wraps the sender that ``make`` makes over a wire, rows of its own into which each push is copied first.
 
-    So faults never touch the caller's blocks, nor those of another push. The wire's rows are used in turn; there are
-    four times as many as the pool has, and no more may be under way.
+    So faults never touch the caller's blocks, nor those of another push. The wire's rows are used in turn, and no more
+    than there are may be under way: ``wire_blocks``, or four times as many as the pool has.
     """
 
     def __init__(
@@ -84,9 +86,11 @@ class FaultySender:
         on_event: OnEvent,
         faults: Iterable[Fault],
         rng: Random,
+        wire_blocks: int = 0,
     ) -> None:
         self._pool = pool
-        self._wire = np.zeros((4 * len(pool), pool.shape[1]), np.uint8)
+        # Touched at once, so that faults do not make a process grow.
+        self._wire = np.full((wire_blocks or 4 * len(pool), pool.shape[1]), 0, np.uint8)
         self._next = 0
         self._on_event = on_event
         self._faults = iter(faults)
@@ -116,6 +120,8 @@ class FaultySender:
                 self._on_event(Pushed(key, first, len(source)))
             case Fault.FAIL:
                 self._on_event(PushFailed(key, "an injected fault"))
+            case Fault.LOSE:
+                pass
             case Fault.DELAY:
                 self._held = [push]
             case Fault.DIE:
@@ -249,7 +255,7 @@ class FaultyReceiver:
                 _spoil(fault, self._pool, blocks[event.indices - first], self._rng)
         if self._dead:
             return
-        times = {Fault.DROP: 0, Fault.FAIL: 0, Fault.DELAY: 0, Fault.DUPLICATE: 2}.get(fault, 1)
+        times = {Fault.DROP: 0, Fault.LOSE: 0, Fault.FAIL: 0, Fault.DELAY: 0, Fault.DUPLICATE: 2}.get(fault, 1)
         for landed in [event] * times + held:
             self._on_event(landed)
 

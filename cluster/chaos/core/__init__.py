@@ -1,0 +1,1 @@
+"""What is decided and judged: which fault comes next, what a stream lost, whether memory grows."""

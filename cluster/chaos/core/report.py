@@ -1,0 +1,216 @@
+"""What a chaos run found: figures and a verdict, from what was noted while it ran."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.chaos.core.answers import Verdict
+from cluster.chaos.core.faults import Fault, Kind
+from cluster.chaos.core.figures import percentile, slope
+
+REACTION = 0.3
+"""Seconds after a fault in which what was under way may still come."""
+WARM_UP = 60.0
+"""Seconds of load in which caches fill up; memory is judged from then on."""
+LEAST_SPAN = 60.0
+"""Seconds that memory must have been watched for, to be judged."""
+EXAMPLES = 20
+"""Streams that went wrong and are told of."""
+
+
+@dataclass(slots=True)
+class Strike:
+    """A fault that was put in. Times are seconds of the monotonic clock."""
+
+    fault: Fault
+    role: str
+    began: float
+    ended: float | None = None
+    detected: float | None = None
+    """When the router took the worker for lost."""
+    restarted: float | None = None
+    """When another incarnation served."""
+
+
+@dataclass(slots=True)
+class Resume:
+    """A stream that paused because of a fault, and went on."""
+
+    at: float
+    """When it went on."""
+    seconds: float
+    """Since the fault."""
+    kind: Kind
+    role: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the streams; holds no more than what is told of them."""
+
+    verdicts: Counter[Verdict] = field(default_factory=Counter)
+    resumes: int = 0
+    refusals: int = 0
+    pauses: list[float] = field(default_factory=list)
+    """The longest of each stream."""
+    resumed: list[Resume] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    """Streams that did not end as they should, in words."""
+
+    def add(
+        self,
+        verdict: Verdict,
+        attempts: int,
+        refusals: int,
+        longest_pause: float,
+        story: str,
+        resumed: Iterable[Resume],
+    ) -> None:
+        self.verdicts[verdict] += 1
+        self.resumes += attempts - 1
+        self.refusals += refusals
+        self.pauses.append(longest_pause)
+        self.resumed += resumed
+        if verdict is not Verdict.SAME and len(self.bad) < EXAMPLES:
+            self.bad.append(f"{verdict.value}: {story}")
+
+
+@dataclass(slots=True)
+class Memory:
+    """Private memory of one incarnation of a process: seconds since the load began, and bytes."""
+
+    name: str
+    pid: int
+    times: Sequence[float]
+    bytes: Sequence[int]
+
+    @property
+    def growth(self) -> float:
+        """MB a minute after the warm-up; NaN where it was not watched for long enough."""
+        begin = max(WARM_UP, (self.times[0] if self.times else 0.0) + WARM_UP / 2)
+        points = [(at, size) for at, size in zip(self.times, self.bytes, strict=True) if at >= begin]
+        if not points or points[-1][0] - points[0][0] < LEAST_SPAN:
+            return math.nan
+        return slope([at for at, _ in points], [size for _, size in points]) * 60 / 1e6
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """``ok`` unless something was lost, repeated, leaked or wrong."""
+
+    topology: str
+    seed: int
+    every: float
+    concurrency: int
+    began: float
+    """Seconds of the monotonic clock; times in the series below are since then."""
+    seconds: float
+    strikes: list[Strike]
+    skipped: int
+    """Faults for which nobody could be hit without leaving nobody to do the work."""
+    tally: Tally
+    tokens: int
+    tokens_per_second: list[tuple[float, float]]
+    leaked: list[str]
+    """What is still held, or open, when everything is over."""
+    violations: list[str]
+    """What the checker says of the history."""
+    memory: list[Memory]
+
+    def count(self, verdict: Verdict) -> int:
+        return self.tally.verdicts[verdict]
+
+    @property
+    def ok(self) -> bool:
+        return not self.leaked and not any(self.count(each) for each in Verdict if each is not Verdict.SAME)
+
+    @property
+    def faults(self) -> dict[str, int]:
+        return dict(Counter(strike.fault.kind.value for strike in self.strikes))
+
+    def detections(self, kind: Kind) -> list[float]:
+        """Seconds from a fault to the router's knowing it."""
+        return [
+            strike.detected - strike.began
+            for strike in self.strikes
+            if strike.fault.kind is kind and strike.detected is not None
+        ]
+
+    def resumes(self, kind: Kind) -> list[float]:
+        return [resume.seconds for resume in self.tally.resumed if resume.kind is kind]
+
+    def to_json(self) -> dict[str, Any]:
+        verdicts = {verdict.value: self.count(verdict) for verdict in Verdict}
+        streams = {"streams": sum(self.tally.verdicts.values())} | verdicts
+        run = {"topology": self.topology, "seed": self.seed, "every": self.every, "concurrency": self.concurrency}
+        return run | {
+            "ok": self.ok,
+            "seconds": round(self.seconds, 1),
+            "faults": self.faults,
+            "skipped": self.skipped,
+            **streams,
+            "tokens": self.tokens,
+            "resumes": self.tally.resumes,
+            "refusals": self.tally.refusals,
+            "leaked": self.leaked,
+            "violations": self.violations,
+            "bad": self.tally.bad,
+            "detect_seconds": {kind.value: _spread(self.detections(kind)) for kind in (Kind.KILL, Kind.STOP)},
+            "resume_seconds": {kind.value: _spread(self.resumes(kind)) for kind in (Kind.KILL, Kind.STOP)},
+            "pause_seconds": _spread(self.tally.pauses),
+            "restart_seconds": _spread([each.restarted - each.began for each in self.strikes if each.restarted]),
+            "memory_mb_per_minute": {
+                f"{each.name} ({each.pid})": round(each.growth, 3)
+                for each in self.memory
+                if not math.isnan(each.growth)
+            },
+            "strikes": [self._strike(strike) for strike in self.strikes],
+        }
+
+    def _strike(self, strike: Strike) -> dict[str, Any]:
+        fault = strike.fault
+        return {
+            "number": fault.number,
+            "at": round(strike.began - self.began, 2),
+            "kind": fault.kind.value,
+            "victim": fault.victim,
+            "seconds": fault.seconds,
+            "detected_after": None if strike.detected is None else round(strike.detected - strike.began, 3),
+        }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | int]:
+    if not values:
+        return {"count": 0}
+    named = {"p50": percentile(values, 50), "p99": percentile(values, 99), "max": max(values)}
+    return {"count": len(values)} | {name: round(value, 4) for name, value in named.items()}
+
+
+def resumes_of(pauses: Sequence[tuple[float, float]], attempts: int, strikes: Sequence[Strike]) -> list[Resume]:
+    """Which of a stream's ``pauses`` (begin, length) a death or a stop has caused: those that it falls into, the
+    longest first, as many as there were further attempts. A pause belongs to the first fault that falls into it."""
+    resumed = []
+    for begin, length in sorted(pauses, key=lambda pause: -pause[1])[: attempts - 1]:
+        for strike in strikes:
+            struck = not strike.fault.kind.of_links
+            if struck and begin - REACTION <= strike.began <= begin + length:
+                resumed.append(Resume(begin + length, begin + length - strike.began, strike.fault.kind, strike.role))
+                break
+    return resumed
+
+
+HOLDINGS = ("held", "legs", "handoffs", "deliveries", "runs", "reservations", "placed", "waiting")
+"""Of ``inspect()``: what a request holds while it is under way, in a worker or in the router."""
+
+
+def held(figures: dict[str, dict[str, int]]) -> list[str]:
+    """What is not given back, in words."""
+    found = []
+    for name, counts in figures.items():
+        found += [f"{name}: {what} {counts[what]}" for what in HOLDINGS if counts.get(what)]
+        total = counts.get("total")
+        if total is not None and counts["free"] + counts["held"] + counts["cached"] != total:
+            found.append(f"{name}: blocks do not add up to {total}")
+    return found

@@ -1,0 +1,93 @@
+"""What the processes of a cluster take from their machine: memory, files, sockets, threads, shared memory."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cluster.chaos.processes import Life
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Of one process at one moment. Counts, but for memory."""
+
+    threads: int
+    files: int
+    """Open files that are no sockets."""
+    sockets: int
+    shared: int
+    """Mappings of shared memory."""
+
+    def beyond(self, other: "Uses") -> dict[str, int]:
+        """What is more here than in ``other``."""
+        mine, theirs = asdict(self), asdict(other)
+        return {what: mine[what] - theirs[what] for what in mine if mine[what] > theirs[what]}
+
+
+@dataclass(slots=True)
+class Series:
+    """The private memory of one process over time: what it allocated, without its KV pool where that is shared."""
+
+    times: list[float] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+
+
+class Meters:
+    """Looks at the processes that it is told of."""
+
+    def __init__(self) -> None:
+        self.memory: dict[Life, Series] = {}
+
+    def sample(self, lives: Iterable[Life], now: float) -> None:
+        """Note how much memory they have."""
+        for life in lives:
+            size = private_bytes(life.pid)
+            if size is not None:
+                series = self.memory.setdefault(life, Series())
+                series.times.append(now)
+                series.bytes.append(size)
+
+
+def private_bytes(pid: int) -> int | None:
+    """Memory that is this process' own; None if it is gone. See proc(5)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return None  # it is dead, and not yet buried
+
+
+def uses(pid: int) -> Uses | None:
+    """None if the process is gone."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        files = [_target(folder / "fd" / number) for number in os.listdir(folder / "fd")]
+        threads = len(os.listdir(folder / "task"))
+        mapped = {line.split()[4] for line in (folder / "maps").read_text().splitlines() if _is_shared(line)}
+    except OSError:
+        return None
+    sockets = sum(file.startswith("socket:") for file in files)
+    return Uses(threads, len(files) - sockets, sockets, len(mapped))
+
+
+def shared_memory() -> set[str]:
+    """Files in shared memory that any process could have left."""
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # closed meanwhile
+        return ""
+
+
+def _is_shared(line: str) -> bool:
+    """Whether a line of /proc/PID/maps is about shared memory with a file behind it: an address space, a mode that
+    ends with s, ..., the inode, the file."""
+    fields = line.split(maxsplit=5)
+    return len(fields) == 6 and fields[1].endswith("s") and ("/dev/shm" in fields[5] or "memfd:" in fields[5])
