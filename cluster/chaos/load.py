@@ -90,9 +90,9 @@ class Load:
     in_flight: dict[int, Stream] = field(default_factory=dict)
     _turns: Iterator[int] = field(default_factory=itertools.count)
 
-    async def learn(self, note: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Ask every case while nothing fails, and note what it answers; and once more beside other neighbours, for an
-        answer that depends on them could not be told from one that a fault has changed."""
+    async def learn(self, note: Callable[[int, int], None] = lambda done, total: None, *, twice: bool = True) -> None:
+        """Ask every case while nothing fails, and note what it answers; ``twice``: once more beside other neighbours,
+        for an answer that depends on them could not be told from one that a fault has changed."""
         async with self._client() as client:
             done = itertools.count(1)
 
@@ -112,7 +112,8 @@ class Load:
 
             await self._each(stopped, self.cases)
             await self._each(learned, self.cases)
-            await self._each(again, sorted(self.cases, key=lambda case: case.name[::-1]))
+            if twice:
+                await self._each(again, sorted(self.cases, key=lambda case: case.name[::-1]))
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Until ``stopping``; what has begun is brought to its end."""

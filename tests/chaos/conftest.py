@@ -80,7 +80,9 @@ class Running:
 
 def launch(tests: Connection) -> None:
     """The launcher's life: it watches over its cluster, and does what the tests ask."""
-    topology = Topology.load(CONFIGS / "local.yaml").with_overrides({**OVERRIDES, "cluster.name": "test-chaos"})
+    topology = Topology.load(CONFIGS / "local.yaml").with_overrides(
+        {**OVERRIDES, "cluster.name": "test-chaos", "router.liveness_timeout": 2.0}
+    )
     cluster = Cluster(check(topology))
     cluster.start()
     started = OwnCluster(cluster)
@@ -108,7 +110,7 @@ def cluster() -> Iterator[Running]:
     before = remains()
     cluster = Running()
     try:
-        asyncio.run(cluster.load.learn())
+        asyncio.run(cluster.load.learn(twice=False))
         yield cluster
     finally:
         left = cluster.stop()
