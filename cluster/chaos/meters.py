@@ -1,8 +1,9 @@
 """What the processes of a cluster take from their machine: memory, files, sockets, threads, shared memory."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.chaos.processes import Life
@@ -10,19 +11,14 @@ from cluster.chaos.processes import Life
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """Of one process at one moment. Counts, but for memory."""
+    """Of one process at one moment."""
 
-    threads: int
-    files: int
-    """Open files that are no sockets."""
-    sockets: int
-    shared: int
-    """Mappings of shared memory."""
+    counts: Counter[str]
+    """Threads, mappings of shared memory, and open files: sockets and other unnamed ones by their kind."""
 
     def beyond(self, other: "Uses") -> dict[str, int]:
         """What is more here than in ``other``."""
-        mine, theirs = asdict(self), asdict(other)
-        return {what: mine[what] - theirs[what] for what in mine if mine[what] > theirs[what]}
+        return dict(self.counts - other.counts)
 
 
 @dataclass(slots=True)
@@ -65,13 +61,13 @@ def uses(pid: int) -> Uses | None:
     """None if the process is gone."""
     folder = Path(f"/proc/{pid}")
     try:
-        files = [_target(folder / "fd" / number) for number in os.listdir(folder / "fd")]
-        threads = len(os.listdir(folder / "task"))
+        counts = Counter(_kind(folder / "fd" / number) for number in os.listdir(folder / "fd"))
+        counts["threads"] = len(os.listdir(folder / "task"))
         mapped = {line.split()[4] for line in (folder / "maps").read_text().splitlines() if _is_shared(line)}
     except OSError:
         return None
-    sockets = sum(file.startswith("socket:") for file in files)
-    return Uses(threads, len(files) - sockets, sockets, len(mapped))
+    counts["mappings of shared memory"] = len(mapped)
+    return Uses(counts)
 
 
 def shared_memory() -> set[str]:
@@ -79,11 +75,13 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
-def _target(link: Path) -> str:
+def _kind(link: Path) -> str:
+    """``sockets``, ``anon_inode:[eventfd]``, or the file's name."""
     try:
-        return os.readlink(link)
+        name = os.readlink(link)
     except FileNotFoundError:  # closed meanwhile
-        return ""
+        return "closed"
+    return "sockets" if name.startswith("socket:") else name.partition(":[0-9")[0]
 
 
 def _is_shared(line: str) -> bool:

@@ -51,7 +51,7 @@ def test_nobody_is_killed_or_stopped_who_alone_does_the_work() -> None:
     plan = planner(0, Kind.STOP)
     assert {plan.next(two_by_two(usable=left)).victim for _ in range(30)} == {"decode-0", "decode-1"}  # type: ignore[union-attr]
     alone = frozenset({"prefill-0", "decode-0"})
-    assert planner(0, Kind.STOP).next(two_by_two(usable=alone)) is None
+    assert planner(0, Kind.STOP, Kind.CUT).next(two_by_two(usable=alone)) is None
     assert planner(0, Kind.KILL).next(two_by_two(usable=alone, restarts=False)) is None
 
 

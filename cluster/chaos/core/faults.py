@@ -12,7 +12,7 @@ class Kind(StrEnum):
     STOP = "stop"
     """SIGSTOP, and SIGCONT some seconds later."""
     CUT = "cut"
-    """KV that a worker pushes is lost; half of the times the sender is told."""
+    """KV that a worker pushes is lost; half of the times the sender is told. For requests it is as if it were dead."""
     SLOW = "slow"
     """KV that a worker pushes takes long."""
     CORRUPT = "corrupt"
@@ -95,8 +95,10 @@ class Planner:
 def _may_hit(kind: Kind, victim: Victim, known: Sequence[Victim]) -> bool:
     if not victim.usable:
         return False
-    if kind.of_links:
-        return victim.sends
+    if kind.of_links and not victim.sends:
+        return False
+    if kind in (Kind.SLOW, Kind.CORRUPT):
+        return True
     if victim.role == "router":
         return victim.restarts  # streams do without it for a while
     if victim.role == "gateway":
