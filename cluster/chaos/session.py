@@ -227,9 +227,10 @@ class Session:
             strike.ended = time.monotonic()
         self._held.discard(fault.victim)
 
-    def _struck(self, strike: Strike) -> None:
+    def _struck(self, strike: Strike, life: Life | None = None) -> None:
         fault = strike.fault
         strike.began = time.monotonic()
+        strike.epoch = 0 if life is None else life.epoch
         self.now.strikes.append(strike)
         lasts = f" for {fault.seconds:g} s" if fault.seconds else ""
         how = ", silently" if fault.silent else ""
@@ -239,7 +240,7 @@ class Session:
         name = strike.fault.victim
         life = self._life(name)
         kill(life.pid)
-        self._struck(strike)
+        self._struck(strike, life)
         self._recorder.write(h.Killed(strike.began, incarnation(life)))
         if not any(victim.restarts for victim in self._processes.victims() if victim.name == name):
             return
@@ -252,7 +253,7 @@ class Session:
         life = self._life(name)
         wake = stop(life.pid)
         try:
-            self._struck(strike)
+            self._struck(strike, life)
             self._recorder.write(h.Frozen(strike.began, incarnation(life)))
             await asyncio.sleep(strike.fault.seconds)
         finally:
@@ -313,13 +314,14 @@ class Session:
             await asyncio.sleep(SAMPLE_EVERY)
             losses = await asyncio.to_thread(self._processes.losses, since)
             self._recorder.write(*lost(losses))
-            for at, worker, _ in losses:
+            for at, worker, epoch in losses:
                 since = max(since, at)
-                self._detected(worker, at)
+                self._detected(worker, epoch, at)
 
-    def _detected(self, worker: str, at: float) -> None:
+    def _detected(self, worker: str, epoch: int, at: float) -> None:
         for strike in reversed(self.now.strikes):
-            if strike.fault.victim == worker and strike.began <= at and not strike.fault.kind.of_links:
+            hit = (strike.fault.victim, strike.epoch) == (worker, epoch) and not strike.fault.kind.of_links
+            if hit and strike.began <= at:
                 strike.detected = strike.detected or at
                 return
 

@@ -80,9 +80,7 @@ class Running:
 
 def launch(tests: Connection) -> None:
     """The launcher's life: it watches over its cluster, and does what the tests ask."""
-    topology = Topology.load(CONFIGS / "local.yaml").with_overrides(
-        {**OVERRIDES, "cluster.name": "test-chaos", "router.liveness_timeout": 2.0}
-    )
+    topology = Topology.load(CONFIGS / "local.yaml").with_overrides({**OVERRIDES, "cluster.name": "test-chaos"})
     cluster = Cluster(check(topology))
     cluster.start()
     started = OwnCluster(cluster)

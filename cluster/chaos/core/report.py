@@ -27,6 +27,8 @@ class Strike:
     fault: Fault
     role: str
     began: float
+    epoch: int = 0
+    """Of the process that was hit."""
     ended: float | None = None
     detected: float | None = None
     """When the router took the worker for lost."""
