@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 
 from cluster.plan import Plan, PlannedWorker
-from decode_worker.core.machine import DecodeSettings
 from messages.common import Role
-from prefill_worker.core.machine import PrefillSettings
 from router.actor import RouterConfig
 from router.core.machine import RouterSettings
+from runtime.core.shared import WorkerSettings
 from runtime.worker_config import WorkerConfig
 
 KEY = b"secret-" * 4
-HOLDERS = [WorkerConfig, RouterSettings, Plan, DecodeSettings, PrefillSettings]
+HOLDERS = [WorkerConfig, RouterSettings, Plan, WorkerSettings]
 
 
 def made(kind: Any) -> Any:

@@ -141,7 +141,7 @@ def somebodys_ray(tmp_path: Path) -> Iterator[str]:
 def test_up_joins_a_ray_that_is_there_and_gives_everything_back(tmp_path: Path, somebodys_ray: str) -> None:
     topology = tmp_path / "joined.yaml"
     text = Path(COLOCATED).read_text().replace("../../models/tiny-llama", str(CONFIGS.parents[1] / "models/tiny-llama"))
-    topology.write_text(f"{text}\ncluster: {{address: '{somebodys_ray}'}}\n")
+    topology.write_text(f"{text}\ncluster: {{address: '{somebodys_ray}'}}\ndebug: {{record: journals}}\n")
     shown = baton("up", "--detach", str(topology), "--port", "0")
     url = re.search(r"http://127\.0\.0\.1:\d+", shown)
     assert url is not None
@@ -156,6 +156,9 @@ def test_up_joins_a_ray_that_is_there_and_gives_everything_back(tmp_path: Path, 
     )
     left = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60)
     assert left.stdout.split() == ["[]", "[]", "2.0"]
+    replayed = baton("replay", *map(str, (tmp_path / "journals").iterdir())).splitlines()
+    assert sorted(line.partition(".")[0] for line in replayed) == ["gateway", "router", "worker-0", "worker-1"]
+    assert all(line.endswith("actions equal") for line in replayed)
 
 
 def test_the_demo_shows_who_ran_what() -> None:
