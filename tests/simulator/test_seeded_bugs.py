@@ -1,0 +1,249 @@
+"""Promise: simulator and checker would find these bugs. Each is put into the real code, and has to be caught."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from msgspec import structs
+
+from engine.core.blocks import BlockPool
+from gateway.core.session import Session
+from gateway.core.stop_strings import StopStrings
+from kv_transfer.core.receiving import ReceiveSession
+from kv_transfer.core.sending import SendSession
+from kv_transfer.core.session import Outcome
+from messages.common import Generation
+from runtime.core.deliveries import Deliveries
+from runtime.core.fences import Fences
+from runtime.core.work import sequence
+from simulator.campaign import judged
+from simulator.faults import Kind, Misfortune
+from simulator.gateways import GatewayProcess
+from simulator.plan import Plan, draw
+from simulator.verdict import Invariant
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+RUNS = 120
+"""Within which each has to be caught; most take a few."""
+
+
+def ack_before_verifying(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("kv_transfer.core.receiving.mismatches", lambda expected, actual: np.empty(0, np.int32))
+
+
+def check_no_attempt_in_the_session(patch: pytest.MonkeyPatch) -> None:
+    chunk = Session._chunk
+
+    def any_attempt(session: Session, worker: Any, part: Any, now: float) -> list[Any]:
+        return chunk(session, worker, structs.replace(part, attempt=session.attempt), now)
+
+    patch.setattr(Session, "_chunk", any_attempt)
+
+
+def free_without_quarantine(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReceiveSession, "_writable", property(lambda session: False))
+
+
+def resume_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """A worker goes on behind the last token but one, and believes that it goes on behind the last."""
+    for half in ("decode_worker.core.machine", "prefill_worker.core.machine"):
+        patch.setattr(f"{half}.sequence", _forgetful)
+
+
+def _forgetful(request: Any, generation: Generation, **how: Any) -> Any:
+    if "blocks" not in how:
+        generation = structs.replace(generation, generated=generation.generated[:-4])
+    return sequence(request, generation, **how)
+
+
+def release_twice(patch: pytest.MonkeyPatch) -> None:
+    """A block that two sequences share is taken from both."""
+    free = BlockPool.free
+
+    def twice(pool: BlockPool, blocks: Any) -> None:
+        free(pool, blocks)
+        free(pool, blocks[pool._refs[blocks] > pool._pins[blocks]])
+
+    patch.setattr(BlockPool, "free", twice)
+
+
+def lose_a_wake_up(patch: pytest.MonkeyPatch) -> None:
+    """A session asks for no wake: what was lost is not asked for again."""
+    patch.setattr(Session, "_with_wake", lambda session, actions: actions)
+
+
+def forget_the_stop_string_at_resume(patch: pytest.MonkeyPatch) -> None:
+    begun = GatewayProcess._tell_begun
+
+    def anew(gateway: GatewayProcess, relay: Any, attempt: int) -> None:
+        if attempt > max(1, relay.begun):
+            relay.stops = StopStrings(relay.client.wish.stop, include=False)
+        begun(gateway, relay, attempt)  # type: ignore[arg-type]
+
+    patch.setattr(GatewayProcess, "_tell_begun", anew)
+
+
+def deliver_the_first_token_from_both(patch: pytest.MonkeyPatch) -> None:
+    """Decode sends the token that prefill has delivered as the next one."""
+    add = Deliveries.add
+
+    def again(deliveries: Deliveries, request: Any, token: int, logprobs: Any = None, *, deliver: bool = True) -> None:
+        if not deliver:
+            deliveries._streams[request].start += 1
+        add(deliveries, request, token, logprobs)
+
+    patch.setattr(Deliveries, "add", again)
+
+
+def ignore_that_a_worker_is_lost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Session, "_on_worker_lost", lambda session, event, now: [])
+
+
+def forget_the_attempt_at_the_workers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fences, "admits", lambda fences, request, attempt: True)
+
+
+def free_before_the_ack(patch: pytest.MonkeyPatch) -> None:
+    """Prefill lets go of the blocks when it has sent the end."""
+    end = SendSession._end_if_pushed
+
+    def and_free(session: SendSession, now: float) -> list[Any]:
+        actions = end(session, now)
+        return [*actions, *session._close(Outcome.DONE, "")] if actions else []
+
+    patch.setattr(SendSession, "_end_if_pushed", and_free)
+
+
+def forget_a_stream_before_its_end_is_acked(patch: pytest.MonkeyPatch) -> None:
+    flush = Deliveries.flush
+
+    def and_forget(deliveries: Deliveries, now: float) -> list[Any]:
+        sends = flush(deliveries, now)
+        for request in list(deliveries._ended):
+            deliveries.close(request)
+        return sends
+
+    patch.setattr(Deliveries, "flush", and_forget)
+
+
+def shift_logprobs_at_resume(patch: pytest.MonkeyPatch) -> None:
+    """A stream that does not begin with the first token tells the log-probabilities of the token before."""
+    add = Deliveries.add
+
+    def shifted(deliveries: Deliveries, request: Any, token: int, logprobs: Any = None, **how: Any) -> None:
+        stream = deliveries._streams[request]
+        before = stream.logprobs[-1] if stream.start and stream.logprobs else logprobs
+        add(deliveries, request, token, before, **how)
+
+    patch.setattr(Deliveries, "add", shifted)
+
+
+def believe_that_there_is_no_gap(patch: pytest.MonkeyPatch) -> None:
+    chunk = Session._chunk
+
+    def gapless(session: Session, worker: Any, part: Any, now: float) -> list[Any]:
+        if part.attempt == session.attempt and part.index > session.num_generated:
+            part = structs.replace(part, index=session.num_generated)
+        return chunk(session, worker, part, now)
+
+    patch.setattr(Session, "_chunk", gapless)
+
+
+def count_what_was_generated_as_prompt(patch: pytest.MonkeyPatch) -> None:
+    """A resumed sequence may make ``max_tokens`` tokens more."""
+    start = Session._start_message
+
+    def longer(session: Session, placed: Any) -> Any:
+        send = start(session, placed)
+        work = send.message.generation
+        work = structs.replace(work, prompt=work.prompt + work.generated, generated=b"")
+        return send._replace(message=structs.replace(send.message, generation=work))
+
+    patch.setattr(Session, "_start_message", longer)
+
+
+Scene = Callable[[Plan], list[Misfortune]]
+
+
+def asked_in_vain(plan: Plan) -> list[Misfortune]:
+    """Half of what gateways send is lost."""
+    others = ["router", *plan.topology.workers]
+    pairs = [(gateway, other) for gateway in plan.topology.gateway_names for other in others]
+    return [
+        Misfortune(number=number, kind=Kind.LOSE, source=source, target=target, seconds=2.0, chance=0.5)
+        for number, (source, target) in enumerate(pairs)
+    ]
+
+
+def late_at_the_workers(plan: Plan) -> list[Misfortune]:
+    """What gateways send to workers comes twice, and late; sequences are resumed, for steps fail."""
+    workers = [*plan.topology.workers]
+    pairs = [(source, to) for source in plan.topology.gateway_names for to in workers]
+    links = [(kind, *pair) for kind in (Kind.REPEAT, Kind.REORDER) for pair in pairs]
+    return [
+        *(
+            Misfortune(number=number, kind=kind, source=source, target=target, seconds=3.0, chance=0.5)
+            for number, (kind, source, target) in enumerate(links)
+        ),
+        *(
+            Misfortune(number=len(links) + number, kind=Kind.FAIL, target=worker, at=0.3, seconds=0.5, chance=0.3)
+            for number, worker in enumerate(workers)
+        ),
+    ]
+
+
+class Bug(NamedTuple):
+    caught_by: set[Invariant]
+    """One of these must be broken by the first run that breaks anything."""
+    needs: tuple[Kind, ...] = ()
+    """Runs without any of these are left out: they could not show it."""
+    scene: Scene | None = None
+    """What goes wrong, where that which a seed draws would seldom show it."""
+
+
+LOSSES = (Kind.LOSE, Kind.CUT, Kind.REORDER, Kind.REPEAT)
+BUGS: dict[Patch, Bug] = {
+    ack_before_verifying: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}, (Kind.FLIP, Kind.SWAP, Kind.STALE)),
+    check_no_attempt_in_the_session: Bug(
+        {Invariant.FENCED, Invariant.SAME_TOKENS, Invariant.RESUMED}, (Kind.FREEZE, Kind.CUT, Kind.DELAY)
+    ),
+    free_without_quarantine: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}),
+    resume_off_by_one: Bug({Invariant.SAME_TOKENS}, (Kind.KILL,)),
+    release_twice: Bug({Invariant.NO_CRASH}),
+    lose_a_wake_up: Bug({Invariant.RESUMED, Invariant.ONE_END}, scene=asked_in_vain),
+    forget_the_stop_string_at_resume: Bug({Invariant.SAME_TOKENS}, (Kind.KILL, Kind.STOP)),
+    deliver_the_first_token_from_both: Bug({Invariant.SAME_TOKENS}),
+    ignore_that_a_worker_is_lost: Bug({Invariant.RESUMED, Invariant.ONE_END}, (Kind.KILL,)),
+    forget_the_attempt_at_the_workers: Bug({Invariant.NO_CRASH, Invariant.ACCOUNTED}, scene=late_at_the_workers),
+    free_before_the_ack: Bug({Invariant.NO_CRASH, Invariant.RESUMED}, (Kind.FLIP, Kind.STALE, *LOSSES)),
+    forget_a_stream_before_its_end_is_acked: Bug({Invariant.RESUMED, Invariant.ONE_END}, LOSSES),
+    shift_logprobs_at_resume: Bug({Invariant.SAME_TOKENS}, LOSSES),
+    believe_that_there_is_no_gap: Bug({Invariant.SAME_TOKENS}, LOSSES),
+    count_what_was_generated_as_prompt: Bug({Invariant.SAME_TOKENS, Invariant.RESUMED}, (Kind.KILL, Kind.STOP)),
+}
+
+
+def plans(bug: Bug) -> Iterator[Plan]:
+    for seed in count():
+        plan = draw(seed, faults=True)
+        if bug.scene is not None:
+            yield replace(plan, misfortunes=tuple(bug.scene(plan)))
+        elif not bug.needs or any(each.kind in bug.needs for each in plan.misfortunes):
+            yield plan
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__.replace("_", " "))
+def test_a_seeded_bug_is_caught_by_the_invariant_that_it_breaks(bug: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first run that breaks anything: nothing else that goes wrong counts."""
+    wanted = BUGS[bug]
+    bug(monkeypatch)
+    for run, plan in enumerate(islice(plans(wanted), RUNS), 1):
+        broken = judged(plan).verdict.violations
+        if broken:
+            print(f"{bug.__name__}: run {run}, seed {plan.seed}: {broken[0]}")
+            assert {each.invariant for each in broken} & wanted.caught_by, broken
+            return
+    raise AssertionError(f"not caught in {RUNS} runs")
