@@ -111,6 +111,8 @@ class AttemptBegun(Record, frozen=True, gc=False):
 
     request: RequestId
     attempt: Attempt
+    moving: bool = False
+    """Its predecessor goes on until it is placed; any other attempt ends its predecessor at once."""
 
 
 class AttemptPlaced(Record, frozen=True, gc=False):

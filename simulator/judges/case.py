@@ -40,8 +40,10 @@ class Request:
     """Its gateway died with it."""
     attached_at: float | None = None
     """Since when its client waits for the first sign of another gateway."""
+    begun: int = 0
+    """The newest attempt that was asked for."""
     attempt: int = 0
-    """The newest that was begun."""
+    """The one whose tokens count."""
     superseded: dict[int, float] = field(default_factory=dict)
     """When each older attempt was."""
     placed: dict[int, AttemptPlaced] = field(default_factory=dict)

@@ -158,19 +158,27 @@ class Clients:
         request = self._case.requests.get(record.request)
         if request is None:
             return
-        if record.attempt <= request.attempt:
-            detail = f"attempt {record.attempt} begins after {request.attempt}"
+        if record.attempt <= request.begun:
+            detail = f"attempt {record.attempt} begins after {request.begun}"
             self._case.broken(Invariant.FENCED, request, detail)
             return
-        if request.attempt:
-            request.superseded[request.attempt] = record.at
-            self._case.verdict.resumes += 1
-        request.attempt, request.decode_streams = record.attempt, False
+        request.begun = record.attempt
+        if not record.moving:
+            self._supersede(request, record.attempt)
 
     def placed(self, record: AttemptPlaced) -> None:
         request = self._case.requests.get(record.request)
         if request is not None:
             request.placed[record.attempt] = record
+            if record.attempt > request.attempt:
+                self._supersede(request, record.attempt)
+
+    def _supersede(self, request: Request, attempt: int) -> None:
+        """From now on only tokens of ``attempt`` count."""
+        if request.attempt:
+            request.superseded[request.attempt] = self._case.now
+            self._case.verdict.resumes += 1
+        request.attempt, request.decode_streams = attempt, False
 
     def offered(self, record: Offered) -> None:
         request = self._case.requests.get(record.request)

@@ -178,6 +178,11 @@ BROKEN: dict[str, tuple[Invariant, Callable[[], list[Anything]]]] = {
                  Ended(10.6, R, FinishReason.LENGTH, 3, 6)],
     ),
     "a token of another epoch": (Invariant.FENCED, lambda: swapped(3, by=got(3, 10.4, D0_AGAIN))),
+    "a token of an attempt that has moved": (
+        Invariant.FENCED,
+        lambda: [*up_to(10.35), AttemptBegun(10.31, R, SECOND, True), AttemptPlaced(10.33, R, SECOND, D0, D1),
+                 *(got(index, 10.4) for index in range(3, 6)), Ended(10.6, R, FinishReason.LENGTH, 3, 6)],
+    ),
     "an attempt again": (Invariant.FENCED, lambda: [*clean(), AttemptBegun(10.4, R, Attempt(1))]),
     # Errors
     "an error for nothing": (
@@ -294,6 +299,10 @@ GOOD: dict[str, Callable[[], list[Anything]]] = {
         *(got(index, 13.95, D0, 2) for index in range(6)), Ended(14.0, R, FinishReason.LENGTH, 3, 6),
     ],
     "a worker is drained": lambda: resumed(Draining(10.25, D0), 12.0),
+    "a sequence moves, and goes on meanwhile": lambda: [
+        *up_to(10.35), AttemptBegun(10.25, R, SECOND, True), AttemptPlaced(10.33, R, SECOND, D0, D1),
+        *(got(index, 10.4, D1, 2) for index in range(3, 6)), Ended(10.6, R, FinishReason.LENGTH, 3, 6),
+    ],
     "a gateway dies with its clients": lambda: [*up_to(10.25), Killed(10.26, GATEWAY), Failed(10.3, R, 0, "")],
     "a client goes on at another gateway": lambda: [
         Started(0.0, GATEWAY_1, "gateway"), *up_to(10.25), Killed(10.26, GATEWAY), Attached(11.0, R, "gateway-1", 2),
