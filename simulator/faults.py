@@ -56,10 +56,18 @@ class Misfortune:
     message: str = ""
     """It begins when ``source`` (or anybody) sends ``target`` (or anybody) the ``nth`` message of this type."""
     nth: int = 1
+    after: float = 0.0
+    """Seconds from that message."""
+
+    @property
+    def _moment(self) -> str:
+        if not self.message:
+            return ""
+        return (f" {self.after:.3f} s after" if self.after else " with") + f" {self.message} number {self.nth}"
 
     def __str__(self) -> str:
         where = f"{self.source} -> {self.target}" if self.source else self.target
-        when = f"at {self.at:.3f}" + (f" with {self.message} number {self.nth}" if self.message else "")
+        when = f"at {self.at:.3f}" + self._moment
         parts = [f"[{self.number}] {self.kind} {where} {when}"]
         if self.seconds:
             parts.append(f"for {self.seconds:.3f} s")

@@ -210,10 +210,12 @@ class WorkerProcess(Process):
             worker.take(inbox.popleft())
         worker.turn()
         self.threads()
-        if worker.plan is None:
-            self.wake_at(worker.machine.wake_at, self.turn)
-        else:
+        if worker.plan is not None:
             self._next_layer()
+        elif worker.inbox:  # a rank has answered at once
+            self.soon()
+        else:
+            self.wake_at(worker.machine.wake_at, self.turn)
 
     def _next_layer(self) -> None:
         plan = self.worker.plan

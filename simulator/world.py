@@ -65,8 +65,8 @@ class Run:
 class World:
     """Is the ``Surface`` of its processes."""
 
-    def __init__(self, plan: Plan, *, story: bool = False) -> None:
-        """``story``: have the history tell of each message."""
+    def __init__(self, plan: Plan, *, story: bool = False, looks: float = NEVER) -> None:
+        """``story``: have the history tell of each message. ``looks``: seconds between two looks at who holds what."""
         self.plan = plan
         self.clock = Clock()
         self.history: History = []
@@ -87,6 +87,7 @@ class World:
         self._seen: dict[int, int] = {}
         self._waits: dict[str, int] = {}
         """Processes that will be started again, and how often."""
+        self._looks = looks
         self._router_at = self._address(ROUTER)
         self._start_router()
         for name in plan.topology.gateway_names:
@@ -215,7 +216,7 @@ class World:
             self._seen[each.number] = self._seen.get(each.number, 0) + 1
             if self._seen[each.number] == each.nth:
                 self._armed.remove(each)
-                self.clock.at(self.clock.now, partial(self._befall, each))
+                self.clock.at(self.clock.now + each.after, partial(self._befall, each))
 
     def _befall(self, what: Misfortune) -> None:
         self._trouble_until = max(self._trouble_until, self.clock.now + (what.seconds if what.seconds < NEVER else 0.0))
@@ -312,6 +313,8 @@ class World:
             self.clock.at(wish.at, partial(self._ask, wish))
         for what in self.plan.misfortunes:
             self.clock.at(what.at, partial(self._arm if what.message else self._befall, what))
+        if self._looks < NEVER:
+            self._look_around()
         times = [wish.at for wish in self.plan.wishes] + [what.at for what in self.plan.misfortunes]
         begin = max(times, default=0.0)
         self.clock.run(begin)
@@ -337,14 +340,23 @@ class World:
             self.clock.stand_still(LONGEST_LEASE)
             self.clock.run(self.clock.now + LETS_GO)
         self.tell(Idle(self.clock.now))
+        self._look()
         for process in self._there():
-            if isinstance(process, WorkerProcess | RouterProcess):
-                self.tell(process.look())
             if isinstance(process, RouterProcess):
                 process.router.check_integrity()
             elif isinstance(process, WorkerProcess) and process.worker.plan is None:
                 process.worker.machine.check_integrity()
                 process.worker.check()
+
+    def _look_around(self) -> None:
+        self._look()
+        self.clock.at(self.clock.now + self._looks, self._look_around)
+
+    def _look(self) -> None:
+        """For the history: who holds what."""
+        for process in self._there():
+            if isinstance(process, WorkerProcess | RouterProcess) and not process.frozen:
+                self.tell(process.look())
 
     def _there(self) -> Iterable[Process]:
         return [process for process in self.processes.values() if process.alive]
