@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from typing import NamedTuple
 
 from simulator.checker import check
+from simulator.faults import Kind
 from simulator.history import Asked
 from simulator.model import VOCABULARY, Truth
 from simulator.plan import Plan, draw
-from simulator.verdict import Answer, Bound, Bounds, Fault, Times, Verdict
+from simulator.verdict import Answer, Bounds, Fault, Times, Verdict
 from simulator.worker import MAX_MODEL_LEN
 from simulator.world import Run, World
 
@@ -19,11 +20,10 @@ SEEDS_AT_ONCE = 50
 """That one process runs before it says what came of them."""
 TRIES = 300
 """Runs that shrinking one may take."""
-BOUNDS = Bounds(
-    compute=1.0, detect_crash=Bound(6.0, 6.0), detect_hang=Bound(8.0, 8.0), silence=12.0, error=45.0,
-    resume=dict.fromkeys(Fault, Bound(12.0, 12.0)),
-)  # fmt: skip
-"""Its workers are slow, and wait for each other's prompts. The router takes 5 s to miss a worker, if nobody tells."""
+BOUNDS = Bounds(compute=1.0)
+"""Its workers are slow, and wait for each other's prompts."""
+PROMPT = 0.5
+"""Seconds: a supervisor that takes longer to tell of a death, or never does, leaves it to missed reports."""
 
 
 class Judged(NamedTuple):
@@ -55,7 +55,18 @@ class Tally:
 def judged(plan: Plan, *, story: bool = False) -> Judged:
     """Run a plan, and look at what happened."""
     run = World(plan, story=story).run()
-    return Judged(run, check(run.history, answer_to, BOUNDS))
+    return Judged(run, check(run.history, answer_to, bounds_of(plan)))
+
+
+def bounds_of(plan: Plan) -> Bounds:
+    """What the run of a plan is held to: where nobody tells of a death it is found as a hang is."""
+    kinds = {each.kind for each in plan.misfortunes}
+    late = any(each.notice is None or each.notice > PROMPT for each in plan.misfortunes if each.kind is Kind.KILL)
+    if Kind.KILL not in kinds or not (late or Kind.HEADLESS in kinds):
+        return BOUNDS
+    hang = BOUNDS.resume[Fault.HANG]
+    resume = {fault: max(bound, hang) for fault, bound in BOUNDS.resume.items()}
+    return replace(BOUNDS, detect_crash=BOUNDS.detect_hang, resume=resume)
 
 
 @lru_cache(1)

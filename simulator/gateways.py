@@ -29,7 +29,7 @@ from messages.gateway_to_router import ClusterStateWanted, PlacementWanted
 from messages.ids import Address, Attempt, Epoch, RequestId
 from messages.router_to_gateway import ClusterState, Placed
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import AttemptFailed
+from messages.worker_to_gateway import AttemptFailed, TokenBatch
 from runtime.core.actions import Send, WakeAt
 from simulator import history
 from simulator.history import AttemptBegun, AttemptGivenUp, AttemptPlaced, Got, Incarnation, Offered
@@ -122,6 +122,8 @@ class GatewayProcess(Process):
     ) -> None:  # fmt: skip
         super().__init__(world, name, epoch, address, origin)
         self.relays: dict[RequestId, Relay] = {}
+        self._callers: list[Client] = []
+        """Whose requests it has not looked at yet."""
         self._dispatch = Dispatch(address, router)
         self._router, self._timeouts = router, timeouts
         self._limits = Limits()
@@ -131,9 +133,11 @@ class GatewayProcess(Process):
 
     def ask(self, client: Client) -> None:
         """A client's request has come."""
+        self._callers.append(client)
         self._happen(partial(self._open, client))
 
     def _open(self, client: Client) -> None:
+        self._callers.remove(client)
         wish = client.wish
         if client.over:
             return  # it did not wait
@@ -166,6 +170,8 @@ class GatewayProcess(Process):
                 message, [relay.session for relay in self.relays.values()]
             )
         else:
+            if isinstance(message, TokenBatch):
+                self._tell_of_late(message)
             steps = self._dispatch.take(message, self.relays)
         for step in steps:
             match step:
@@ -175,6 +181,15 @@ class GatewayProcess(Process):
                         self._feed(relay, event)
                 case Late(Send(to, answer)) | Send(to, answer):
                     self.send(to, answer)
+
+    def _tell_of_late(self, batch: TokenBatch) -> None:
+        """For the history: tokens of sequences that are over."""
+        for chunk in batch.chunks:
+            if chunk.request not in self.relays:
+                source = Incarnation(batch.worker, Epoch(0))
+                count, last = count_tokens(chunk.tokens), chunk.finish is not None
+                now = self.world.clock.now
+                self.world.tell(Offered(now, chunk.request, chunk.attempt, source, chunk.index, count, last))
 
     def _ask_for_state(self) -> None:
         self.send(self._router, ClusterStateWanted(gateway=self.address))
@@ -280,8 +295,8 @@ class GatewayProcess(Process):
     def die(self, *, comes_back: bool = False) -> None:
         """Its clients' connections break."""
         super().die(comes_back=comes_back)
-        for relay in self.relays.values():
-            relay.client.hear(history.Failed(0.0, relay.session.request, 0, ""))
+        for client in (*(relay.client for relay in self.relays.values()), *self._callers):
+            client.hear(history.Failed(0.0, client.wish.request, 0, ""))
 
 
 _NONE: tuple[float, ...] = ()

@@ -150,7 +150,8 @@ def _misfortune(rng: Random, topology: Topology, number: int, at: float) -> Misf
     what = Misfortune(number=number, kind=kind, at=at, message=message, nth=rng.randint(1, 4))
     workers = [*topology.workers]
     if kind in PROCESSES:
-        return _on_process(rng, what, rng.choice(workers))
+        others = [ROUTER, *topology.gateway_names] if kind in (Kind.KILL, Kind.FREEZE) else []
+        return _on_process(rng, what, rng.choice([*workers, *workers, *others]))
     if kind in KV:
         source, target = rng.choice(topology.of(Role.PREFILL)), rng.choice(topology.of(Role.DECODE))
         chance = rng.choice((10.0, 100.0, 1000.0)) if kind is Kind.SLOW else rng.choice((0.1, 0.5, 1.0))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from engine.core.ownership import BlockState
 from kv_transfer.core.events import Pool
 from messages.common import KVEndpoint, WorkerAddress
+from messages.gateway_to_router import GatewayDied
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import WorkerLost
 from messages.router_to_worker import PeerLost
@@ -135,6 +136,10 @@ class RouterProcess(Process):
     def worker_died(self, worker: WorkerId, epoch: Epoch, detail: str) -> None:
         """The supervisor's word, which comes by a call."""
         self._happen(partial(self.hear, WorkerDied(worker=worker, epoch=epoch, detail=detail)))
+
+    def gateway_died(self, gateway: Address, detail: str) -> None:
+        """The same of a gateway."""
+        self._happen(partial(self.hear, GatewayDied(gateway=gateway, detail=detail)))
 
     def perform(self, actions: Iterable[Any]) -> None:
         for action in actions:

@@ -45,6 +45,8 @@ KEY = b"k" * 32
 WRITABLE = {BlockState.LANDING, BlockState.QUARANTINED}
 OWN = {BlockState.HELD, BlockState.PINNED}
 MAX_NUM_SEQS, MAX_MODEL_LEN = 4, 64
+WARM_STEP = 0.01
+"""Seconds that its last step took before it registered: a worker expects its very first one to take long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ class Worker:
         self.handoffs = Handoffs(self.address, own, self.blocks, timeouts)
         self.reservations = Reservations(mailbox, own, self.blocks, timeouts=timeouts)
         self.machine = WorkerMachine(settings, scheduler, self.blocks, self.handoffs, self.reservations)
+        self.machine._pace.took(1, WARM_STEP)
         self.during = DuringStep(self.machine.early, limit=8)
 
     # Its loop

@@ -41,6 +41,8 @@ from simulator.rank import Rank
 from simulator.worker import KEY, MAX_NUM_SEQS, WorkerShape
 from worker.core import machine as worker_machine
 
+CONNECT_AGAIN = 0.2
+"""Seconds after which a client tries again whose connection was refused."""
 LOOK_EVERY = 0.25
 """Seconds from one look at all that is held to the next, once no client waits."""
 PATIENCE = 40.0
@@ -176,11 +178,14 @@ class World:
     # Clients
 
     def _ask(self, wish: Wish) -> None:
+        gateway = self.processes[wish.gateway]
+        assert isinstance(gateway, GatewayProcess)
+        if not gateway.alive:
+            self.clock.at(self.clock.now + CONNECT_AGAIN, partial(self._ask, wish))
+            return
         client = Client(wish, self.tell, lambda: self.clock.now)
         self.clients.append(client)
         self.tell(Asked(self.clock.now, wish.request, wish.prompt, wish.params, wish.stop, wish.tenant, wish.gateway))
-        gateway = self.processes[wish.gateway]
-        assert isinstance(gateway, GatewayProcess)
         if wish.leaves_at is not None:
             self.clock.at(wish.leaves_at, partial(self._leave, client))
         if wish.leaves_after is not None:
@@ -255,17 +260,21 @@ class World:
 
     def _gone(self, what: Misfortune, process: Process) -> None:
         now, name = self.clock.now, process.name
-        if what.notice is not None and isinstance(process, WorkerProcess):
+        if what.notice is not None and process.name != ROUTER:
             self.clock.at(now + what.notice, partial(self._notice, process))
         if what.seconds < NEVER:
             self._waits[name] = self._waits.get(name, 0) + 1
             self.clock.at(now + what.seconds, partial(self._start_again, name))
 
-    def _notice(self, process: WorkerProcess) -> None:
-        """Ray's word, where its head is there."""
+    def _notice(self, process: Process) -> None:
+        """The supervisor's word, where it is there."""
         router = self.processes[ROUTER]
-        if self.clock.now >= self._headless_until and isinstance(router, RouterProcess):
+        if self.clock.now < self._headless_until or not isinstance(router, RouterProcess):
+            return
+        if isinstance(process, WorkerProcess):
             router.worker_died(WorkerId(process.name), process.epoch, "its process has ended")
+        else:
+            router.gateway_died(process.address, "its process has ended")
 
     def _thaw(self, process: Process) -> None:
         if process.alive:

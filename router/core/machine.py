@@ -547,15 +547,13 @@ class Router:
         view.dead_for_good = True
         return self._tell_peers(view.address, detail, dead=dead) if dead else []
 
-    def _lose(
-        self, view: WorkerView, detail: str, *, for_good: bool, dead: bool = False, since: float | None = None
-    ) -> list[Action]:
+    def _lose(self, view: WorkerView, detail: str, *, for_good: bool, dead: bool = False) -> list[Action]:
         """Take a worker out of the membership, and tell everyone who deals with it. It may still write unless it is
-        ``dead``, which only its supervisor knows. ``since``: when its capacity was gone; None: when last heard."""
+        ``dead``, which only its supervisor knows. Its capacity is gone since it was heard last."""
         self._members.leave(view)
         self._moved = True
         view.dead_for_good = for_good
-        self._line.note(ready=self.ready, since=since if since is not None else view.heard)
+        self._line.note(ready=self.ready, since=view.heard)
         lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail, dead=dead)
         gateways = dict.fromkeys([*self._ledger.lose(view, lost), *self._gateways])
         actions: list[Action] = [Send(gateway, lost) for gateway in gateways]
@@ -590,7 +588,7 @@ class Router:
                 awaited.until += late
         actions: list[Action] = []
         for view in self._members.silent(timeout, now):
-            actions += self._lose(view, f"no report for {now - view.heard:.1f} s", for_good=False, since=now)
+            actions += self._lose(view, f"no report for {now - view.heard:.1f} s", for_good=False)
         for gateway in self._gateways.silent(now):
             actions += self._lose_gateway(gateway, now)
         actions += self._tell_lost(now)

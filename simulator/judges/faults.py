@@ -57,6 +57,8 @@ class Faults:
         self._take(record)
         if known:
             self._due[record.process] = ("hang", record.at)
+        if self._case.health.kind(record.process.name) == "router":
+            self._due.clear()  # it finds nothing now, and what was silent meanwhile is owed no verdict
 
     def thawed(self, record: Thawed) -> None:
         self._take(record)

@@ -7,13 +7,13 @@ from typing import Any
 from messages.common import Role
 from messages.ids import RequestId
 from messages.sampling import SamplingParams
-from simulator.campaign import answer_to
+from simulator.campaign import answer_to, bounds_of
 from simulator.checker import check
 from simulator.faults import Kind, Misfortune
 from simulator.gateways import Wish
 from simulator.history import AttemptPlaced, Blocks, DeclaredLost, Ended, Failed, Got, History, Killed
 from simulator.plan import NEVER, Plan, Topology
-from simulator.verdict import Bounds, Verdict
+from simulator.verdict import Verdict
 from simulator.world import World
 
 LOOKS = 0.05
@@ -48,14 +48,14 @@ class Story:
 
     def __init__(
         self, wishes: Iterable[Wish], misfortunes: Iterable[Misfortune], of: Topology | None = None,
-        bounds: Bounds | None = None, seed: int = 1,
+        seed: int = 1,
     ) -> None:  # fmt: skip
         numbered = tuple(replace(each, number=number) for number, each in enumerate(misfortunes))
         plan = Plan(
             seed=seed, topology=of if of is not None else topology(), wishes=tuple(wishes), misfortunes=numbered
         )
         self.history: History = World(plan, story=True, looks=LOOKS).run().history
-        self.verdict: Verdict = check(self.history, answer_to, bounds or Bounds(compute=COMPUTE))
+        self.verdict: Verdict = check(self.history, answer_to, replace(bounds_of(plan), compute=COMPUTE))
 
     def all(self, kind: type[Any]) -> list[Any]:
         return [record for record in self.history if isinstance(record, kind)]
