@@ -30,6 +30,9 @@ class PlacementWanted(AttemptMessage, frozen=True):
     avoid: tuple[WorkerId, ...] = ()
     """Workers that failed earlier attempts; used only where no other is left."""
     computed: Computed | None = None
+    moving: bool = False
+    """The last attempt runs on until this one begins: it is placed only where there is room now, and answered by
+    ``Placed`` or not at all. See ``MoveWanted``."""
 
 
 class Prefilled(AttemptMessage, frozen=True):

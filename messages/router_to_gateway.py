@@ -16,7 +16,7 @@ from messages.common import (
     TransferCounts,
     WorkerAddress,
 )
-from messages.ids import Epoch, WorkerId
+from messages.ids import Epoch, RequestId, WorkerId
 
 
 class Placed(AttemptMessage, frozen=True):
@@ -46,6 +46,15 @@ class WorkerLost(Message, frozen=True):
     """Its process has died. Where False it was silent, and may come back, or has left in good order."""
 
 
+class MoveWanted(Message, frozen=True):
+    """``worker`` is draining, and another one has room. If it decodes this request, the next attempt shall be asked for
+    with ``moving``; this one runs on until that begins. Repeated until it has begun."""
+
+    request: RequestId
+    worker: WorkerId
+    epoch: Epoch
+
+
 class WorkerState(Part, frozen=True):
     """What the router knows of a worker."""
 
@@ -68,6 +77,12 @@ class WorkerState(Part, frozen=True):
     transfer_latency: Seconds = 0.0
     transfer_rate: Rate = 0.0
     decisions: DecisionCounts = DecisionCounts()
+    draining: bool = False
+    """Nothing is placed there; what is there ends, or moves elsewhere."""
+    drained: bool = False
+    """Nothing is left there."""
+    left: Count = 0
+    """See ``Report``."""
 
 
 class ClusterState(Message, frozen=True):

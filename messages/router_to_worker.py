@@ -1,6 +1,6 @@
 """What the router tells workers."""
 
-from messages.common import Detail, Message, WorkerAddress
+from messages.common import Detail, Message, Role, WorkerAddress
 from messages.ids import Address, Epoch, WorkerId
 from messages.seals import Sealed
 
@@ -10,6 +10,15 @@ class RegisterWanted(Message, frozen=True):
 
     worker: WorkerId
     epoch: Epoch
+
+
+class RoleWanted(Sealed, frozen=True):
+    """Register as this: nothing is placed on a worker that is ``draining``. Repeated until the worker has."""
+
+    worker: WorkerId
+    epoch: Epoch
+    role: Role
+    draining: bool
 
 
 class PeerLost(Sealed, frozen=True):

@@ -31,6 +31,8 @@ class Register(Sealed, frozen=True):
     role: Role
     max_num_seqs: Count
     max_model_len: Count
+    draining: bool = False
+    """The router, or the one before it, has said so: ``RoleWanted``."""
 
 
 class Report(Message, frozen=True):
@@ -61,6 +63,8 @@ class Report(Message, frozen=True):
     """Whose requests it has; said now and then."""
     busy_for: Seconds = 0.0
     """What the step is expected to take that runs now: no report comes before its end."""
+    left: Count = 0
+    """Attempts, hand-overs and unacked ends that are here: what a worker that is drained has none of."""
 
 
 class WorkerDied(Message, frozen=True):

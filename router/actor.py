@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from messages.common import Role
 from messages.gateway_to_router import GatewayDied
 from messages.ids import Address, Epoch, WorkerId
 from messages.worker_to_router import WorkerDied
+from router.core.drains import Drain, Flip, Refused, Undrain
 from router.core.machine import Router, RouterSettings
-from router.loop import RouterLoop
+from router.loop import Ask, RouterLoop
 from runtime.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,48 @@ class RouterActor:
         """When, name and epoch of workers taken for lost after ``since``: seconds of the host's monotonic clock."""
         assert self._loop is not None, "not started"
         return [(at, lost.worker, lost.epoch) for at, lost in list(self._loop.losses) if at > since]
+
+    def drain(self, worker: str, force: bool = False) -> None:
+        """Have nothing more placed on ``worker``; what is there ends or moves elsewhere. ``Refused`` for one that is
+        not there, and for the last of its role unless ``force``."""
+        self._ask(Drain(WorkerId(worker), force))
+
+    def undrain(self, worker: str) -> None:
+        """Have requests placed on ``worker`` again; ``Refused`` for one that is not there."""
+        self._ask(Undrain(WorkerId(worker)))
+
+    def flip(self, worker: str, role: str) -> None:
+        """Drain ``worker``, then have it do what ``role`` ("prefill", "decode") says; ``Refused`` where that would
+        leave nobody for what it does now, and in a colocated pool."""
+        self._ask(Flip(WorkerId(worker), Role(role)))
+
+    def standing(self, worker: str) -> dict[str, Any]:
+        """How far that is: ``role``, ``alive``, ``draining``, ``drained``, ``left``, ``assigned``, ``becoming`` and so
+        on; ``Refused`` for one that is not known."""
+        answers: queue.SimpleQueue[dict[str, Any] | Refused] = queue.SimpleQueue()
+
+        def look(router: Router) -> None:
+            try:
+                answers.put(router.standing(WorkerId(worker)))
+            except Refused as refused:
+                answers.put(refused)
+
+        self._post(look)
+        answer = answers.get(timeout=STOP_WITHIN)
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    def _ask(self, event: Drain | Undrain | Flip) -> None:
+        answers: queue.SimpleQueue[Refused | None] = queue.SimpleQueue()
+        self._post(Ask(event, answers.put))
+        refused = answers.get(timeout=STOP_WITHIN)
+        if refused is not None:
+            raise refused
+
+    def _post(self, event: object) -> None:
+        assert self._loop is not None, "not started"
+        self._loop.ask(event)
 
     def inspect(self) -> dict[str, int]:
         """Figures of the router between two events, after ``check_integrity``; for tests."""

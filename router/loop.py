@@ -5,12 +5,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from messages.codec import decoder_for
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import WorkerLost
+from router.core.drains import Refused
 from router.core.machine import Action, Messages, Router, RouterSettings, Tick
 from runtime.core.actions import Forget, Send, WakeAt
 from runtime.mailbox import MESSAGES_A_TURN, Mailbox
@@ -19,6 +20,13 @@ from runtime.recorder import Recorder
 log = logging.getLogger(__name__)
 
 LOSSES_KEPT = 256
+
+
+class Ask(NamedTuple):
+    """Have the router handle ``event``; ``answer`` is called with why it does not, or None when it has."""
+
+    event: Any
+    answer: Callable[[Refused | None], None]
 
 
 class RouterLoop:
@@ -56,7 +64,7 @@ class RouterLoop:
         self._mailbox.post(None)
 
     def ask(self, event: object) -> None:
-        """Hand in an event of this process: a message, or a function that is called with the router."""
+        """Hand in an event of this process: a message, an ``Ask``, or a function that is called with the router."""
         self._mailbox.post(event)
 
     def _turn(self) -> None:
@@ -65,7 +73,9 @@ class RouterLoop:
         events = self._mailbox.receive(timeout)
         now = time.monotonic()
         for event in events:
-            if callable(event):
+            if isinstance(event, Ask):
+                self._answer(event, now)
+            elif callable(event):
                 event(self._router)
             elif event is not None:
                 self._perform(self._handle(event, now))
@@ -73,6 +83,14 @@ class RouterLoop:
         if now >= self._wake and len(events) < MESSAGES_A_TURN:
             self._wake = float("inf")
             self._perform(self._handle(Tick(), now))
+
+    def _answer(self, asked: Ask, now: float) -> None:
+        try:
+            self._perform(self._handle(asked.event, now))
+        except Refused as refused:
+            asked.answer(refused)
+        else:
+            asked.answer(None)
 
     def _handle(self, event: Any, now: float) -> list[Action]:
         if self._recorder is None:

@@ -31,6 +31,7 @@ from messages.common import KVRank, KVShard, KVWay, WorkerAddress
 from messages.fingerprint import protocol
 from messages.ids import Address, Epoch, RequestId, WorkerId
 from runtime.clock import clock_name
+from runtime.core.membership import Membership
 from runtime.core.probe import ProbeEnded, ProbeWanted
 from runtime.core.rank_wire import RANK_COMMANDS, RANK_EVENTS
 from runtime.core.timeline import Timelines
@@ -64,6 +65,7 @@ class WorkerActor(ABC):
         self._own: RankPort | None = None
         self._port: KVPort | None = None
         self._address: WorkerAddress | None = None
+        self._membership: Membership | None = None
         self._mailbox: Mailbox | None = None
         self._member: Leader | Follower | None = None
         self._loop: WorkerLoop | FollowerLoop | None = None
@@ -133,6 +135,7 @@ class WorkerActor(ABC):
             kv=port.ranks,
         )
         machine = self._make_machine(address, runner)
+        self._membership = machine.membership
         timelines = Timelines(address.worker, clock_name(), machine.has)
         return WorkerLoop(machine, runner, mailbox, port, timelines, leader)
 
@@ -170,11 +173,13 @@ class WorkerActor(ABC):
 
     def facts(self) -> WorkerFacts:
         """What `baton doctor` compares between workers."""
-        assert self._address is not None and self._port is not None, "not started, or no rank 0"
+        assert self._address is not None and self._port is not None and self._membership is not None, (
+            "not started, or no rank 0"
+        )
         config = self._config
         return WorkerFacts(
             address=self._address,
-            role=config.role,
+            role=self._membership.role,
             node=os.uname().nodename,
             baton=_version("baton-serve"),
             torch=str(torch.__version__),  # a class of its own, for which who reads it would have to import PyTorch

@@ -20,6 +20,7 @@ from messages.gateway_to_router import GatewayDied
 from messages.record_file import read_records
 from messages.worker_to_router import WorkerDied
 from router.core import machine as router
+from router.core.drains import Drain, Flip, Undrain
 from router.core.machine import Router
 from runtime.core.journal import Called, Full, Made, Types, first_difference, make, pack_answer, read_entry
 from runtime.core.probe import ProbeStopped, ProbeWanted
@@ -40,7 +41,7 @@ CORES = {
         Types(*worker.Messages, *get_args(WorkerEvent), WritersGone, ProbeWanted, ProbeStopped, StepOutput, str),
     ),
     "session": Core(Session, Types(*get_args(session.Event))),
-    "router": Core(Router, Types(*router.Messages, WorkerDied, GatewayDied, router.Tick)),
+    "router": Core(Router, Types(*router.Messages, WorkerDied, GatewayDied, router.Tick, Drain, Undrain, Flip)),
 }
 
 

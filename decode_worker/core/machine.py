@@ -15,14 +15,16 @@ dropped.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from decode_worker.core.reservation import Action, KVLanded, Reservations, Step, TailTaken
 from engine.core.scheduler import Progress, StepPlan
 from engine.core.sequence import Sequence
 from kv_transfer.core.events import Landed, TransferKey
 from kv_transfer.core.lanes import CannotPair
 from kv_transfer.core.session import Digested, LandingOpened, WritersGone
-from messages.codec import count_tokens
-from messages.common import FailReason, TransferCounts
+from messages.codec import count_tokens, unpack_tokens
+from messages.common import FailReason, Generation, TransferCounts
 from messages.gateway_to_worker import Generate
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, OpenTransfer, TailYielded, TransferClosed, TransferProgress
@@ -129,6 +131,19 @@ class DecodeMachine:
         run = self._drop(request)
         self._deliveries.close(request)
         return [self._shared.failed(request, run.attempt, run.gateway, reason, detail)]
+
+    def release(self, request: RequestId, generation: Generation) -> Sequence | None:
+        """Stop running ``request`` and give its sequence away, blocks and all, for the prefill half to go on with: if
+        there is one, and ``generation`` begins as it does."""
+        run = self._runs.get(request)
+        tokens = np.concatenate([unpack_tokens(generation.prompt), unpack_tokens(generation.generated)])
+        if run is None or run.seq.salt != generation.cache_salt:
+            return None
+        if not np.array_equal(run.seq.token_ids[: len(tokens)], tokens):
+            return None
+        del self._runs[request]
+        self._scheduler.remove(request)
+        return run.seq
 
     def stop(self, request: RequestId, attempt: Attempt, detail: str, now: float) -> list[Action]:
         """End every attempt of ``request`` up to ``attempt``, without a word to the gateway."""

@@ -164,11 +164,11 @@ class Scheduler:
         """Tokens to compute before every sequence decodes."""
         return sum(seq.num_uncomputed_tokens for seq in self._sequences.values())
 
-    def add(self, seq: Sequence, *, fork_of: str | None = None) -> None:
+    def add(self, seq: Sequence, *, fork_of: str | None = None, arrival: int | None = None) -> None:
         """Queue a new sequence. One that can never fit raises ``CapacityError``.
 
         With ``fork_of``, a sequence here with the same prompt and no output yet: it begins with that one's KV, as soon
-        as that is computed.
+        as that is computed. ``arrival``: of one that was removed, whose place in line this one takes.
         """
         assert seq.seq_id not in self._sequences, f"{seq} is here already"
         longest = min(self._limits.max_model_len, seq.num_prompt_tokens + seq.params.max_tokens)
@@ -179,8 +179,8 @@ class Scheduler:
             )
         seq.move(SequenceStatus.WAITING)
         self._sequences[seq.seq_id] = seq
-        self._arrivals += 1
-        seq.arrival = self._arrivals
+        self._arrivals += arrival is None
+        seq.arrival = self._arrivals if arrival is None else arrival
         if seq.num_computed_tokens:  # it has landed
             self._settle(self._kv.computed(seq))
         parent = None if fork_of is None else self._sequences[fork_of]
@@ -347,6 +347,8 @@ class Scheduler:
     def _fits(self, candidate: _Growing, batch: list[_Growing]) -> bool:
         """Whether the blocks that ``candidate`` misses are there, and those that it and ``batch`` will need to grow."""
         free = self._pool.num_free
+        if not candidate.missing and not candidate.remaining:
+            return True  # it has all, and will never need more
         if candidate.missing > free or not batch:
             return candidate.missing <= free
         columns = np.array([*batch, candidate], np.int64).T

@@ -7,12 +7,12 @@ from gateway.core.session import Chunk, Event, RouterRestarted, Session, answer_
 from messages.common import WorkerAddress
 from messages.gateway_to_router import MAX_HELD, Finished, Holding
 from messages.ids import Address, Epoch, RequestId, WorkerId
-from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
+from messages.router_to_gateway import ClusterState, MoveWanted, Placed, Rejected, WorkerLost
 from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch, TokenChunk
 from runtime.core.actions import Send
 
-Message = TokenBatch | AttemptFailed | Placed | Rejected | WorkerLost
-Messages = (TokenBatch, AttemptFailed, Timeline, Placed, Rejected, WorkerLost, ClusterState)
+Message = TokenBatch | AttemptFailed | Placed | Rejected | MoveWanted | WorkerLost
+Messages = (TokenBatch, AttemptFailed, Timeline, Placed, Rejected, MoveWanted, WorkerLost, ClusterState)
 """What a gateway's mailbox takes."""
 
 
@@ -60,7 +60,7 @@ class Dispatch:
                     yield Heard(request, message)
                 else:  # the router must have missed the end
                     yield Send(self._router, Finished(request=request, attempt=attempt))
-            case Rejected(request) | AttemptFailed(request):
+            case Rejected(request) | AttemptFailed(request) | MoveWanted(request):
                 if request in sessions:
                     yield Heard(request, message)
             case WorkerLost():

@@ -11,8 +11,9 @@ When an attempt fails or a worker in use is lost, the old attempt is aborted and
 delivered so far, so the stream goes on without a gap or a repeat. Silence is not failure: workers that live may be
 busy, and the router tells when they are lost. A silent stream is asked for; only after a long while without any
 progress is the attempt given up. After ``max_attempts`` there is one typed error; an attempt that ended with a worker
-which was only silent, or stopped in good order, counts less. Whatever happens, there is exactly one ``Ended`` or
-``Failed``.
+which was only silent, or stopped in good order, counts less. A worker that is draining has done nothing wrong: while it
+goes on, the next attempt is asked for (``MoveWanted``), which takes its KV along. Whatever happens, there is exactly
+one ``Ended`` or ``Failed``.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from messages.common import FailReason, Generation, Logprobs, WorkerAddress
 from messages.gateway_to_router import Computed, Finished, Held, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, RequestId, WorkerId
-from messages.router_to_gateway import Placed, Rejected, WorkerLost
+from messages.router_to_gateway import MoveWanted, Placed, Rejected, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
 from messages.worker_to_gateway import AttemptFailed, TokenChunk
 from runtime.core.actions import Send, WakeAt
@@ -54,7 +55,7 @@ _ENDS = frozenset({Status.FINISHED, Status.FAILED, Status.CANCELLED})
 _MOVES: dict[Status, frozenset[Status]] = {
     Status.PLACING: _ENDS | {Status.STARTING},
     Status.STARTING: _ENDS | {Status.STREAMING, Status.PLACING},
-    Status.STREAMING: _ENDS | {Status.PLACING},
+    Status.STREAMING: _ENDS | {Status.PLACING, Status.STARTING},
     Status.FINISHED: frozenset(),
     Status.FAILED: frozenset(),
     Status.CANCELLED: frozenset(),
@@ -94,6 +95,7 @@ Event = (
     | Chunk
     | AttemptFailed
     | WorkerLost
+    | MoveWanted
     | Tick
     | StopMatched
     | ClientGone
@@ -181,6 +183,7 @@ class Session:
         """The transcript: packed ids of every token delivered."""
         self.status = Status.PLACING
         self.attempt = Attempt(0)
+        self._asked = Attempt(0)  # the last attempt asked for: this one, or the one that this one shall move to
         self.placed: Placed | None = None
         """Of this attempt, or of the last one when the session is over."""
         self.kv_bytes = 0
@@ -273,6 +276,8 @@ class Session:
                 return self._on_attempt_failed(event, now)
             case WorkerLost():
                 return self._on_worker_lost(event, now)
+            case MoveWanted():
+                return self._on_move_wanted(event)
             case Tick():
                 return self._on_tick(now)
             case StopMatched():
@@ -281,7 +286,7 @@ class Session:
                 return [*self._abort(), *self._end(Status.CANCELLED, FinishReason.ABORT)]
             case RouterRestarted() if self.status is Status.PLACING:
                 self._ask_from(now, self._timeouts.ask_again)
-                return [self._placement_wanted()]
+                return [self._placement_wanted(self._computed)]
             case ShutDown():
                 return self._fail(Unavailable("the server is shutting down", retry_after=1.0))
         return []
@@ -289,39 +294,57 @@ class Session:
     # Attempts
 
     def _place(self, now: float) -> list[Action]:
-        self.attempt = Attempt(self.attempt + 1)
-        self.placed = None
-        self._decode_streams = False
-        self._attempt_kv_bytes = 0
-        self._gap_at = None
+        self.attempt = self._asked = Attempt(self._asked + 1)
+        self._change_workers(None)
         self._give_up_at = now + self._timeouts.placement
         self._ask_from(now, self._timeouts.ask_again)
-        return [self._placement_wanted()]
+        return [self._placement_wanted(self._computed)]
 
-    def _placement_wanted(self) -> Send:
+    def _placement_wanted(self, computed: Computed | None, *, moving: bool = False) -> Send:
         wanted = PlacementWanted(
             request=self.request,
-            attempt=self.attempt,
+            attempt=self._asked,
             gateway=self._gateway,
             tenant=self._tenant,
             num_tokens=count_tokens(self.prompt) + self.num_generated,
             max_new_tokens=max(0, self.sampling.max_tokens - self.num_generated),
             avoid=tuple(self._avoid),
-            computed=self._computed,
+            computed=computed,
+            moving=moving,
         )
         return Send(self._router, wanted)
 
+    def _on_move_wanted(self, event: MoveWanted) -> list[Action]:
+        """The worker that sends the tokens shall be spared: ask for the next attempt, and take what comes meanwhile."""
+        placed = self.placed
+        if placed is None or (placed.decode.worker, placed.decode.epoch) != (event.worker, event.epoch):
+            return []
+        if not self._decode_streams:
+            return []  # its KV is on the way there; this is said again
+        if self._asked == self.attempt:
+            self._asked = Attempt(self.attempt + 1)  # it is nobody's fault, and costs nothing
+        num_tokens = count_tokens(self.prompt) + self.num_generated
+        return [self._placement_wanted(Computed(event.worker, event.epoch, num_tokens), moving=True)]
+
     def _on_placed(self, placed: Placed, now: float) -> list[Action]:
-        if placed.attempt != self.attempt or self.status is not Status.PLACING:
+        moves = self.status is Status.STREAMING and self._asked != self.attempt
+        if placed.attempt != self._asked or not (moves or self.status is Status.PLACING):
             return []
         self._move(Status.STARTING)
-        self.placed = placed
+        self.attempt = self._asked
+        self._change_workers(placed)
         self._placed_tokens = count_tokens(self.prompt) + self.num_generated
         for worker in self._workers():
             self._mailboxes[worker.worker] = worker.mailbox
         self._give_up_at = now + self._timeouts.first_token
         self._ask_from(now, self._timeouts.ask_again)
         return [self._start_message(placed)]
+
+    def _change_workers(self, placed: Placed | None) -> None:
+        self.placed = placed
+        self._decode_streams = False
+        self._attempt_kv_bytes = 0
+        self._gap_at = None
 
     def _start_message(self, placed: Placed) -> Send:
         sampling = self.sampling
@@ -403,7 +426,7 @@ class Session:
 
     def _ask_again(self) -> Send:
         if self.placed is None:
-            return self._placement_wanted()
+            return self._placement_wanted(self._computed)
         return self._start_message(self.placed) if self.status is Status.STARTING else self._tokens_wanted(self.placed)
 
     # Tokens
@@ -497,7 +520,7 @@ class Session:
 
     def _end(self, status: Status, outcome: FinishReason | GatewayError) -> list[Action]:
         self._move(status)
-        finished = Send(self._router, Finished(request=self.request, attempt=self.attempt))
+        finished = Send(self._router, Finished(request=self.request, attempt=self._asked))
         return [finished, Failed(outcome) if isinstance(outcome, GatewayError) else Ended(outcome)]
 
     def _workers(self) -> list[WorkerAddress]:

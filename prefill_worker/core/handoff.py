@@ -112,6 +112,11 @@ class Handoffs:
         return any(handoff.session.state is SendState.OPENING for handoff in self._open.values())
 
     @property
+    def num_left(self) -> int:
+        """What a peer still has to ack."""
+        return len(self._open) + len(self._yields)
+
+    @property
     def num_yielded(self) -> int:
         """Prompts that were left to their decode workers, since the start."""
         return self._stats.aborts[AbortReason.YIELDED]

@@ -12,10 +12,12 @@ Decode may offer to compute the prompt itself (``TailOffered``). As long as noth
 is left to it: 3 to 5 fall away.
 
 A newer attempt of a request, or ``Abort``, ends an older one wherever it stands; an older one that comes late is
-dropped.
+dropped. Where the older one has been decoded here, the newer one moves it: it goes on with its blocks, and computes no
+more than the last token again.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.core.scheduler import Progress, StepPlan
@@ -24,7 +26,7 @@ from kv_transfer.core.events import Cancelled, Pushed, PushFailed, TransferKey
 from kv_transfer.core.session import Digested, Outcome
 from kv_transfer.core.trace import TransferTrace
 from messages.codec import count_tokens
-from messages.common import AbortReason, FailReason, TransferCounts
+from messages.common import AbortReason, FailReason, Generation, TransferCounts
 from messages.decode_to_prefill import (
     BlocksWanted,
     CancelTransfer,
@@ -54,6 +56,8 @@ TransferEvent = (
     | Pushed | PushFailed | Cancelled | Digested
 )  # fmt: skip
 TRACES = 256
+TakeOver = Callable[[RequestId, Generation], Sequence | None]
+"""Stop decoding a request here, and get its sequence; None where that is of no use."""
 Event = Prefill | TransferEvent | TailOffered | ProbeWanted | ProbeStopped
 
 
@@ -85,13 +89,14 @@ class PrefillMachine:
     sequence leaves the plan."""
     takes = (*Messages, Pushed, PushFailed, Cancelled, ProbeWanted, ProbeStopped)
 
-    def __init__(self, shared: Shared, handoffs: Handoffs) -> None:
+    def __init__(self, shared: Shared, handoffs: Handoffs, take_over: TakeOver) -> None:
         self._shared = shared
         self._settings = shared.settings
         self._scheduler = shared.scheduler
         self._pool = shared.pool
         self._deliveries = shared.deliveries
         self._handoffs = handoffs
+        self._take_over = take_over
         self._legs: dict[RequestId, _Leg] = {}
         self._probes: set[RequestId] = set()
         """Under way."""
@@ -112,6 +117,11 @@ class PrefillMachine:
     def blocks_held(self) -> int:
         owned = [len(leg.seq.block_table) for leg in self._legs.values() if not leg.opened]
         return sum(owned) + self._handoffs.blocks_held
+
+    @property
+    def num_left(self) -> int:
+        """Legs, hand-overs and prompts left to decode that are not over."""
+        return sum(not leg.opened for leg in self._legs.values()) + self._handoffs.num_left
 
     def sends(self, key: TransferKey) -> bool:
         """Whether a hand-over from here is under way."""
@@ -253,18 +263,37 @@ class PrefillMachine:
         self._shared.peers.add(order.decode.mailbox)
         if not self._shared.fences.admits(order.request, order.attempt):
             return []  # asked again, or late
-        actions = self._shared.stop(order.request, order.attempt, "a newer attempt has come", now)
+        detail = "a newer attempt has come"
         reason = self._shared.misfit(order.generation)
         if reason:
+            actions = self._shared.stop(order.request, order.attempt, detail, now)
             return [*actions, self._failed(order, FailReason.CAPACITY, reason)]
         reason = self._handoffs.misfit(order.decode)
         if reason:
+            actions = self._shared.stop(order.request, order.attempt, detail, now)
             return [*actions, self._failed(order, FailReason.REFUSED, reason)]
         self._shared.fences.raise_to(order.request, order.attempt)
-        leg = _Leg(order, sequence(order.request, order.generation, hand_over=True))
+        running = self._take_over(order.request, order.generation)
+        actions = self._shared.stop(order.request, order.attempt, detail, now)
+        leg = _Leg(order, self._sequence(order, running))
         self._legs[order.request] = leg
-        self._scheduler.add(leg.seq)
+        self._scheduler.add(leg.seq, arrival=None if running is None else running.arrival)
         return actions
+
+    def _sequence(self, order: Prefill, running: Sequence | None) -> Sequence:
+        """Of a leg. ``running``: has been decoded here so far; the leg goes on with its blocks, and in its place."""
+        if running is None:
+            return sequence(order.request, order.generation, hand_over=True)
+        num_tokens, blocks = order.generation.num_tokens, running.take_blocks()
+        needed = -(-num_tokens // self._pool.block_size)
+        self._pool.free(blocks[needed:])
+        computed = min(running.num_computed_tokens, num_tokens - 1)
+        seq = sequence(
+            order.request, order.generation, blocks=blocks[:needed], num_computed_tokens=computed, hand_over=True
+        )
+        seq.num_cached_tokens = computed
+        seq.shared_tail = True  # the last token is computed again, and may stand in a block that others read
+        return seq
 
     def _probe(self, wanted: ProbeWanted, now: float) -> list[Action]:
         """Hand over blocks that nobody owns, if no prompt waits for them."""

@@ -26,6 +26,9 @@ class Yields:
         self._patience = patience
         self._open: dict[TransferKey, _Yield] = {}
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def tell(self, to: WorkerAddress, message: TailYielded, now: float) -> Send:
         key = TransferKey(message.request, message.attempt)
         self._open[key] = _Yield(to, message, now + self._resend, now + self._patience)

@@ -32,6 +32,12 @@ class Entry:
     """Of a prompt that ``decode`` computes itself."""
     lost: WorkerLost | None = None
     """Set when one of the workers left before its part was over."""
+    begun: bool = False
+    """Its first token is there."""
+
+    def to_begin(self, worker: WorkerView) -> bool:
+        """Whether the first token is still to come, from ``worker``, which hands over."""
+        return self.prefill is worker and not self.begun
 
 
 class Ledger:
@@ -82,6 +88,7 @@ class Ledger:
         entry = self._entries.get(request)
         if entry is None or entry.attempt != attempt:
             return
+        entry.begun = True
         if entry.prefill is not None:
             entry.prefill.tokens -= entry.prefill_tokens
             entry.prefill_tokens = 0
@@ -118,6 +125,15 @@ class Ledger:
         """Its requests."""
         return [request for request, entry in self._entries.items() if entry.gateway == gateway]
 
+    def release(self, worker: WorkerView) -> None:
+        """``worker`` says that nothing is left there."""
+        for request in list(worker.requests):
+            entry = self._entries[request]
+            if entry.decode is worker:
+                self.close(request)
+            else:
+                self._leave_prefill(request, entry)
+
     def forget_before(self, time: float) -> int:
         """Close entries older than ``time``: their gateway must have died. Returns how many."""
         old = []
@@ -143,17 +159,19 @@ class Ledger:
         return len(old)
 
     def forget_absent(self, worker: WorkerView, present: int, before: float) -> int:
-        """``worker`` says that it has ``present`` requests: of those placed on it before ``before``, close the oldest
-        in excess of that. Returns how many.
+        """``worker`` says that it has ``present`` requests: of those that it was to decode, placed before ``before``,
+        close the oldest in excess of that. Returns how many.
 
         By then every one must have reached it, so as many are over as are in excess. Which ones is a guess; a wrong one
         costs no more than a place too many on the worker.
         """
         old = []
         for request in worker.requests:
-            if self._entries[request].since >= before:
+            entry = self._entries[request]
+            if entry.since >= before:
                 break
-            old.append(request)
+            if entry.decode is worker:
+                old.append(request)
         excess = old[: max(0, len(old) - present)]
         for request in excess:
             self.close(request)

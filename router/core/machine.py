@@ -8,9 +8,11 @@
 3. None live, or all full: it waits in line, first come first served, until there is one or its time is up
    (``Rejected``). A further attempt goes to the front, however long the line is: its client may be reading already.
 4. ``Prefilled`` takes it off the prefill worker's load, ``Finished`` off the ledger.
-5. If one of its workers leaves the membership, every gateway hears ``WorkerLost``, and its own asks for the next
+5. A worker that is draining gets nothing more, and what runs there moves elsewhere (``drains.py``). When nothing is
+   left it may take another role.
+6. If one of its workers leaves the membership, every gateway hears ``WorkerLost``, and its own asks for the next
    attempt. If its gateway falls silent, the workers hear ``GatewayLost``.
-6. A router that was restarted knows nothing. Workers register again, gateways say what they hold (``Holding``), and
+7. A router that was restarted knows nothing. Workers register again, gateways say what they hold (``Holding``), and
    until they had time to, it places what the workers themselves say that they have room for.
 """
 
@@ -30,14 +32,15 @@ from messages.gateway_to_router import (
     PlacementWanted,
     Prefilled,
 )
-from messages.ids import Address, Attempt, Epoch, RequestId
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
-from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted
+from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted, RoleWanted
 from messages.seals import Sealed, genuine, seal
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
 from router.core.admission import expected_tokens, has_room
+from router.core.drains import Drain, Flip, Refused, Undrain, moves
 from router.core.gateways import Gateways
-from router.core.ledger import Ledger
+from router.core.ledger import Entry, Ledger
 from router.core.line import Line
 from router.core.membership import Members
 from router.core.policies.least_load import LeastLoad, outstanding_sequences, outstanding_tokens
@@ -122,7 +125,10 @@ class RouterSettings:
 
 class Router:
     """``handle(event, now)`` with what ``Messages`` names, a ``WorkerDied``, a ``GatewayDied`` or a ``Tick``; ``now``
-    never goes back."""
+    never goes back.
+
+    ``Drain``, ``Undrain`` and ``Flip`` too, which raise ``Refused`` where that cannot be.
+    """
 
     def __init__(self, settings: RouterSettings, epoch: Epoch = NO_EPOCH) -> None:
         """``epoch``: random, of this process."""
@@ -159,6 +165,9 @@ class Router:
             WorkerDied: self._died,
             GatewayDied: self._gateway_died,
             Leaving: self._leaving,
+            Drain: self._drain,
+            Undrain: self._undrain,
+            Flip: self._flip,
             Tick: self._tick,
         }
 
@@ -182,6 +191,14 @@ class Router:
         workers = len(list(self._members.live()))
         counts = {"workers": workers, "placed": len(self._ledger), "waiting": len(self._line), "forged": self.forged}
         return counts | structs.asdict(self.decisions.counts())
+
+    def standing(self, worker: WorkerId) -> dict[str, Any]:
+        """What is known of ``worker``: the fields of ``WorkerState``, and what it is ``becoming``; ``Refused`` where
+        nothing is."""
+        view = self._members.get(worker)
+        if view is None:
+            raise Refused(f"no worker {worker!r} has ever registered")
+        return structs.asdict(view.state()) | {"becoming": view.becoming}
 
     def check_integrity(self) -> None:
         """Ledger, membership and queue are each sound and agree; ``AssertionError`` says where not."""
@@ -221,6 +238,8 @@ class Router:
             return []
         if not self._finished.admits(wanted.request, wanted.attempt):
             return []
+        if wanted.moving:
+            return self._move_on(wanted, entry, now)
         waiting = self._line.get(wanted.request)
         if waiting is not None:
             if wanted.attempt >= waiting.attempt and wanted != waiting:
@@ -261,6 +280,20 @@ class Router:
         prefill, decode, expected, reason = found
         if reason is not None:
             self.decisions.add(reason)
+        return self._assign(wanted, prefill, decode, expected, now)
+
+    def _move_on(self, wanted: PlacementWanted, entry: Entry | None, now: float) -> list[Action]:
+        """From a worker that is draining to another one, with its KV. Where none has room it stays for now."""
+        origin = None if entry is None else entry.decode
+        if origin is None or not origin.draining:
+            return []
+        expected = expected_tokens(wanted, self._settings.block_size)
+        target = self._choose(origin.role, wanted, expected)
+        return [] if target is None else self._assign(wanted, origin, target, expected, now)
+
+    def _assign(
+        self, wanted: PlacementWanted, prefill: WorkerView | None, decode: WorkerView, expected: int, now: float
+    ) -> list[Action]:
         placed = self._placed(wanted.request, wanted.attempt, prefill, decode)
         self._ledger.place(wanted, placed, prefill, decode, expected, now)
         return [Send(wanted.gateway, placed)]
@@ -288,7 +321,7 @@ class Router:
         ``best``."""
         computed = wanted.computed
         view = None if computed is None else self._members.get(computed.worker, computed.epoch)
-        if computed is None or view is None or not view.alive or view.role is not Role.PREFILL:
+        if computed is None or view is None or view not in self._members.policies[Role.PREFILL]:
             return None
         fits = view.max_model_len >= wanted.num_tokens + wanted.max_new_tokens
         return view if fits and view.worker not in wanted.avoid and stays(view, best, computed) else None
@@ -499,13 +532,22 @@ class Router:
             if known.alive:
                 known.heard = now
                 self._members.heard(known)
-                return []
+                return self._registered_again(known, event)
         elif known is not None and known.alive:
             actions += self._lose(known, "another process has taken its name", for_good=True)
         self._members.join(WorkerView.registered(event, now, self._settings.block_size))
         self._moved = True
         self._line.note(ready=self.ready, since=now)
         return [*actions, *self._take_over_all(now)]
+
+    def _registered_again(self, view: WorkerView, event: Register) -> list[Action]:
+        if event.role is view.becoming and view.drained:
+            self._ledger.release(view)
+            self._members.change_role(view, event.role)
+            self._moved = True
+        if (event.role, event.draining) == (view.role, view.draining):
+            return []
+        return [self._role_wanted(view)]  # this was lost, or was on its way
 
     def _report(self, event: Report, now: float) -> list[Action]:
         self._moved = self._moved or self._settling
@@ -519,6 +561,8 @@ class Router:
         if view.take(event, now):
             self._members.heard(view)
             self._believe(view, event, now)
+            if view.draining:
+                return self._drain_on(view, event, now)
         return []
 
     def _believe(self, view: WorkerView, report: Report, now: float) -> None:
@@ -565,6 +609,71 @@ class Router:
     def _tell_workers(self, message: Sealed) -> list[Action]:
         sealed = seal(self._settings.cluster_key, message)
         return [Send(worker.address.mailbox, sealed) for worker in self._members.live()]
+
+    # Draining
+
+    def _drain(self, event: Drain, _now: float) -> list[Action]:
+        view = self._live(event.worker)
+        view.becoming = None
+        if not view.draining:
+            if not event.force:
+                self._check_spare(view)
+            self._members.drain(view)
+        return [self._role_wanted(view)]
+
+    def _undrain(self, event: Undrain, _now: float) -> list[Action]:
+        view = self._live(event.worker)
+        if view.draining:
+            self._members.undrain(view)
+            self._moved = True
+        return [self._role_wanted(view)]
+
+    def _flip(self, event: Flip, now: float) -> list[Action]:
+        view = self._live(event.worker)
+        if Role.COLOCATED in (view.role, event.role):
+            raise Refused(f"{view.worker} is a {view.role} worker, and cannot become a {event.role} one: prefill and "
+                          "decode workers can take each other's role")  # fmt: skip
+        if view.role is event.role:
+            return self._undrain(Undrain(view.worker), now)
+        self._check_spare(view)
+        if not view.draining:
+            self._members.drain(view)
+        view.becoming = event.role
+        return [self._role_wanted(view)]
+
+    def _live(self, worker: WorkerId) -> WorkerView:
+        view = self._members.get(worker)
+        if view is None or not view.alive:
+            live = ", ".join(sorted(view.worker for view in self._members.live())) or "none"
+            raise Refused(f"there is no live worker {worker!r}; live are {live}")
+        return view
+
+    def _check_spare(self, view: WorkerView) -> None:
+        if self._members.is_last(view):
+            raise Refused(f"{view.worker} is the last {view.role} worker: without it nothing could be served")
+
+    def _role_wanted(self, view: WorkerView) -> Send:
+        role = view.becoming if view.becoming is not None and view.drained else view.role
+        wanted = RoleWanted(
+            worker=view.worker, epoch=view.epoch, role=role, draining=view.draining and role is view.role
+        )
+        return Send(view.address.mailbox, seal(self._settings.cluster_key, wanted))
+
+    def _drain_on(self, view: WorkerView, report: Report, now: float) -> list[Action]:
+        """A draining worker has reported."""
+        if view.drained and view.becoming is not None:
+            if self._members.is_last(view):  # the others have been lost since
+                self._members.undrain(view)
+                self._moved = True
+            return [self._role_wanted(view)]
+        if view.role is Role.PREFILL:
+            return []
+
+        def somewhere(tokens: int) -> bool:
+            policy = self._members.policies[view.role]
+            return policy.choose(lambda _: True, lambda other: has_room(other, tokens)) is not None
+
+        return [*moves(view, report, self._ledger, somewhere, now)]
 
     # Time
 

@@ -49,7 +49,29 @@ class Members:
             self._former.setdefault(view.worker, deque(maxlen=FORMER)).append(known.address)
         self._views[view.worker] = view
         self._by_silence[view.worker] = view
+        if not view.draining:
+            self.policies[view.role].add(view)
+        self._note_longest()
+
+    def drain(self, view: WorkerView) -> None:
+        """Have nothing placed on ``view``."""
+        view.draining, view.idle_reports = True, 0
+        self.policies[view.role].remove(view)
+
+    def undrain(self, view: WorkerView) -> None:
+        """Have requests placed on ``view`` again."""
+        view.draining, view.becoming = False, None
+        view.moving.clear()
         self.policies[view.role].add(view)
+
+    def change_role(self, view: WorkerView, role: Role) -> None:
+        """``view`` does something else from now on; nothing of what it did is left."""
+        self.policies[view.role].remove(view)
+        view.role = role
+        self.undrain(view)
+        self._note_longest()
+
+    def _note_longest(self) -> None:
         self._longest = {
             role: max((v.max_model_len for v in self._views.values() if v.role is role), default=0) for role in Role
         }
@@ -83,6 +105,11 @@ class Members:
     def has_live(self, role: Role) -> bool:
         return len(self.policies[role]) > 0
 
+    def is_last(self, view: WorkerView) -> bool:
+        """Whether no other worker of its role can be chosen."""
+        policy = self.policies[view.role]
+        return len(policy) == (view in policy)
+
     def knows(self, role: Role) -> bool:
         """Whether a worker of this role ever registered."""
         return role in self._longest and self._longest[role] > 0
@@ -94,8 +121,10 @@ class Members:
     def check_integrity(self) -> None:
         for view in self._views.values():
             assert view.alive == (view.worker in self._by_silence), f"{view.worker}: alive is {view.alive}"
-            assert view.alive == (view in self.policies[view.role]), f"{view.worker} and its policy disagree"
+            placeable = view.alive and not view.draining
+            assert placeable == (view in self.policies[view.role]), f"{view.worker} and its policy disagree"
             assert not (view.alive and view.dead_for_good), f"{view.worker} lives after its death"
         heard = [view.heard for view in self._by_silence.values()]
         assert heard == sorted(heard), "members are not in the order of their silence"
-        assert sum(map(len, self.policies.values())) == len(self._by_silence), "a policy holds a lost worker"
+        chosen_from = sum(not view.draining for view in self._by_silence.values())
+        assert sum(map(len, self.policies.values())) == chosen_from, "a policy holds a lost worker"

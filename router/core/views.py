@@ -11,6 +11,10 @@ from runtime.core.recent import Cost
 
 LONGEST_STEP = 10.0
 """Seconds that an announced step is believed to take."""
+IDLE = 2
+"""Reports: the last but one was on its way before."""
+LONG_IDLE = 100
+"""Reports, which come every 100 ms."""
 NO_BLOCKS = BlockCounts(free=0, held=0, cached=0, total=0)
 
 
@@ -43,6 +47,13 @@ class WorkerView:
     ``admission.expected_tokens`` where they are decoded."""
     prompt_tokens: int = 0
     """Of those, tokens of prompts that a worker which decodes computes itself, until their first token."""
+    draining: bool = False
+    becoming: Role | None = None
+    """What it is drained to become."""
+    moving: dict[RequestId, float] = field(default_factory=dict)
+    """Requests that were asked to go on elsewhere, and when."""
+    idle_reports: int = 0
+    """How many of the last reports said that nothing is left there."""
 
     @classmethod
     def registered(cls, message: Register, now: float, block_size: int = 16) -> "WorkerView":
@@ -52,6 +63,7 @@ class WorkerView:
             role=message.role,
             max_num_seqs=message.max_num_seqs,
             max_model_len=message.max_model_len,
+            draining=message.draining,
             heard=now,
             block_size=block_size,
             num_blocks=min((endpoint.num_blocks for endpoint in kv), default=0),
@@ -87,12 +99,20 @@ class WorkerView:
         announced = min(self.report.busy_for, LONGEST_STEP) if self.report else 0.0
         return self.heard + max(timeout, 0.4 * timeout + 2 * announced)
 
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is left there, nor on its way. After a while its own word is enough, since whoever would have
+        to finish the rest has been lost."""
+        idle = self.idle_reports
+        return self.alive and self.draining and (idle >= LONG_IDLE or (idle >= IDLE and self.tokens == 0))
+
     def take(self, report: Report, now: float) -> bool:
         """Note a report, unless a younger one came before it: then False."""
         if self.report is not None and report.number <= self.report.number:
             return False
         self.report, self.heard = report, now
         self.unreported = self.unreported_tokens = 0
+        self.idle_reports = 0 if report.left else self.idle_reports + 1
         return True
 
     def state(self) -> WorkerState:
@@ -117,4 +137,7 @@ class WorkerView:
             transfer_latency=self.transfer_cost.latency,
             transfer_rate=self.transfer_cost.rate,
             decisions=report.decisions if report else DecisionCounts(),
+            draining=self.draining,
+            drained=self.drained,
+            left=report.left if report else 0,
         )

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable
 
 from msgspec import structs
+from msgspec.structs import replace
 
 from messages.common import BlockCounts, CacheCounts, Role, TransferCounts, WorkerAddress
 from messages.ids import Address
-from messages.router_to_worker import RegisterWanted
+from messages.router_to_worker import RegisterWanted, RoleWanted
 from messages.seals import seal
 from messages.worker_to_router import MAX_GATEWAYS, Leaving, Register, Report
 from runtime.core.actions import Send
@@ -38,8 +39,11 @@ class Membership:
     ) -> None:
         self.address = address
         self._router = router
-        register = Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-        self._register = seal(cluster_key, register)
+        self._cluster_key = cluster_key
+        self._register = seal(
+            cluster_key,
+            Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len),
+        )
         self._leaving = seal(cluster_key, Leaving(worker=address.worker, epoch=address.epoch))
         self._number = 0
         self._last: Report | None = None
@@ -54,6 +58,10 @@ class Membership:
         """Of a hand-over from here by its KV bytes."""
         self.decisions = Decisions()
 
+    @property
+    def role(self) -> Role:
+        return self._register.role
+
     def register(self) -> Send:
         return Send(self._router, self._register)
 
@@ -63,6 +71,14 @@ class Membership:
     def wanted(self, event: RegisterWanted) -> list[Send]:
         return [self.register()] if event.epoch == self.address.epoch else []
 
+    def become(self, wanted: RoleWanted) -> list[Send]:
+        """Take the role; none of it changes what the worker does."""
+        if wanted.epoch != self.address.epoch:
+            return []
+        register = replace(self._register, role=wanted.role, draining=wanted.draining)
+        self._register = seal(self._cluster_key, register)
+        return [self.register()]
+
     def report(
         self,
         blocks: BlockCounts,
@@ -71,6 +87,7 @@ class Membership:
         *,
         running: int,
         waiting: int,
+        left: int,
         gateways: Callable[[], Iterable[Address]] = tuple,
         now: float,
     ) -> list[Send]:
@@ -99,6 +116,7 @@ class Membership:
             transfer_rate=transfer.rate,
             decisions=self.decisions.counts(),
             gateways=tuple(dict.fromkeys(gateways()))[:MAX_GATEWAYS] if registers else (),
+            left=left,
         )
         self._last = report
         again = [self.register()] if registers else []

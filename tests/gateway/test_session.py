@@ -27,7 +27,7 @@ from messages.common import FailReason, Logprobs, Ticket, WorkerAddress
 from messages.gateway_to_router import Computed, Finished, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.router_to_gateway import Placed, Rejected, WorkerLost
+from messages.router_to_gateway import MoveWanted, Placed, Rejected, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
 from messages.worker_to_gateway import AttemptFailed, TokenChunk
 from router.core.machine import RouterSettings
@@ -621,3 +621,98 @@ def test_after_any_trouble_working_workers_complete_the_answer(events: list[Any]
         play.chunk(len(play.tokens), len(play.tokens) + 1, play.session.placed.decode.worker,
                    finish=finish_of(len(play.tokens) + 1))  # fmt: skip
     assert play.ends == [Ended(FinishReason.LENGTH)] and play.delivered_right and len(play.tokens) == MAX_TOKENS
+
+
+def want_move(play: Play, name: str = "d0", epoch: int = 1) -> list[Send]:
+    return play.handle(MoveWanted(request=REQUEST, worker=WorkerId(name), epoch=Epoch(epoch)))
+
+
+def test_a_stream_goes_on_while_the_next_attempt_is_asked_for_and_then_takes_its_kv_along() -> None:
+    play = streaming()
+    (send,) = want_move(play)
+    wanted = send.message
+    assert isinstance(wanted, PlacementWanted)
+    assert (wanted.attempt, wanted.moving, wanted.num_tokens, wanted.avoid) == (2, True, 6, ())
+    assert wanted.computed == Computed(WorkerId("d0"), Epoch(1), 6)
+    play.chunk(3, 5, attempt=1)
+    play.place("d0", "d1", attempt=2)
+    (order,) = play.sent_to("d0-mailbox", Prefill)
+    assert (order.attempt, order.decode.worker, unpack_tokens(order.generation.generated).tolist()) == (
+        2, "d1", [token(i) for i in range(5)],
+    )  # fmt: skip
+    play.chunk(5, 7, attempt=1)  # made before the order came
+    assert [abort.attempt for abort in play.sent_to("d0-mailbox", Abort)] == [1]
+    play.chunk(5, 6, by="d0")
+    assert play.sent_to(ROUTER, Prefilled)
+    play.chunk(6, MAX_TOKENS, by="d1", finish=FinishReason.LENGTH)
+    assert play.sent_to("d1-mailbox", EndAck)
+    assert play.delivered_right and play.ends == [Ended(FinishReason.LENGTH)]
+
+
+def test_what_is_said_again_is_asked_again_and_moves_once() -> None:
+    play = streaming()
+    first, second = want_move(play), want_move(play)
+    assert first == second
+    play.place("d0", "d1", attempt=2)
+    play.place("d0", "d1", attempt=2)
+    assert play.sent == []
+    play.chunk(3, 4, by="d0")
+    play.chunk(4, 5, by="d1")
+    assert want_move(play) == []  # late: it is not there any more
+    (send,) = want_move(play, "d1")
+    assert isinstance(send.message, PlacementWanted) and send.message.attempt == 3
+
+
+@pytest.mark.parametrize("case", ["no token yet", "its KV is on the way", "another worker", "another process"])
+def test_nobody_moves_but_what_the_worker_decodes(case: str) -> None:
+    play = Play()
+    play.place()
+    if case != "no token yet":
+        play.chunk(0, 1, by="p0")
+    if case in ("another worker", "another process"):
+        play.chunk(1, 3)
+    assert want_move(play, "d9" if case == "another worker" else "d0", 2 if case == "another process" else 1) == []
+
+
+def test_where_no_room_is_found_it_stays_and_ends_there() -> None:
+    play = streaming()
+    want_move(play)
+    play.sleep(4)
+    play.chunk(3, MAX_TOKENS, finish=FinishReason.LENGTH)
+    assert play.sent_to("d0-mailbox", EndAck)
+    assert [finished.attempt for finished in play.sent_to(ROUTER, Finished)] == [2]  # if it is placed it is over too
+    assert play.ends == [Ended(FinishReason.LENGTH)] and play.delivered_right
+
+
+def test_moves_cost_no_attempts_and_blame_nobody() -> None:
+    play = streaming(max_attempts=2)
+    for number in range(6):
+        source, target = ("d0", "d1") if number % 2 == 0 else ("d1", "d0")
+        want_move(play, source)
+        play.place(source, target, attempt=play.session.attempt + 1)
+        have = len(play.tokens)
+        play.chunk(have, have + 1, by=source)
+        play.chunk(have + 1, have + 2, by=target)
+    play.lose("d0")
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert (wanted.attempt, wanted.moving) == (8, False) and not play.ends
+    assert play.delivered_right
+
+
+@pytest.mark.parametrize("who", ["d0", "d1"])
+def test_a_move_that_fails_is_an_attempt_like_any_other(who: str) -> None:
+    play = streaming()
+    want_move(play)
+    if who == "d0":  # before there is an answer
+        play.lose("d0")
+    else:
+        play.place("d0", "d1", attempt=2)
+        play.fail(FailReason.REFUSED, by="d0")
+    (wanted,) = play.sent_to(ROUTER, PlacementWanted)
+    assert (wanted.attempt, wanted.moving) == (3, False)
+    play.place("d0", "d1", attempt=2)  # too late
+    assert play.sent == []
+    play.place("p1", "d2")
+    play.chunk(3, 4, by="p1")
+    play.chunk(4, MAX_TOKENS, by="d2", finish=FinishReason.LENGTH)
+    assert play.delivered_right and play.ends == [Ended(FinishReason.LENGTH)]

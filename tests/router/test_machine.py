@@ -261,7 +261,7 @@ def test_a_register_that_was_lost_is_made_up_for() -> None:
     for step in range(REGISTER_EVERY):
         assert not world.state().ready
         world.now = step * REPORT_EVERY * 1.001
-        for send in member.report(blocks, CacheCounts(), TransferCounts, running=0, waiting=0, now=world.now):
+        for send in member.report(blocks, CacheCounts(), TransferCounts, running=0, waiting=0, left=0, now=world.now):
             assert world.handle(send.message) == []
     assert world.state().ready
     assert world.now < 5.0

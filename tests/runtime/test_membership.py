@@ -17,7 +17,7 @@ def member() -> Membership:
 
 def reported(membership: Membership, now: float) -> list[Report | Register]:
     sends = membership.report(
-        BLOCKS, CacheCounts(), TransferCounts, running=0, waiting=0, gateways=lambda: GATEWAYS, now=now
+        BLOCKS, CacheCounts(), TransferCounts, running=0, waiting=0, left=0, gateways=lambda: GATEWAYS, now=now
     )
     return [send.message for send in sends if isinstance(send.message, Report | Register)]
 

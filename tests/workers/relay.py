@@ -57,6 +57,7 @@ class Relay:
         self.ranks: dict[str, list[WorkerActor]] = {}
         """By worker: its ranks but 0."""
         self.addresses: dict[str, WorkerAddress] = {}
+        self.roles: dict[str, Role] = {}
         self.reports: dict[str, Report] = {}
         self.streams: dict[RequestId, Stream] = {}
         self.ack = True
@@ -127,6 +128,7 @@ class Relay:
             for message in self.router.receive(0):
                 if isinstance(message, Register):
                     self.addresses[message.address.worker] = message.address
+                    self.roles[message.address.worker] = message.role
                 elif isinstance(message, Report):
                     self.reports[message.worker] = message
             for message in self.gateway.receive(0.005):

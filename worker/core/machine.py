@@ -23,7 +23,7 @@ from kv_transfer.core.trace import TransferTrace
 from messages.common import FailReason
 from messages.gateway_to_worker import Abort, EndAck, TokensWanted
 from messages.ids import Address, RequestId
-from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted
+from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted, RoleWanted
 from messages.seals import genuine
 from prefill_worker.core import machine as prefill_half
 from prefill_worker.core.handoff import Handoffs
@@ -36,7 +36,7 @@ from runtime.core.shared import Shared, WorkerSettings
 from runtime.core.work import block_counts, cache_counts
 
 Messages = (
-    *prefill_half.Messages, *decode_half.Messages, Abort, EndAck, TokensWanted, RegisterWanted, PeerLost,
+    *prefill_half.Messages, *decode_half.Messages, Abort, EndAck, TokensWanted, RegisterWanted, RoleWanted, PeerLost,
     GatewayLost, GatewayBack,
 )  # fmt: skip
 """What a worker's mailbox takes."""
@@ -64,8 +64,8 @@ class WorkerMachine:
         self._orphans = Orphans()
         self._begun = 0.0
         """When the step that runs was planned."""
-        self.prefill = PrefillMachine(shared, handoffs)
         self.decode = DecodeMachine(shared, reservations)
+        self.prefill = PrefillMachine(shared, handoffs, self.decode.release)
         shared.stops += [self.prefill.stop, self.decode.stop]
         self.membership.transfer_cost = handoffs.transfer_cost
         self._halves: dict[type, PrefillMachine | DecodeMachine] = {
@@ -107,8 +107,8 @@ class WorkerMachine:
                 return [*self._deliveries.resend(event.request, event.attempt, event.index)]
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
-            case PeerLost() | GatewayLost() | GatewayBack():
-                return self._left(event, now)
+            case PeerLost() | GatewayLost() | GatewayBack() | RoleWanted():
+                return self._told(event, now)
         raise AssertionError(f"nobody here takes {event}")
 
     def tick(self, now: float) -> list[Any]:
@@ -125,6 +125,7 @@ class WorkerMachine:
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting + self.decode.num_incoming,
             gateways=lambda: (*self._deliveries.gateways(), *self.prefill.gateways(), *self.decode.gateways()),
+            left=self.prefill.num_left + self.decode.num_incoming + len(self._deliveries),
             now=now,
         )
         return actions
@@ -190,13 +191,15 @@ class WorkerMachine:
         halves = self.prefill.inspect() | self.decode.inspect()
         return counts | halves | own | structs.asdict(self.membership.decisions.counts())
 
-    def _left(self, event: PeerLost | GatewayLost | GatewayBack, now: float) -> list[Any]:
-        """The router's word on who is there."""
+    def _told(self, event: PeerLost | GatewayLost | GatewayBack | RoleWanted, now: float) -> list[Any]:
+        """The router's word on who is there, and as what."""
         if not genuine(self._shared.settings.cluster_key, event):
             self._shared.forged += 1
             return []
         if isinstance(event, PeerLost):
             return self._peer_lost(event, now)
+        if isinstance(event, RoleWanted):
+            return [*self.membership.become(event)]
         self._orphans.heard(event, now)
         return []
 
