@@ -1,4 +1,5 @@
-"""The command line: `baton up | down | status | validate | submit | chat | trace | doctor | simulate | chaos | demo`.
+"""The command line: `baton up | down | status | drain | flip | restart | validate | submit | chat | trace | doctor |
+replay | simulate | chaos | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -34,6 +35,8 @@ app = typer.Typer(
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The YAML file that says what runs.")]
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Which cluster, where several run.")]
+Worker = Annotated[str, typer.Argument(metavar="WORKER", help="As `baton status` names it.")]
+ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
 Url = Annotated[str | None, typer.Option(metavar="URL", help="A gateway, such as http://127.0.0.1:8000.")]
 
 
@@ -92,6 +95,60 @@ def status(name: Name = None) -> None:
     from cluster.status import show_status
 
     show_status(_console(), name)
+
+
+@app.command()
+def drain(
+    worker: Worker,
+    undo: Annotated[bool, typer.Option("--undo", help="Have it take work again.")] = False,
+    cluster: ClusterName = None,
+) -> None:
+    """Have a worker give away what it has, and take nothing new; no client notices.
+
+    For example: `baton drain decode-0`, and later `baton drain decode-0 --undo`
+
+    A prefill worker finishes its prompts; a decode worker hands its running sequences, with their KV, to others. It
+    stays there, drained, also when it or the router is started again. The last worker of its role cannot be drained.
+    """
+    from cluster import commands
+
+    commands.drain(_console(), worker, cluster, undo=undo)
+
+
+@app.command()
+def flip(worker: Worker, cluster: ClusterName = None) -> None:
+    """Make a prefill worker a decode worker, or the other way round, without loading anything again.
+
+    For example: `baton flip prefill-1`
+
+    It is drained first, so that no request is lost. The last worker of its role cannot be flipped.
+    """
+    from cluster import commands
+
+    commands.flip(_console(), worker, cluster)
+
+
+@app.command()
+def restart(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Workers, router, gateway.")] = None,
+    rolling: Annotated[bool, typer.Option("--rolling", help="All of them.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Without draining, and though nobody else has its role.")
+    ] = False,
+    cluster: ClusterName = None,
+) -> None:
+    """Stop processes and start them anew, one after the other, each when the one before is ready; no client notices.
+
+    For example: `baton restart decode-0`, or `baton restart --rolling` for all workers, then the router, then the
+    gateway
+
+    A worker is drained first. One that does not come back ends it, with exit code 1; those after it are left alone.
+    """
+    from cluster import commands
+
+    if rolling == bool(names):
+        raise typer.BadParameter("say which, or --rolling for all of them")
+    commands.restart(_console(), tuple(names or ()), cluster, force=force)
 
 
 @app.command()

@@ -34,8 +34,9 @@ from cluster.findings import (
     pairs_of,
     to_measure,
 )
-from cluster.launch import Cluster, Progress
+from cluster.launch import Cluster
 from cluster.plan import size
+from cluster.processes import Progress
 from cluster.ray_session import RaySession
 from cluster.running import running
 from cluster.topology import Topology

@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+from cluster.state import started_at
+
 log = logging.getLogger(__name__)
 
 WORKER = "worker.actor:Worker"
@@ -31,6 +33,10 @@ class Host:
         self._actor: Any = None
         self._stopped = threading.Event()
         self._failure = ""
+
+    def identity(self) -> tuple[int, int | None]:
+        """Its pid, and when it started: see ``state.started_at``."""
+        return os.getpid(), started_at(os.getpid())
 
     def prepare(self, config: Any) -> str:
         """What a worker's other ranks need to know before they start: rank 0's address."""

@@ -62,7 +62,7 @@ class Plan:
             for rank in range(pool.tensor_parallel)
         ]
 
-    def router_config(self) -> RouterConfig:
+    def router_config(self, port: int = 0) -> RouterConfig:
         wanted = self.topology.router
         settings = RouterSettings(
             cluster_key=self.cluster_key,
@@ -73,7 +73,7 @@ class Plan:
             block_size=self.topology.kv.block_size,
             disaggregation=self.disaggregation,
         )
-        return RouterConfig(host=LOOPBACK, settings=settings, record=self.record)
+        return RouterConfig(host=LOOPBACK, port=port, settings=settings, record=self.record)
 
     @property
     def record(self) -> str:

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from cluster.errors import LaunchError
 
 OBJECT_STORE_BYTES = 80 << 20
 """The least that Ray takes; nothing of ours goes through the object store."""
-TOKEN, ADDRESS = "token", "address"
-"""Files in the private folder."""
+TOKEN, ADDRESS, STORAGE = "token", "address", "gcs"
+"""In the private folder."""
 GONE_WITHIN = 5.0
 """Seconds that Ray's processes get to end by themselves."""
 _ENVIRONMENT = {
@@ -34,6 +34,9 @@ _ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # the launcher has fetched what is needed
+    # Seconds without Ray's head after which Ray ends its processes, ours among them. They need none, so: never.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000",
+    "RAY_gcs_storage": "rocksdb",  # so that a head that died can be started again, and knows what runs
 }
 
 
@@ -82,6 +85,29 @@ class RaySession:
         if self.folder is not None:
             (self.folder / ADDRESS).write_text(ray.get_runtime_context().gcs_address)
 
+    @property
+    def head_pid(self) -> int | None:
+        """Of our own Ray's head, the GCS, from which Ray starts processes; None where we joined one."""
+        if self.folder is None:
+            return None
+        (gcs,) = self._node().all_processes["gcs_server"]
+        pid: int = gcs.process.pid
+        return pid
+
+    def restart_head(self) -> Callable[[], object]:
+        """Start the head of our own Ray again, at the same address, with what it had stored. The thread that does so
+        has to call what is returned, which waits for the head's end: Ray has its processes die with their parent, and
+        takes the thread for that (``PR_SET_PDEATHSIG``)."""
+        node = self._node()
+        node.kill_gcs_server(check_alive=False)  # bury what is dead
+        node.start_gcs_server()
+        (gcs,) = node.all_processes["gcs_server"]
+        wait: Callable[[], object] = gcs.process.wait
+        return wait
+
+    def _node(self) -> Any:
+        return self.ray._private.worker._global_node
+
     def stop(self) -> list[str]:
         """Leave Ray; end our own and remove what it left. Returns what is still there, which should be nothing."""
         mine = _processes_of(self.folder) if self.folder is not None else []
@@ -114,7 +140,11 @@ class RaySession:
 
     def _enter(self, token: Path) -> None:
         """Have this process speak to a private Ray, by its token."""
-        wanted = {**_ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": str(token)}
+        wanted = {
+            **_ENVIRONMENT,
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_gcs_storage_path": str(token.with_name(STORAGE)),
+        }
         self._environment = {name: os.environ.get(name) for name in (*wanted, "RAY_AUTH_TOKEN", "RAY_ADDRESS")}
         os.environ.pop("RAY_AUTH_TOKEN", None)  # would be taken before the file
         os.environ.pop("RAY_ADDRESS", None)

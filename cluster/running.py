@@ -10,6 +10,7 @@ from types import FrameType
 from rich.console import Console
 
 from cluster import state
+from cluster.control import ControlServer
 from cluster.display import StartProgress
 from cluster.errors import ClusterError, Interrupted
 from cluster.launch import Cluster, Remains
@@ -79,9 +80,13 @@ def running(
         try:
             with progress:
                 cluster.start()
-            file = state.update(file, url=cluster.url, ray_folder=cluster.ray_folder)
-            signals.raise_at_once()
-            yield cluster, signals
+            with contextlib.closing(ControlServer(topology.name, cluster)):
+                file = state.update(file, url=cluster.url, ray_folder=cluster.ray_folder)
+                signals.raise_at_once()
+                try:
+                    yield cluster, signals
+                finally:
+                    signals.only_note()
         finally:
             signals.only_note()
             signals.seen.set()

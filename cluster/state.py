@@ -68,6 +68,11 @@ def log_file(name: str) -> Path:
     return folder() / f"{name}.log"
 
 
+def socket_file(name: str) -> Path:
+    """Where the launcher listens: see ``cluster.control``."""
+    return folder() / f"{name}.sock"
+
+
 def claim(name: str, topology: Path) -> ClusterFile:
     """Take ``name`` for this process; ``ClusterError`` if a cluster of that name runs."""
     started = started_at(os.getpid())
@@ -114,6 +119,7 @@ def remove(file: ClusterFile) -> None:
         now = read(file.name)
         if now is not None and (now.pid, now.started) == (file.pid, file.started):
             _path(file.name).unlink()
+            socket_file(file.name).unlink(missing_ok=True)  # of a launcher that was killed
 
 
 def every() -> list[ClusterFile]:

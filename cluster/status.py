@@ -1,5 +1,6 @@
 """`baton status`: what runs, and what each worker is doing."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +9,8 @@ from rich.table import Table
 
 from cluster import state
 from cluster.client import get
+from cluster.control import StatusAsked, Statuses, ask
+from cluster.core.units import Phase, Status
 from cluster.errors import ClusterError
 from cluster.plan import size
 
@@ -29,6 +32,35 @@ def show_status(console: Console, name: str | None) -> None:
                 console.print(_table(get(file.url, "/status")))
             except ClusterError as error:
                 console.print(f"  [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+            _show_troubles(console, file.name)
+
+
+def _show_troubles(console: Console, name: str) -> None:
+    """What has died, and what does not run now, as its launcher knows it."""
+    try:
+        answers = list(ask(name, StatusAsked()))
+    except ClusterError as error:
+        console.print(f"  [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        return
+    for answer in answers:
+        for unit in answer.units if isinstance(answer, Statuses) else ():
+            trouble = ", ".join(_troubles(unit))
+            if trouble:
+                colour = "yellow" if unit.phase is Phase.RUNNING else "red"
+                console.print(f"  [{colour}]{unit.name}[/]: {escape(trouble)}", highlight=False, soft_wrap=True)
+
+
+def _troubles(unit: Status) -> Iterator[str]:
+    if unit.phase is Phase.BACK_OFF:
+        yield f"back-off, starts again in {unit.retry_in:.0f} s" if unit.retry_in else "waits for Ray's head"
+    elif unit.phase is not Phase.RUNNING:
+        yield f"{unit.phase} for {unit.seconds:.0f} s"
+    if unit.drained:
+        yield "drained"
+    if unit.restarts:
+        yield f"{unit.restarts} restart{'s' if unit.restarts > 1 else ''}"
+    if unit.cause:
+        yield f"last death: {unit.cause}"
 
 
 def _state(file: state.ClusterFile) -> str:

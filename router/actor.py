@@ -30,6 +30,8 @@ class RouterConfig:
 
     host: str
     """Address of this machine that the router's mailbox binds to."""
+    port: int = 0
+    """0: a free one. A router that takes the place of another listens where that one did."""
     settings: RouterSettings
     record: str = ""
     """Folder in which everything that happens to the router is written down; empty for none."""
@@ -49,7 +51,7 @@ class RouterActor:
         """Listen; harmless twice."""
         if self._loop is None:
             recorder = Recorder(Path(self._config.record), "router") if self._config.record else None
-            self._loop = RouterLoop(self._config.settings, self._config.host, recorder)
+            self._loop = RouterLoop(self._config.settings, self._config.host, recorder, port=self._config.port)
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="router", daemon=True)
             self._thread.start()
         return {"address": self._loop.address, "pid": os.getpid()}

@@ -32,14 +32,14 @@ class Ask(NamedTuple):
 class RouterLoop:
     """Runs one router until it is stopped: made and run in one thread, stopped and asked from others."""
 
-    def __init__(self, settings: RouterSettings, host: str, recorder: Recorder | None = None) -> None:
+    def __init__(self, settings: RouterSettings, host: str, recorder: Recorder | None = None, *, port: int = 0) -> None:
         """``recorder``, if any, writes down what happens to the router."""
         epoch = Epoch(secrets.randbits(62))
         self._router = Router(settings, epoch)
         self._recorder = recorder
         if recorder is not None:
             recorder.made("router", "router", settings=settings, epoch=epoch)
-        self._mailbox = Mailbox(host, decoder_for(*Messages))
+        self._mailbox = Mailbox(host, decoder_for(*Messages), port)
         self._wake = float("inf")
         self._stopping = threading.Event()
         self.losses: deque[tuple[float, WorkerLost]] = deque(maxlen=LOSSES_KEPT)

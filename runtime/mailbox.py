@@ -96,12 +96,12 @@ class Outbox:
 class Mailbox:
     """What one process receives, and where it sends from. Belongs to one thread, but for ``post``."""
 
-    def __init__(self, host: str, decode: Decode) -> None:
-        """Bind to a free port of ``host`` (an IP address or a name of this machine)."""
+    def __init__(self, host: str, decode: Decode, port: int = 0) -> None:
+        """Bind to ``port`` (0: a free one) of ``host``, an IP address or a name of this machine."""
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._decode = decode
-        self._socket = bind_pull(self._context, host)
+        self._socket = bind_pull(self._context, host, port)
         self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
         wake = f"inproc://wake-{id(self)}"
         self._socket.bind(wake)
@@ -194,13 +194,13 @@ def warn_now_and_then(count: int, text: str, *details: object) -> None:
         log.warning(f"{text} (%d so far)", *details, count)
 
 
-def bind_pull(context: Any, host: str) -> Any:
-    """A bounded PULL socket on a free port of ``host``."""
+def bind_pull(context: Any, host: str, port: int = 0) -> Any:
+    """A bounded PULL socket on ``port`` of ``host`` (0: a free one)."""
     socket = context.socket(zmq.PULL)
     socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.set(zmq.RCVHWM, QUEUED_MESSAGES)
     if ":" in host:
         socket.set(zmq.IPV6, 1)
         host = f"[{host}]"
-    socket.bind(f"tcp://{host}:*")
+    socket.bind(f"tcp://{host}:{port or '*'}")  # libzmq sets SO_REUSEADDR: connections in TIME_WAIT keep nobody off
     return socket

@@ -20,7 +20,9 @@ from messages.common import Role
 from tests.cluster.server import Server
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("up", "down", "status", "validate", "submit", "chat", "trace", "doctor", "demo")
+COMMANDS = (
+    "up", "down", "status", "drain", "flip", "restart", "validate", "submit", "chat", "trace", "doctor", "demo",
+)  # fmt: skip
 TOPOLOGY = "pools: [{{name: a, role: colocated, resources: {{cpus: 0.1}}}}]\nmodel: {model}\ngateway: {{port: 0}}\n"
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import TopologyError
-from cluster.launch import _needs
 from cluster.plan import DEFAULT_KV_MEMORY, Plan, is_hub_id, make_plan, size
+from cluster.processes import needs
 from cluster.topology import Topology
 from messages.common import Role
 
@@ -152,9 +152,9 @@ def test_the_context_is_not_stretched(plan_of: Any) -> None:
 def test_actors_ask_ray_for_their_pools_resources(plan_of: Any) -> None:
     resources = {"cpus": 0.5, "memory": "1GiB"}
     (worker,) = plan_of([{**COLOCATED[0], "resources": resources}]).workers("r")
-    assert _needs(worker) == {"CPU": 0.5, "memory": 1 << 30}
+    assert needs(worker) == {"CPU": 0.5, "memory": 1 << 30}
     (plain,) = plan_of().workers("r")
-    assert _needs(plain) == {"CPU": 0.25}
+    assert needs(plain) == {"CPU": 0.25}
 
 
 def test_the_models_folder_is_looked_for_beside_the_file_first(
@@ -297,7 +297,7 @@ def test_any_topology_becomes_as_many_workers_as_it_asks_for_each_with_a_name_of
         mine = [worker for worker in workers if worker.pool.name == pool["name"]]
         assert [worker.config.worker for worker in mine] == [f"{pool['name']}-{i}" for i in range(pool["replicas"])]
         assert {worker.config.role for worker in mine} == {Role(pool["role"])}
-    wanted = sum(_needs(worker)["CPU"] for worker in workers) + topology.router.cpus + topology.gateway.cpus
+    wanted = sum(needs(worker)["CPU"] for worker in workers) + topology.router.cpus + topology.gateway.cpus
     assert topology.cpus == pytest.approx(wanted)
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from cluster import state
+from cluster.core.units import Status
 from cluster.doctor import examine_started
 from cluster.launch import Cluster
 from cluster.topology import Topology
@@ -57,6 +58,15 @@ class Running:
         """``Cluster.inspect``."""
         return self._ask("inspect")
 
+    def status(self) -> dict[str, Status]:
+        """``Cluster.status``, by name."""
+        return {status.name: status for status in self._ask("status")}
+
+    def pids(self) -> dict[str, int]:
+        """Of every process, and of Ray's head ("ray")."""
+        pids: dict[str, int] = self._ask("pids")
+        return pids
+
     def examine(self) -> dict[str, Any]:
         """What ``baton doctor --json`` says."""
         return self._ask("examine")
@@ -82,20 +92,22 @@ def launch(kind: str, tests: Connection) -> None:
     topology = Topology.load(CONFIGS / file).with_overrides({**overrides, "cluster.name": f"test-{kind}"})
     cluster = Cluster(check(topology))
     cluster.start()
+    answers: dict[str, Callable[[], Any]] = {
+        "inspect": cluster.inspect,
+        "status": cluster.status,
+        "pids": lambda: {name: process.pid for name, process in cluster.processes.items()} | {"ray": cluster.head_pid},
+        "examine": lambda: examine_started(cluster).to_json(),
+    }
     try:
         tests.send(cluster.url)
         while (wanted := tests.recv()) != "stop":
             try:
-                tests.send(cluster.inspect() if wanted == "inspect" else examined(cluster))
+                tests.send(answers[wanted]())
             except AssertionError as error:
                 tests.send(error)
     finally:
         left = cluster.stop()
     tests.send(left.items)
-
-
-def examined(cluster: Cluster) -> dict[str, Any]:
-    return examine_started(cluster).to_json()
 
 
 @pytest.fixture(scope="package")

@@ -1,0 +1,509 @@
+"""The cluster's processes: actors on Ray, all on this host. Made, started, stopped and killed a unit at a time.
+
+Starting and stopping take long and wait for Ray, so each goes on in a thread of its own, and posts what came of it to
+the controller. A death is heard of by the process's pidfd, at once and also while Ray's head is away; its cause by the
+call of ``Host.watch``, where the process could still say one.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.core.events import (
+    Died,
+    Drain,
+    Event,
+    Failed,
+    Flip,
+    Gone,
+    Kill,
+    Moved,
+    Ready,
+    Start,
+    Stop,
+    TellDied,
+    ToProcesses,
+    Undrain,
+)
+from cluster.core.units import BackOff, Kind, Unit
+from cluster.deaths import Deaths, Pid
+from cluster.errors import LaunchError
+from cluster.host import GATEWAY, ROUTER, WORKER, Host
+from cluster.plan import Plan, PlannedWorker, size
+from cluster.ray_session import RaySession
+from cluster.state import started_at
+from messages.common import Role
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, str], None]
+"""Called with who ("prefill-0") and what ("loading the model")."""
+HEAD, ROUTER_NAME, GATEWAY_NAME = "ray", "router", "gateway"
+PLACE_WITHIN = 10.0
+NAME_WITHIN = 10.0
+"""Seconds in which Ray lets go of the name of an actor that is dead."""
+STOP_WITHIN = 20.0
+"""Seconds that actors get to end in good order before they are killed."""
+POLL = 0.2
+
+Needs = dict[str, float]
+"""Ray's name of a resource -> how much of it."""
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """One actor of the cluster."""
+
+    name: str
+    handle: Any
+    watch: Any
+    """The call of ``Host.watch``."""
+    worker: str = ""
+    """That it is a rank of; empty for the router and the gateway."""
+    pid: int | None = None
+    """Once it serves."""
+    epoch: int | None = None
+    address: str = ""
+    """The mailbox of a gateway or router."""
+    watched: Pid | None = None
+    alive: bool = True
+    cause: str = ""
+    """Why it will end in a moment, in its own words."""
+    gone: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(slots=True)
+class Incarnation:
+    """A unit's processes from one start to their end."""
+
+    unit: str
+    number: int
+    role: str
+    processes: dict[str, Process] = field(default_factory=dict)
+    cancelled: bool = False
+    """Whatever is made of it from now on is killed."""
+
+
+def units_of(plan: Plan, back_off: BackOff, head_back_off: BackOff) -> list[Unit]:
+    """Everything that shall run, Ray's head first."""
+    ranks: dict[str, list[str]] = {}
+    roles: dict[str, str] = {}
+    for worker in plan.workers(router=""):
+        ranks.setdefault(worker.config.worker, []).append(worker.config.process)
+        roles[worker.config.worker] = worker.config.role.value
+    return [
+        Unit(name=HEAD, kind=Kind.HEAD, processes=(HEAD,), back_off=head_back_off),
+        Unit(name=ROUTER_NAME, kind=Kind.ROUTER, processes=(ROUTER_NAME,), back_off=back_off),
+        Unit(name=GATEWAY_NAME, kind=Kind.GATEWAY, processes=(GATEWAY_NAME,), back_off=back_off),
+        *(
+            Unit(name=name, kind=Kind.WORKER, processes=tuple(names), back_off=back_off, role=roles[name])
+            for name, names in ranks.items()
+        ),
+    ]
+
+
+class Processes:
+    """Performs the controller's wishes; see ``core/events.py`` for what they mean."""
+
+    def __init__(self, plan: Plan, session: RaySession, post: Callable[[Event], None], progress: Progress) -> None:
+        """``session`` is started."""
+        self.newest: dict[str, Process] = {}
+        """By name, alive or not."""
+        self.url = ""
+        """The gateway's."""
+        self._plan = plan
+        self._session = session
+        self._post = post
+        self._progress = progress
+        self._deaths = Deaths()
+        self._lock = threading.Lock()
+        self._incarnations: dict[str, Incarnation] = {}
+        self._groups: dict[str, Any] = {}
+        self._router: Future[str] = Future()
+        """Its address, the same for every router to come."""
+        self._gateway_port: int | None = None
+        self._threads: set[threading.Thread] = set()
+        ray = session.ray
+        self._host: Any = ray.remote(Host)
+        self._here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # processes find each other on loopback
+        self._performers: dict[type[Any], Callable[..., None]] = {
+            Start: self.start,
+            Stop: self.stop,
+            Kill: self.kill,
+            TellDied: self.tell_died,
+            Drain: self.drain,
+            Undrain: self.undrain,
+            Flip: self.flip,
+        }
+        self._watch_head(1)
+
+    # What the controller wants
+
+    def perform(self, action: ToProcesses) -> None:
+        """What comes of it is posted; nothing here takes long."""
+        self._performers[type(action)](*action)
+
+    def start(self, unit: str, number: int, role: str) -> None:
+        if unit == HEAD:
+            threading.Thread(target=self._restart_head, args=(number,), name="ray's head", daemon=True).start()
+            return
+        incarnation = Incarnation(unit, number, role)
+        with self._lock:
+            self._incarnations[unit] = incarnation
+        self._in_background(f"start {unit}", lambda: self._start(incarnation))
+
+    def stop(self, unit: str, number: int) -> None:
+        incarnation = self._incarnations[unit]
+        assert incarnation.number == number, f"{unit} is not what it was"
+        self._in_background(f"stop {unit}", lambda: self._stop(incarnation))
+
+    def kill(self, unit: str, number: int) -> None:
+        incarnation = self._incarnations.get(unit)
+        if incarnation is None or incarnation.number != number:
+            self._post(Gone(unit, number))
+            return
+        self._in_background(f"kill {unit}", lambda: self._kill(incarnation))
+
+    def tell_died(self, unit: str, number: int, detail: str) -> None:
+        """Without waiting for the router's answer, for there is none."""
+        incarnation, router = self._incarnations[unit], self.newest[ROUTER_NAME]
+        leader = incarnation.processes.get(unit) if incarnation.number == number else None
+        if leader is not None and not leader.worker:
+            if leader.address:
+                router.handle.call.remote("gateway_died", leader.address, detail)
+        else:
+            router.handle.call.remote("worker_died", unit, None if leader is None else leader.epoch, detail)
+
+    def drain(self, worker: str, number: int) -> None:
+        self._move(worker, number, "drain", lambda standing: bool(standing["drained"]))
+
+    def undrain(self, worker: str, _number: int) -> None:
+        """Without waiting for the router's answer: one that does not know the worker has drained none."""
+        self.newest[ROUTER_NAME].handle.call.remote("undrain", worker)
+
+    def flip(self, worker: str, number: int, role: str) -> None:
+        def flipped(standing: Mapping[str, Any]) -> bool:
+            return bool(standing["role"] == role and not standing["draining"])
+
+        self._move(worker, number, "flip", flipped, role)
+
+    def _move(
+        self, worker: str, number: int, method: str, through: Callable[[Mapping[str, Any]], bool], *arguments: str
+    ) -> None:
+        """Tell the router, and wait until it says that it is ``through``, or the worker is dead."""
+        process = self.newest[worker]
+
+        def ask(method: str, *arguments: str) -> Any:
+            return self._session.ray.get(self.newest[ROUTER_NAME].handle.call.remote(method, worker, *arguments))
+
+        def move() -> None:
+            from ray.exceptions import RayActorError, RayTaskError
+
+            told = False
+            while True:
+                try:
+                    if not told:
+                        ask(method, *arguments)
+                        told = True
+                    if through(ask("standing")):
+                        self._post(Moved(worker, number))
+                        return
+                except RayTaskError as error:  # refused
+                    self._post(Moved(worker, number, _first_line(error.cause or error)))
+                    return
+                except RayActorError:  # there is no router now; the next one has to be told
+                    told = False
+                if process.gone.wait(POLL):
+                    return
+
+        self._in_background(f"{method} {worker}", move)
+
+    def close(self) -> None:
+        """Stop all processes, the gateways first, which let requests finish; what does not go is killed."""
+        with self._lock:
+            for incarnation in self._incarnations.values():
+                incarnation.cancelled = True
+        every = list(self.newest.values())
+        gateways = [process for process in every if process.name.partition("-")[0] == GATEWAY_NAME]
+        workers = [process for process in every if process.name == process.worker]
+        ranks = [process for process in every if process.worker not in ("", process.name)]
+        router = [process for process in every if process.name == ROUTER_NAME]
+        for group in (gateways, workers, ranks, router):  # rank 0 dismisses the others
+            self._stop_together([process for process in group if process.alive])
+        for process in every:
+            self._end(process)
+        for thread in list(self._threads):
+            thread.join(STOP_WITHIN)
+        self._deaths.close()
+        if self._session.folder is None:  # our own Ray takes them along
+            from ray.util.placement_group import remove_placement_group
+
+            for group in self._groups.values():
+                remove_placement_group(group)
+
+    # Up
+
+    def _start(self, incarnation: Incarnation) -> None:
+        """In a thread of its own."""
+        from ray.exceptions import RayError
+
+        unit, number = incarnation.unit, incarnation.number
+        try:
+            if unit == ROUTER_NAME:
+                self._start_router(incarnation)
+            elif unit == GATEWAY_NAME:
+                self._start_gateway(incarnation)
+            else:
+                self._start_worker(incarnation)
+        except LaunchError as error:
+            self._post(Failed(unit, number, str(error)))
+        except (RayError, RuntimeError, ValueError, OSError) as error:
+            log.exception("%s could not be started", unit)
+            self._post(Failed(unit, number, f"{unit}: {_first_line(error)}"))
+        else:
+            self._post(Ready(unit, number))
+
+    def _start_router(self, incarnation: Incarnation) -> None:
+        cpus = self._plan.topology.router.cpus
+        process = self._create(incarnation, ROUTER_NAME, ROUTER, {"num_cpus": cpus, "resources": self._here})
+        port = urlsplit(self._router.result()).port if self._router.done() else 0
+        assert port is not None
+        started = self._configure(incarnation, {process: self._plan.router_config(port)}, "starting")[ROUTER_NAME]
+        if not self._router.done():
+            self._router.set_result(started["address"])
+
+    def _start_gateway(self, incarnation: Incarnation) -> None:
+        cpus = self._plan.topology.gateway.cpus
+        process = self._create(incarnation, GATEWAY_NAME, GATEWAY, {"num_cpus": cpus, "resources": self._here})
+        config = self._plan.gateway_config(self._router_address(incarnation))
+        if self._gateway_port is not None:
+            config = replace(config, port=self._gateway_port)
+        started = self._configure(incarnation, {process: config}, "loading")[GATEWAY_NAME]
+        self.url = started["http_url"]
+        self._gateway_port = urlsplit(self.url).port
+
+    def _start_worker(self, incarnation: Incarnation) -> None:
+        planned = [each for each in self._plan.workers("") if each.config.worker == incarnation.unit]
+        group = self._place(incarnation.unit, planned)
+        processes = [self._create_rank(incarnation, each, group) for each in planned]
+        router = self._router_address(incarnation)
+        configs = [replace(each.config, router=router, role=Role(incarnation.role)) for each in planned]
+        if len(configs) > 1:  # the first opens its mailbox, which the others must know
+            leader = self._result(processes[0].handle.prepare.remote(configs[0]), incarnation.unit)
+            configs[1:] = [replace(config, leader=leader) for config in configs[1:]]
+        self._configure(incarnation, dict(zip(processes, configs, strict=True)), "loading")
+
+    def _place(self, worker: str, planned: list[PlannedWorker]) -> Any:
+        """The room that Ray keeps for a worker's ranks, from their first start to the end of the cluster."""
+        from ray.util.placement_group import placement_group
+
+        group = self._groups.get(worker)
+        if group is None:
+            bundles = [{**needs(each), **self._here} for each in planned]
+            group = self._groups[worker] = placement_group(bundles, strategy="STRICT_PACK", name=worker)
+        if not group.wait(PLACE_WITHIN):
+            wanted = ", ".join(amount_of(name, amount) for name, amount in needs(planned[0]).items())
+            raise LaunchError(f"Ray found no place for {worker} ({wanted}) on this machine")
+        return group
+
+    def _create_rank(self, incarnation: Incarnation, planned: PlannedWorker, group: Any) -> Process:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        wanted = needs(planned)
+        options = {
+            "num_cpus": wanted.pop("CPU"),
+            "num_gpus": wanted.pop("GPU", 0),
+            "memory": wanted.pop("memory", None),
+            "resources": self._here,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, planned.config.rank),
+        }
+        return self._create(incarnation, planned.config.process, WORKER, options, incarnation.unit)
+
+    def _create(
+        self, incarnation: Incarnation, name: str, target: str, options: Mapping[str, Any], worker: str = ""
+    ) -> Process:
+        """An actor that imports its code; by ``_watch`` its death is heard of."""
+        former = self.newest.get(name)
+        if former is not None:  # Ray has to see its end too; and this process's Ray keeps the name until it kills it
+            self._session.ray.wait([former.watch], timeout=NAME_WITHIN)
+            self._session.ray.kill(former.handle)
+        try:
+            # Calls run beside each other: `watch` waits all the time, and a status is asked for while a model loads.
+            handle = self._host.options(name=name, max_restarts=0, max_concurrency=8, **options).remote(target)
+        except ValueError as error:  # the name is taken
+            raise LaunchError(f"a cluster {self._plan.topology.name!r} runs on this Ray already: {error}") from error
+        process = Process(name, handle, handle.watch.remote(), worker)
+        with self._lock:
+            incarnation.processes[name] = process
+            self.newest[name] = process
+        self._progress(name, "starting")
+        if incarnation.cancelled:
+            self._end(process)
+            raise LaunchError(f"{name}: it was stopped while it started")
+        process.watch.future().add_done_callback(lambda watch: self._last_words(incarnation, process, watch))
+        return process
+
+    def _configure(self, incarnation: Incarnation, configs: Mapping[Process, Any], what: str) -> dict[str, Any]:
+        """Start what the processes are made for, side by side; what each says, by name. The first to fail ends it."""
+        pids = {process: self._identify(incarnation, process) for process in configs}
+        pending = {process.handle.start.remote(config): process for process, config in configs.items()}
+        for process in configs:
+            self._progress(process.name, what)
+        started: dict[str, Any] = {}
+        while pending:
+            done, _ = self._session.ray.wait(list(pending), num_returns=1)
+            for ref in done:
+                process = pending.pop(ref)
+                started[process.name] = self._result(ref, process.name)
+                process.pid = pids[process]
+                process.epoch = started[process.name].get("epoch")
+                process.address = started[process.name].get("address", "")
+                self._progress(process.name, "ready")
+        return started
+
+    def _identify(self, incarnation: Incarnation, process: Process) -> int:
+        """Its pid. From now on its death is heard of without Ray."""
+        pid, began = self._result(process.handle.identity.remote(), process.name)
+        died = partial(self._died, incarnation, process, f"its process (pid {pid}) ended")
+        process.watched = self._deaths.watch(pid, began, died)
+        if process.watched is None:
+            died()
+            raise LaunchError(f"{process.name}: its process ended while it started")
+        return int(pid)
+
+    def _router_address(self, incarnation: Incarnation) -> str:
+        while True:
+            try:
+                return self._router.result(POLL)
+            except TimeoutError:
+                if incarnation.cancelled:
+                    raise LaunchError(f"{incarnation.unit}: it was stopped while it started") from None
+
+    def _result(self, ref: Any, name: str) -> Any:
+        """What the call returned; what it raised, in one line."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return self._session.ray.get(ref)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise LaunchError(f"{name}: {cause}") from error
+        except RayActorError as error:
+            raise LaunchError(f"{name}: its process ended while it started: {_first_line(error)}") from error
+
+    # Ends
+
+    def _died(self, incarnation: Incarnation, process: Process, cause: str) -> None:
+        process.alive = False
+        process.gone.set()
+        self._post(Died(incarnation.unit, incarnation.number, process.name, process.cause or cause))
+
+    def _last_words(self, incarnation: Incarnation, process: Process, watch: Future[None]) -> None:
+        """``Host.watch`` has ended, in whatever way; called by Ray, in a thread of its own."""
+        from ray.exceptions import RayTaskError
+
+        error = watch.exception()
+        if isinstance(error, RayTaskError):  # its loop has failed, and it says so before it ends
+            process.cause = _first_line(error.cause if isinstance(error.cause, Exception) else error)
+            if process.watched is not None:
+                self._deaths.kill(process.watched)
+        if error is not None and process.watched is None:
+            self._died(incarnation, process, _first_line(error))
+
+    def _end(self, process: Process) -> None:
+        """Kill it, if it is alive; ``gone`` is set soon."""
+        if process.watched is not None:
+            self._deaths.kill(process.watched)
+        elif process.alive:
+            self._session.ray.kill(process.handle)
+
+    def _stop(self, incarnation: Incarnation) -> None:
+        """In a thread of its own."""
+        leader, *others = incarnation.processes.values()
+        self._stop_together([leader])  # it dismisses the others
+        self._stop_together(others)
+        self._kill(incarnation)
+
+    def _kill(self, incarnation: Incarnation) -> None:
+        """In a thread of its own."""
+        incarnation.cancelled = True
+        processes = list(incarnation.processes.values())
+        for process in processes:
+            self._end(process)
+        for process in processes:
+            process.gone.wait()
+        self._post(Gone(incarnation.unit, incarnation.number))
+
+    def _stop_together(self, processes: Iterable[Process]) -> None:
+        from ray.exceptions import RayError
+
+        stopping = {process.handle.stop.remote(): process for process in processes}
+        for process in stopping.values():
+            self._progress(process.name, "stopping")
+        pending, deadline = list(stopping), time.monotonic() + STOP_WITHIN
+        while pending and time.monotonic() < deadline:
+            done, pending = self._session.ray.wait(pending, num_returns=1, timeout=POLL)
+            for ref in done:
+                try:
+                    self._session.ray.get(ref)
+                    self._progress(stopping[ref].name, "stopped")
+                except RayError as error:  # it is killed in a moment
+                    self._progress(stopping[ref].name, f"did not stop in good order: {_first_line(error)}")
+        for ref in pending:
+            self._progress(stopping[ref].name, f"did not stop within {STOP_WITHIN:.0f} s; killed")
+
+    def _restart_head(self, number: int) -> None:
+        """In a thread of its own, which stays as long as the head does."""
+        try:
+            wait = self._session.restart_head()
+        except (RuntimeError, OSError) as error:
+            log.exception("Ray's head could not be started again")
+            self._post(Failed(HEAD, number, _first_line(error)))
+            return
+        self._watch_head(number)
+        self._post(Ready(HEAD, number))
+        wait()
+
+    def _watch_head(self, number: int) -> None:
+        """Where Ray is our own."""
+        pid = self._session.head_pid
+        if pid is not None:
+            died = partial(self._post, Died(HEAD, number, HEAD, f"its process (GCS, pid {pid}) ended"))
+            if self._deaths.watch(pid, started_at(pid), died) is None:
+                died()
+
+    def _in_background(self, name: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            finally:
+                self._threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+
+def needs(worker: PlannedWorker) -> Needs:
+    resources = worker.pool.resources
+    wanted: Needs = {"CPU": resources.cpus}
+    if resources.gpus:
+        wanted["GPU"] = resources.gpus
+    if resources.memory is not None:
+        wanted["memory"] = resources.memory
+    return wanted
+
+
+def amount_of(name: str, amount: float) -> str:
+    return f"{size(amount)} of memory" if name == "memory" else f"{amount:.4g} {name}s"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

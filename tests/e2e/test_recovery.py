@@ -1,0 +1,91 @@
+"""Promise: any process may be killed while streams run: they go on with the same tokens, and it comes back."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from cluster.core.units import Phase
+from tests.e2e.conftest import Running, wait_until, wait_until_idle
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.chaos,
+    pytest.mark.parametrize("cluster", ["shm"], indirect=True),
+]
+PROMPTS = [f"There were once {number} princes who went into the wide world" for number in range(8)]
+
+
+def text(cluster: Running, prompt: str) -> str:
+    body = {"model": "tiny-llama", "prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    with httpx.Client(base_url=cluster.url, timeout=120) as web:
+        answer = web.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+
+ALONE: dict[str, str] = {}
+"""What is said when nothing dies."""
+
+
+@contextmanager
+def streams(cluster: Running) -> Iterator[None]:
+    """Eight at once, which run when this is entered, and have said by its end what they always say."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        if not ALONE:
+            ALONE.update(zip(PROMPTS, pool.map(lambda prompt: text(cluster, prompt), PROMPTS), strict=True))
+        running: list[Future[str]] = [pool.submit(text, cluster, prompt) for prompt in PROMPTS]
+        wait_until(lambda: held(cluster, "decode-0") > 0 and held(cluster, "decode-1") > 0, 30, "both are busy")
+        yield
+        assert [each.result() for each in running] == list(ALONE.values())
+
+
+def held(cluster: Running, worker: str) -> int:
+    return cluster.inspect()[worker]["held"]
+
+
+def kill(cluster: Running, name: str) -> float:
+    """With SIGKILL; when."""
+    os.kill(cluster.pids()[name], signal.SIGKILL)
+    return time.monotonic()
+
+
+def wait_until_back(cluster: Running, name: str, restarts: int, within: float) -> None:
+    def back() -> bool:
+        status = cluster.status()[name]
+        return status.phase is Phase.RUNNING and status.restarts == restarts
+
+    wait_until(back, within, f"{name} is back")
+
+
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0", "router", "gateway"])
+def test_what_is_killed_comes_back_and_no_stream_notices(cluster: Running, name: str) -> None:
+    before = cluster.status()[name].restarts
+    pid = cluster.pids()[name]
+    if name == "gateway":
+        kill(cluster, name)
+    else:
+        with streams(cluster):
+            kill(cluster, name)
+    wait_until_back(cluster, name, before + 1, within=60)
+    assert f"(pid {pid})" in cluster.status()[name].cause
+    wait_until(lambda: cluster.inspect()["router"]["workers"] == 4, 10, "the router knows all")
+    with streams(cluster):
+        pass
+    wait_until_idle(cluster, within=10)
+
+
+def test_rays_head_may_go_and_a_worker_with_it(cluster: Running) -> None:
+    before = cluster.status()
+    with streams(cluster):
+        kill(cluster, "ray")
+        kill(cluster, "decode-1")
+    wait_until_back(cluster, "ray", before["ray"].restarts + 1, within=30)
+    wait_until_back(cluster, "decode-1", before["decode-1"].restarts + 1, within=60)
+    wait_until(lambda: cluster.inspect()["router"]["workers"] == 4, 10, "the router knows all")
+    wait_until_idle(cluster, within=10)
