@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import structs
 
@@ -115,6 +115,16 @@ class Relay:
     stopped: bool = False
 
 
+class Origin(NamedTuple):
+    """Whose tokens they are, as their message says; whatever the session takes them for."""
+
+    attempt: Attempt | None
+    source: Incarnation | None
+
+
+NOBODY = Origin(None, None)
+
+
 class GatewayProcess(Process):
     def __init__(
         self, world: Surface, name: str, epoch: Epoch, address: Address, origin: float, *,
@@ -151,7 +161,7 @@ class GatewayProcess(Process):
         )  # fmt: skip
         relay = Relay(session, client, StopStrings(wish.stop, include=False), wish.params.logprobs is not None)
         self.relays[wish.request] = relay
-        self._perform(relay, session.start(self.now), None)
+        self._perform(relay, session.start(self.now), NOBODY)
 
     def gone(self, request: RequestId) -> None:
         """Its client went away."""
@@ -196,15 +206,15 @@ class GatewayProcess(Process):
         self.after(STATE_EVERY, self._ask_for_state)
 
     def _feed(self, relay: Relay, event: Event) -> None:
-        source = self._tell_of(relay.session, event)
+        origin = self._tell_of(relay.session, event)
         before = relay.session.placed
         actions = relay.session.handle(event, self.now)
         placed = relay.session.placed
         if placed is not before and placed is not None:
             self._tell_placed(placed)
-        self._perform(relay, actions, source)
+        self._perform(relay, actions, origin)
 
-    def _tell_of(self, session: Session, event: Event) -> Incarnation | None:
+    def _tell_of(self, session: Session, event: Event) -> Origin:
         """For the history; whose tokens they are."""
         now = self.world.clock.now
         if isinstance(event, Chunk):
@@ -212,11 +222,11 @@ class GatewayProcess(Process):
             source = self._incarnation(session, worker)
             last, count = chunk.finish is not None, count_tokens(chunk.tokens)
             self.world.tell(Offered(now, chunk.request, chunk.attempt, source, chunk.index, count, last))
-            return source
+            return Origin(chunk.attempt, source)
         if isinstance(event, AttemptFailed):
             source = self._incarnation(session, event.worker)
             self.world.tell(AttemptGivenUp(now, event.request, event.attempt, source, event.reason))
-        return None
+        return NOBODY
 
     def _incarnation(self, session: Session, worker: str) -> Incarnation:
         """Which one has sent this: tokens do not say so, but only one of the attempt's may send them."""
@@ -233,12 +243,12 @@ class GatewayProcess(Process):
 
     # What sessions want
 
-    def _perform(self, relay: Relay, actions: Iterable[Any], source: Incarnation | None) -> None:
+    def _perform(self, relay: Relay, actions: Iterable[Any], origin: Origin) -> None:
         session = relay.session
         for action in actions:
             match action:
                 case Deliver():
-                    self._deliver(relay, action, source)
+                    self._deliver(relay, action, origin)
                 case Send(to, message):
                     if isinstance(message, PlacementWanted):
                         self._tell_begun(relay, message.attempt)
@@ -252,14 +262,14 @@ class GatewayProcess(Process):
                     del self.relays[session.request]
                     relay.client.hear(_failed(session.request, error))
         if relay.stopped and not session.status.over:
-            self._perform(relay, session.handle(StopMatched(), self.now), source)
+            self._perform(relay, session.handle(StopMatched(), self.now), origin)
 
     def _tell_begun(self, relay: Relay, attempt: Attempt) -> None:
         if attempt > relay.begun:
             relay.begun = attempt
             self.world.tell(AttemptBegun(self.world.clock.now, relay.session.request, attempt))
 
-    def _deliver(self, relay: Relay, deliver: Deliver, source: Incarnation | None) -> None:
+    def _deliver(self, relay: Relay, deliver: Deliver, origin: Origin) -> None:
         """As far as a stop string lets them, the tokens and their text are the client's."""
         tokens = deliver.tokens
         speaking = len(tokens) - (deliver.finish is FinishReason.STOP)  # the token that ends it has no text
@@ -273,10 +283,9 @@ class GatewayProcess(Process):
         logprobs = None
         if relay.with_logprobs and deliver.logprobs is not None:
             logprobs = deliver.logprobs.sampled[:used]
-        attempt = relay.session.attempt
         index, relay.delivered = relay.delivered, relay.delivered + used
         request = relay.session.request
-        relay.client.hear(Got(0.0, request, index, tuple(tokens[:used]), logprobs, text, "", attempt, source))
+        relay.client.hear(Got(0.0, request, index, tuple(tokens[:used]), logprobs, text, "", *origin))
 
     def _end(self, relay: Relay, reason: FinishReason) -> None:
         wish = relay.client.wish

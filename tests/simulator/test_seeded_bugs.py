@@ -15,7 +15,8 @@ from gateway.core.stop_strings import StopStrings
 from kv_transfer.core.receiving import ReceiveSession
 from kv_transfer.core.sending import SendSession
 from kv_transfer.core.session import Outcome
-from messages.common import Generation
+from messages.common import Generation, Role
+from router.core.membership import Members
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
 from runtime.core.work import sequence
@@ -102,6 +103,11 @@ def ignore_that_a_worker_is_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Session, "_on_worker_lost", lambda session, event, now: [])
 
 
+def miss_no_report(patch: pytest.MonkeyPatch) -> None:
+    """The router waits for ever for a worker that says nothing."""
+    patch.setattr(Members, "silent", lambda members, timeout, now: [])
+
+
 def forget_the_attempt_at_the_workers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fences, "admits", lambda fences, request, attempt: True)
 
@@ -168,6 +174,17 @@ def count_what_was_generated_as_prompt(patch: pytest.MonkeyPatch) -> None:
 Scene = Callable[[Plan], list[Misfortune]]
 
 
+def left_for_dead(plan: Plan) -> list[Misfortune]:
+    """A decode worker stands still while it streams, for about as long as it takes to give it up."""
+    worker = next(name for name, role in plan.topology.workers.items() if role is not Role.PREFILL)
+    seconds = 1.9 + plan.seed % 10 / 10
+    return [Misfortune(number=0, kind=Kind.FREEZE, target=worker, message="TokenBatch", nth=3, seconds=seconds)]
+
+
+def a_long_sleep(plan: Plan) -> list[Misfortune]:
+    return [Misfortune(number=0, kind=Kind.FREEZE, target=next(iter(plan.topology.workers)), at=1.5, seconds=5.0)]
+
+
 def asked_in_vain(plan: Plan) -> list[Misfortune]:
     """Half of what gateways send is lost."""
     others = ["router", *plan.topology.workers]
@@ -207,12 +224,11 @@ class Bug(NamedTuple):
 LOSSES = (Kind.LOSE, Kind.CUT, Kind.REORDER, Kind.REPEAT)
 BUGS: dict[Patch, Bug] = {
     ack_before_verifying: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}, (Kind.FLIP, Kind.SWAP, Kind.STALE)),
-    check_no_attempt_in_the_session: Bug(
-        {Invariant.FENCED, Invariant.SAME_TOKENS, Invariant.RESUMED}, (Kind.FREEZE, Kind.CUT, Kind.DELAY)
-    ),
+    check_no_attempt_in_the_session: Bug({Invariant.FENCED}, scene=left_for_dead),
     free_without_quarantine: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}),
     resume_off_by_one: Bug({Invariant.SAME_TOKENS}, (Kind.KILL,)),
     release_twice: Bug({Invariant.NO_CRASH}),
+    miss_no_report: Bug({Invariant.DETECTED, Invariant.RESUMED}, scene=a_long_sleep),
     lose_a_wake_up: Bug({Invariant.RESUMED, Invariant.ONE_END}, scene=asked_in_vain),
     forget_the_stop_string_at_resume: Bug({Invariant.SAME_TOKENS}, (Kind.KILL, Kind.STOP)),
     deliver_the_first_token_from_both: Bug({Invariant.SAME_TOKENS}),
