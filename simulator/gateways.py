@@ -251,7 +251,7 @@ class GatewayProcess(Process):
                     self._deliver(relay, action, origin)
                 case Send(to, message):
                     if isinstance(message, PlacementWanted):
-                        self._tell_begun(relay, message.attempt)
+                        self._tell_begun(relay, message)
                     self.send(to, message)
                 case WakeAt(time):
                     self.after(time - self.now, partial(self._tick, relay))
@@ -264,10 +264,10 @@ class GatewayProcess(Process):
         if relay.stopped and not session.status.over:
             self._perform(relay, session.handle(StopMatched(), self.now), origin)
 
-    def _tell_begun(self, relay: Relay, attempt: Attempt) -> None:
-        if attempt > relay.begun:
-            relay.begun = attempt
-            self.world.tell(AttemptBegun(self.world.clock.now, relay.session.request, attempt))
+    def _tell_begun(self, relay: Relay, wanted: PlacementWanted) -> None:
+        if wanted.attempt > relay.begun:
+            relay.begun = wanted.attempt
+            self.world.tell(AttemptBegun(self.world.clock.now, wanted.request, wanted.attempt, wanted.moving))
 
     def _deliver(self, relay: Relay, deliver: Deliver, origin: Origin) -> None:
         """As far as a stop string lets them, the tokens and their text are the client's."""

@@ -16,6 +16,7 @@ from kv_transfer.core.receiving import ReceiveSession
 from kv_transfer.core.sending import SendSession
 from kv_transfer.core.session import Outcome
 from messages.common import Generation, Role
+from messages.gateway_to_router import PlacementWanted
 from router.core.membership import Members
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
@@ -79,10 +80,10 @@ def lose_a_wake_up(patch: pytest.MonkeyPatch) -> None:
 def forget_the_stop_string_at_resume(patch: pytest.MonkeyPatch) -> None:
     begun = GatewayProcess._tell_begun
 
-    def anew(gateway: GatewayProcess, relay: Any, attempt: int) -> None:
-        if attempt > max(1, relay.begun):
+    def anew(gateway: GatewayProcess, relay: Any, wanted: PlacementWanted) -> None:
+        if wanted.attempt > max(1, relay.begun):
             relay.stops = StopStrings(relay.client.wish.stop, include=False)
-        begun(gateway, relay, attempt)  # type: ignore[arg-type]
+        begun(gateway, relay, wanted)
 
     patch.setattr(GatewayProcess, "_tell_begun", anew)
 
