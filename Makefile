@@ -15,7 +15,7 @@ demo: .venv/installed
 # Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed.
 ALONE := tests/e2e tests/chaos tests/gateway
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
 	$(BIN)/pytest $(ALONE)
 
 check: .venv/installed

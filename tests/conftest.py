@@ -32,3 +32,9 @@ ROOT = Path(__file__).parents[1]
 def tiny_llama() -> Path:
     """The tiny real model that ships with the project."""
     return ROOT / "models" / "tiny-llama"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that nobody is left with one of them when all others are through."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

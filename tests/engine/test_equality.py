@@ -27,6 +27,7 @@ from tests.relay_cases import OUTPUT_TOKENS, relay_cases, transformers_answer
 GREEDY = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, 64, 512])
 def test_sixty_prompts_at_once_are_answered_as_by_transformers(tiny_llama: Path, chunk: int) -> None:
     cases = relay_cases(tiny_llama)
@@ -38,6 +39,7 @@ def test_sixty_prompts_at_once_are_answered_as_by_transformers(tiny_llama: Path,
     assert engine.pool.counts().held == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, 64, 512])
 def test_each_prompt_alone_is_answered_as_by_transformers(tiny_llama: Path, chunk: int) -> None:
     engine = Engine(tiny_llama, dtype="float32", prefill_chunk=chunk)

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 227 << 10
 """Bytes that a block of threads can have on Hopper."""
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

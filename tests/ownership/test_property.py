@@ -39,6 +39,7 @@ def run(
     return world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_sided", [True, False], ids=["one-sided", "two-sided"])
 @settings(max_examples=2500, deadline=None, database=None)
 @given(st.integers(0, 2**32), schedules, faults, degrees, degrees)

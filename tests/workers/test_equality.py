@@ -28,6 +28,7 @@ def run(relay: Relay, cases: list[Case], pair: dict[str, str], at_once: int) -> 
     return [stream.token_ids() for stream in relay.finish(*requests)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, 64, 512])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_tokens_of_transformers(tiny_llama: Path, way: str, chunk: int) -> None:
