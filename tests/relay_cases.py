@@ -5,13 +5,19 @@ answer has a known length. A prompt at whose answer transformers' two best logit
 among them.
 """
 
+import fcntl
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+ANSWERED = Path(__file__).parents[1] / ".pytest_cache" / "answered"
+"""Cases that a process of the tests has had answered, by all that they come from."""
 OUTPUT_TOKENS = 16
 LENGTHS = [
     1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 18, 23, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 70, 79, 80, 81, 90, 95, 96, 97,
@@ -38,12 +44,32 @@ def _text(length: int, seed: int) -> list[int]:
 
 @lru_cache
 def relay_cases(folder: Path) -> tuple[Case, ...]:
-    """One case a length, answered by transformers."""
+    """One case a length, answered by transformers: once, for all processes that test this model with these versions."""
+    ANSWERED.mkdir(parents=True, exist_ok=True)
+    kept = ANSWERED / f"{_origin(folder)}.json"
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and reads
+        if not kept.exists():
+            whole = kept.with_suffix(".part")
+            whole.write_text(json.dumps([asdict(case) for case in _answered(folder)]))
+            whole.rename(kept)
+        return tuple(Case(**case) for case in json.loads(kept.read_text()))
+
+
+def _origin(folder: Path) -> str:
+    """A digest of what decides the cases: model, prompts (this file), and whose answers they are."""
+    digest = hashlib.sha256(" ".join(version(package) for package in ("torch", "transformers", "numpy")).encode())
+    for path in (Path(__file__), *sorted(path for path in folder.iterdir() if path.is_file())):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _answered(folder: Path) -> Iterable[Case]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return tuple(_case(model, length) for length in LENGTHS)
+    return (_case(model, length) for length in LENGTHS)
 
 
 def _case(model: object, length: int) -> Case:
