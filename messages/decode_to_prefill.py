@@ -17,6 +17,11 @@ class TransferAccepted(AttemptMessage, frozen=True):
         check_packed(self.blocks)
 
 
+class TransferPending(AttemptMessage, frozen=True):
+    """Answers what is asked again while there is no answer yet: it is known here, and waits for blocks, or for digests.
+    Where not even this comes, the way between the two is cut."""
+
+
 class TransferRefused(AttemptMessage, frozen=True):
     """No room is reserved, and none will be: another pair, or none, must run this request."""
 

@@ -39,7 +39,7 @@ from kv_transfer.core.stats import TransferStats
 from kv_transfer.core.ways import KINDS, endpoints, route
 from messages.codec import count_tokens, unpack_tokens
 from messages.common import AbortReason, KVRank, TransferCounts
-from messages.decode_to_prefill import CancelTransfer, TailOffered, TransferAcked, TransferRefused
+from messages.decode_to_prefill import CancelTransfer, TailOffered, TransferAcked, TransferPending, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import (
     EndTransfer,
@@ -219,7 +219,7 @@ class Reservations:
         if key in self._open:
             return self._steps(key, self._open[key].session.handle(order, now), now)
         if order.request in self._waiting and self._waiting[order.request].order.attempt == order.attempt:
-            return []
+            return [Send(order.prefill.mailbox, TransferPending(request=order.request, attempt=order.attempt))]
         return [self.refuse(order, "this attempt is over")]
 
     def refuse(self, order: OpenTransfer, detail: str, *, retryable: bool = True) -> Send:

@@ -23,7 +23,7 @@ from kv_transfer.core.session import (
 )
 from messages.codec import pack_tokens
 from messages.common import KVEndpoint
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferPending
 from messages.ids import Address
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
 
@@ -121,6 +121,10 @@ class ReceiveSession:
                 return [self._wanted or self._accepted()]
             case OpenTransfer() if self.state is ReceiveState.LANDING:
                 return [self._accepted()]
+            case OpenTransfer() if self.state is ReceiveState.PROMISED:
+                return [self._pending()]
+            case EndTransfer() if self.state in (ReceiveState.VERIFYING, ReceiveState.PROMISED):
+                return [self._pending()]
             case Landed() if self.state is ReceiveState.LANDING:
                 self._landed[event.indices - self.cached] = True
                 return self._verify_if_landed()
@@ -198,10 +202,10 @@ class ReceiveSession:
             return [self._wanted] if event.round == self._wanted.round else []
         if self._end is None and not self._landed.all():
             self._resend_at = now + self.timeouts.resend  # data may still be behind the end
-        self._end = event
+        again, self._end = self._end is not None, event
         if self.one_sided:
             self._landed[:] = True
-        return self._verify_if_landed()
+        return self._verify_if_landed() or ([self._pending()] if again else [])
 
     def _verify_if_landed(self) -> list[Action]:
         if self._end is None or not self._landed.all():
@@ -248,6 +252,9 @@ class ReceiveSession:
             blocks=pack_tokens(self.blocks),
             cached_blocks=self.cached,
         )
+
+    def _pending(self) -> TransferPending:
+        return TransferPending(request=self.key.request, attempt=self.key.attempt)
 
     def _cancel(self) -> CancelTransfer:
         return CancelTransfer(

@@ -11,7 +11,14 @@ from kv_transfer.core.lanes import Route
 from kv_transfer.core.session import Action, CancelPushes, Digested, Ended, Outcome, Push, TakeDigests, TransferTimeouts
 from kv_transfer.core.trace import PushTrace, TransferTrace
 from messages.codec import unpack_tokens
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.decode_to_prefill import (
+    BlocksWanted,
+    CancelTransfer,
+    TransferAccepted,
+    TransferAcked,
+    TransferPending,
+    TransferRefused,
+)
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
 
 
@@ -81,6 +88,7 @@ class SendSession:
         self._round = 0
         self._resend_at = float("inf")
         self._deadline = float("inf")
+        self._answer_by = float("inf")  # when the peer is beyond reach, unless it answers something
         self._tell_at = float("inf")
         self._detail = ""
         self._outcome = Outcome.CLOSED
@@ -95,6 +103,7 @@ class SendSession:
         self._move(SendState.OPENING)
         self._opened_at = now
         self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.open
+        self._answer_by = now + self._timeouts.answer
         return [self._open_message]
 
     def computing(self, blocks: Blocks, coming: int, now: float) -> list[Action]:
@@ -122,14 +131,16 @@ class SendSession:
 
     def handle(
         self,
-        event: TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer | Pushed | PushFailed
-        | Cancelled | Digested,
+        event: TransferAccepted | TransferPending | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
+        | Pushed | PushFailed | Cancelled | Digested,
         now: float,
     ) -> list[Action]:  # fmt: skip
         """One event of this transfer; whatever comes too late or twice changes nothing."""
         match event:
             case TransferAccepted() if self.state is SendState.OPENING:
                 return self._accepted(event, now)
+            case TransferPending() if self.state in (SendState.OPENING, SendState.ENDING):
+                self._answer_by = now + self._timeouts.answer
             case TransferRefused() if self.state is SendState.OPENING:
                 return self._close(Outcome.REFUSED, event.detail, retryable=event.retryable)
             case TransferAcked() if self.state is SendState.ENDING:
@@ -158,6 +169,8 @@ class SendSession:
         """Send again what is unanswered, or give up."""
         if self.state in (SendState.IDLE, SendState.CLOSING, SendState.CLOSED):
             return []
+        if now >= self._answer_by:
+            return self.give_up("decode does not answer", Outcome.FAILED)
         if now >= self._deadline:
             return self.give_up(f"no progress while {self.state.name.lower()}", Outcome.FAILED)
         if now < self._resend_at:
@@ -172,7 +185,7 @@ class SendSession:
         """When ``tick`` has something to do at the latest."""
         if self.state in (SendState.IDLE, SendState.CLOSING, SendState.CLOSED):
             return float("inf")
-        return min(self._resend_at, self._deadline)
+        return min(self._resend_at, self._deadline, self._answer_by)
 
     @property
     def trace(self) -> TransferTrace:
@@ -204,7 +217,7 @@ class SendSession:
         self._asked = self._hashed = self._digested = self._cached
         self._accepted_at = now
         self._move(SendState.PUSHING)
-        self._resend_at, self._deadline = float("inf"), float("inf")  # compute sets the pace until the end
+        self._resend_at = self._deadline = self._answer_by = float("inf")  # compute sets the pace until the end
         self._tell_at = now + self._timeouts.progress / 2
         actions = self._push_ready(now)
         if self.state is SendState.PUSHING:
@@ -244,7 +257,7 @@ class SendSession:
         if not len(wanted) or wanted[0] < self._cached or wanted[-1] >= self._asked:
             return self.give_up("decode asked for blocks that are not part of the transfer", Outcome.FAILED)
         self._move(SendState.PUSHING)
-        self._deadline = now + self._timeouts.progress
+        self._deadline, self._answer_by = now + self._timeouts.progress, float("inf")
         # One push a run of consecutive indices; a digest fails rarely, so this list is short.
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
         return [self._pushing(int(run[0]), self._source[run], self._target[run - self._cached], now) for run in runs]
@@ -256,6 +269,7 @@ class SendSession:
         self._move(SendState.ENDING)
         self._round += 1
         self._resend_at, self._deadline = now + self._timeouts.resend, now + self._timeouts.progress
+        self._answer_by = now + self._timeouts.answer
         return [self._end_message()]
 
     def _progressed(self, now: float) -> list[Action]:

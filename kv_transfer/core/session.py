@@ -25,12 +25,12 @@ from typing import NamedTuple
 from kv_transfer.core.events import Blocks, Live, TransferKey
 from kv_transfer.core.lanes import Route
 from messages.common import KVEndpoint
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked
+from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferPending
 from messages.prefill_to_decode import EndTransfer, OpenTransfer, TransferClosed, TransferProgress
 
 Reply = (
     OpenTransfer | TransferProgress | EndTransfer | TransferClosed
-    | TransferAccepted | TransferAcked | BlocksWanted | CancelTransfer
+    | TransferAccepted | TransferPending | TransferAcked | BlocksWanted | CancelTransfer
 )  # fmt: skip
 
 
@@ -40,13 +40,18 @@ class TransferTimeouts:
 
     resend: float = 0.5
     """An unanswered message is sent again after this."""
+    answer: float = 2.0
+    """After so long without any answer, not even ``TransferPending``, the way to the peer is cut. Longer than a step
+    takes, for between two of them a worker answers."""
     open: float = 120.0
     """The receiver may let an open wait this long for free blocks. Long, for that a peer is lost is told by
     ``PeerLost``, and that a gateway wants no more by ``Abort``."""
     lease: float = 120.0
     """A landing that hears nothing for this long is given up: the sender may be computing, but not for ever."""
     progress: float = 10.0
-    """After this long without progress the transfer has failed. Half as often a sender that goes on says so."""
+    """A push that its transport says nothing of for this long has failed, and so has an end whose blocks stay
+    unverified. Half as often a sender that goes on says so. Long, for pushes wait for each other; a transport finds
+    sooner that a peer takes nothing."""
 
 
 # Actions beside Reply, which goes to the peer's mailbox.

@@ -2,9 +2,9 @@
 
 A push, end to end:
 
-1. The sender's thread cuts it into messages of a few MiB: a header, and views of the pool, which libzmq reads in place;
-   or, of few layers, or where the receiver keeps other heads or another dtype, of a buffer that is used again once it
-   has been taken.
+1. The sender's thread cuts it into messages, of a few MiB where the way is fast: a header, and views of the pool, which
+   libzmq reads in place; or, of few layers, or where the receiver keeps other heads or another dtype, of a buffer that
+   is used again once it has been taken.
 2. No more than ``WINDOW_BYTES`` are under way to one peer, so that memory is bounded at both ends.
 3. The receiver's thread checks sizes against the header, and the header against the rows that are open for its key. It
    copies into those rows under the lock that ``close`` takes, and answers ``Taken``; what it cannot use it drops.
@@ -71,14 +71,18 @@ from messages.codec import BadMessage, encode
 from messages.common import KVEndpoint, KVShard
 
 MESSAGE_BYTES = 4 << 20
-"""Payload of one message; a larger block is a message of its own."""
+"""Payload of one message, on a way that is fast; a larger block is a message of its own."""
+LEAST_MESSAGE_BYTES = 256 << 10
+"""The same on a way that is slow, or not known yet: so that even there something is taken often."""
+SLOW = 0.25
+"""Seconds between two answers on a way whose messages are too large."""
 PACK_BELOW = 64 << 10
 """Blocks smaller than this are packed into one part: a part each would cost more than the copy."""
 JOIN_BELOW = 1 << 20
 """Neighbouring blocks that are smaller than this go as one part: to look for them costs as much as sending a part."""
 WINDOW_BYTES = 16 << 20
 WINDOW_MESSAGES = 32
-STALLED_AFTER = 5.0
+STALLED_AFTER = 2.0
 """Seconds without an answer of a peer that owes one."""
 TURN_MS = 500
 """Milliseconds between looks at the clock while something is under way."""
@@ -226,6 +230,7 @@ class _Link:
         self._pool = pool
         self._buffers: dict[int, list[Pool]] = {}
         """Free ones, by size."""
+        self._message_bytes = LEAST_MESSAGE_BYTES
         self._number = 0
         self._bytes = 0
         self._full = False  # or not connected
@@ -240,7 +245,7 @@ class _Link:
 
     def _connect(self) -> None:
         _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
-             HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000, RECONNECT_IVL_MAX=1000,
+             HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=10_000, RECONNECT_IVL_MAX=1000,
              IPV6=int("[" in self.address))  # fmt: skip
         self.socket.connect(self.address)
 
@@ -272,6 +277,8 @@ class _Link:
                 frame = self.socket.recv(zmq.NOBLOCK)
                 with contextlib.suppress(BadMessage):  # not from a receiver of ours; the stall will show
                     taken = max(taken, decode_taken(frame).number)
+        if self.under_way and self.under_way[0].number <= taken:
+            self._fit(now - self.moved_at)
         while self.under_way and self.under_way[0].number <= min(taken, self._number - 1):
             sent = self.under_way.popleft()
             self._bytes -= sent.size
@@ -281,6 +288,13 @@ class _Link:
             sent.job.taken(sent.size)
             if sent.last:
                 yield sent.job
+
+    def _fit(self, waited: float) -> None:
+        """Messages shall be answered so often that a slow way is no dead one, and cost little on a fast one."""
+        if waited > SLOW:
+            self._message_bytes = max(LEAST_MESSAGE_BYTES, self._message_bytes // 2)
+        elif waited < SLOW / 4:
+            self._message_bytes = min(MESSAGE_BYTES, 2 * self._message_bytes)
 
     def send(self) -> None:
         """Send what the window lets through."""
@@ -292,7 +306,7 @@ class _Link:
             layers = job.next_layers(lane.num_layers)
             num_layers = layers.end - layers.first
             block_bytes = num_layers * lane.layer_bytes
-            end = min(job.begun + blocks_in(MESSAGE_BYTES, block_bytes), len(job.source))
+            end = min(job.begun + blocks_in(self._message_bytes, block_bytes), len(job.source))
             size = (end - job.begun) * block_bytes
             if self.under_way and self._bytes + size > WINDOW_BYTES:
                 return

@@ -15,7 +15,14 @@ from kv_transfer.core.stats import TransferStats
 from kv_transfer.core.trace import TransferTrace
 from kv_transfer.core.ways import choose, route
 from messages.common import AbortReason, KVRank, TransferCounts, WorkerAddress
-from messages.decode_to_prefill import BlocksWanted, CancelTransfer, TransferAccepted, TransferAcked, TransferRefused
+from messages.decode_to_prefill import (
+    BlocksWanted,
+    CancelTransfer,
+    TransferAccepted,
+    TransferAcked,
+    TransferPending,
+    TransferRefused,
+)
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, OpenTransfer, TailYielded
@@ -24,7 +31,7 @@ from runtime.core.actions import ForgetPeer, Send
 from runtime.core.probe import ProbeEnded
 from runtime.core.recent import RecentCost
 
-PeerMessage = TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
+PeerMessage = TransferAccepted | TransferPending | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
 TransportAnswer = Pushed | PushFailed | Cancelled | Digested
 
 

@@ -33,6 +33,7 @@ from messages.decode_to_prefill import (
     TailOffered,
     TransferAccepted,
     TransferAcked,
+    TransferPending,
     TransferRefused,
 )
 from messages.gateway_to_worker import Prefill
@@ -47,12 +48,13 @@ from runtime.core.shared import Shared
 from runtime.core.work import NOT_NUMBERS, sequence, wire_logprobs
 
 Messages = (
-    Prefill, TransferAccepted, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer, TailOffered,
+    Prefill, TransferAccepted, TransferPending, TransferRefused, TransferAcked, BlocksWanted, CancelTransfer,
+    TailOffered,
 )  # fmt: skip
 """What a worker's mailbox takes for this half alone."""
 
 TransferEvent = (
-    TransferAccepted | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
+    TransferAccepted | TransferPending | TransferRefused | TransferAcked | BlocksWanted | CancelTransfer
     | Pushed | PushFailed | Cancelled | Digested
 )  # fmt: skip
 TRACES = 256

@@ -61,6 +61,7 @@ class RelayWorld:
         policy: Policy = Policy.AUTO,
         seed: int = 0,
         loss: float = 0.0,
+        expected_output: int = 1024,
         **settings: Any,
     ) -> None:
         """``loss``: the part of all messages that do not arrive."""
@@ -95,7 +96,11 @@ class RelayWorld:
         )
         self.router = router.Router(self._settings, Epoch(next(self._epochs)))
         self._limits = SchedulerLimits(
-            max_num_seqs=slots, max_num_batched_tokens=2048, max_model_len=4096, prefill_chunk=512
+            max_num_seqs=slots,
+            max_num_batched_tokens=2048,
+            max_model_len=4096,
+            prefill_chunk=512,
+            expected_output=expected_output,
         )
         self._common: dict[str, Any] = {
             "router": ROUTER, "cluster_key": KEY, "max_num_seqs": slots, "max_model_len": 4096, "vocab_size": 2048,
@@ -106,7 +111,8 @@ class RelayWorld:
         self.pools: dict[str, BlockPool] = {}
         self._dispatch = Dispatch(GATEWAY, ROUTER)
         self._ask_for_state()
-        for name in (*(f"p{i}" for i in range(prefill)), *(f"d{i}" for i in range(decode))):
+        self.names = (*(f"p{i}" for i in range(prefill)), *(f"d{i}" for i in range(decode)))
+        for name in self.names:
             self.start(name)
 
     # What tests do

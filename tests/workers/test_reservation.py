@@ -11,7 +11,7 @@ from kv_transfer.core.session import LandingOpened, LookForWriters, OpenLanding,
 from kv_transfer.core.ways import endpoints
 from messages.codec import pack_tokens
 from messages.common import Generation, KVRank, KVWay, Ticket, WorkerAddress
-from messages.decode_to_prefill import TransferRefused
+from messages.decode_to_prefill import TransferPending, TransferRefused
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import OpenTransfer, TransferClosed
 from messages.sampling import SamplingParams
@@ -159,8 +159,9 @@ def test_asking_again_costs_the_same_however_many_wait() -> None:
 
         sys.setprofile(count)
         try:
-            assert reservations.repeated(last, 0.5) == []
+            (pending,) = reservations.repeated(last, 0.5)
         finally:
             sys.setprofile(None)
         lookups.append(calls)
+        assert isinstance(pending, Send) and isinstance(pending.message, TransferPending)
     assert lookups[0] == lookups[1]
