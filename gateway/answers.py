@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.choice import Choice
-from gateway.core.errors import GatewayError
+from gateway.core.errors import GatewayError, StreamTaken
 from gateway.core.positions import DONE, USAGE, event_id
 from gateway.hub import Hub, Order, Relay
 from gateway.rendering import Renderer, done, encode, error_body, event
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LINGER = 0.3
 """Seconds that a refused client may go on sending before its connection is closed under it."""
+TAKEN_WITHIN = 10.0
+"""Seconds in which another gateway takes all of an answer, or nobody does."""
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -40,7 +42,8 @@ class Exchange:
         self._gone = False
         self._refusal: GatewayError | None = None
         self.choices: list[Choice] = []
-        self.relays: list[Relay] = []
+        self.relays: list[Relay | None] = []
+        """One a choice; None for a choice that the client has read to its end, and of which nobody knows more."""
 
     def changed(self) -> None:
         self._changed.set()
@@ -48,16 +51,21 @@ class Exchange:
     def open(self, orders: Sequence[Order], choices: list[Choice]) -> None:
         """Run ``orders``, one a choice. Raises ``GatewayError``."""
         self.choices = choices
-        self.relays = self._hub.open(zip(orders, choices, strict=True))
+        self.relays = [*self._hub.open(zip(orders, choices, strict=True))]
 
-    def resume(self, relays: list[Relay], choices: list[Choice]) -> None:
+    def resume(self, relays: list[Relay | None], choices: list[Choice]) -> None:
         """Read on in sequences that run, or have ended: ``choices`` begin where their client wants it."""
         self.choices, self.relays = choices, relays
         for relay, choice in zip(relays, choices, strict=True):
+            if relay is None:
+                choice.known()
+                continue
             relay.listener = choice
             so_far = relay.session.transcript()
-            if so_far is not None:
-                choice.replay(so_far)
+            if so_far is not None and choice.replay(so_far):
+                self._hub.complete(relay)  # which the choice hears of, unless the sequence has ended before
+            if choice.over:
+                continue
             if isinstance(relay.outcome, GatewayError):
                 choice.failed(relay.outcome)
             elif relay.outcome is not None:
@@ -78,8 +86,10 @@ class Exchange:
 
     def close(self) -> None:
         """Cancel what still runs, and let go of it all."""
-        for relay in self.relays:
-            self._hub.cancel(relay)
+        if isinstance(self.first_error(), StreamTaken):  # who has taken one sequence is about to take the others
+            asyncio.get_running_loop().call_later(TAKEN_WITHIN, self._hub.cancel_all, self.relays)
+        else:
+            self._hub.cancel_all(self.relays)
         self.let_go()
 
     def let_go(self) -> None:
@@ -145,7 +155,8 @@ class WholeAnswer(Answer):
             return
         pieces = [choice.take(even_without_text=True) for choice in exchange.choices]
         present = [piece for piece in pieces if piece is not None]
-        body = self._renderer.answer(exchange.choices, exchange.relays, present)
+        relays = [relay for relay in exchange.relays if relay is not None]
+        body = self._renderer.answer(exchange.choices, relays, present)
         await send_json(200, body, send)
 
 
@@ -197,7 +208,7 @@ class EventStream(Answer):
         renderer, exchange = self._renderer, self._exchange
         chunks = []
         for choice, relay in zip(exchange.choices, exchange.relays, strict=True):
-            if choice.fresh:
+            if choice.fresh and relay is not None:
                 piece = choice.take(even_without_text=renderer.even_without_text)
                 if piece is not None:
                     chunks.append(renderer.chunk(choice, relay, piece, self._id()))

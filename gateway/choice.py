@@ -131,8 +131,9 @@ class Choice:
         self._changed()
         return self._stopped
 
-    def replay(self, tokens: Deliver) -> None:
-        """Take in the next tokens; those up to ``after`` for what follows from them only."""
+    def replay(self, tokens: Deliver) -> bool:
+        """Take in the next tokens; those up to ``after`` for what follows from them only. True if the text is complete
+        with them."""
         if self._scores is not None:
             self._scores.scored(tokens.prompt_logprobs)
         used = self._decode(tokens.tokens, silent_last=tokens.finish is FinishReason.STOP and not self._include_stop)
@@ -145,6 +146,11 @@ class Choice:
             piece.skipped += tokens.tokens[:known]
             piece.logprobs += entries(tokens.tokens[:used], tokens.logprobs)[known:]
         self.fresh = True
+        return self._stopped
+
+    def known(self) -> None:
+        """The client has all of it, up to ``after``."""
+        self.num_tokens, self.finish = self._after.tokens, FinishReason.STOP
 
     def _decode(self, tokens: list[int], *, silent_last: bool) -> int:
         """Append the tokens' text; how many of them there were up to a stop string. The token that ended the sequence

@@ -6,11 +6,14 @@ A batch of tokens costs each request in it one ``Session.handle`` and one call o
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from gateway.core.adoption import Action as AdoptionAction
+from gateway.core.adoption import Adoption, Found, Missing
+from gateway.core.adoption import Event as AdoptionEvent
 from gateway.core.dispatch import Dispatch, Heard, Late, Message
 from gateway.core.errors import GatewayError, InternalError, Unavailable
 from gateway.core.limits import Limits
@@ -32,10 +35,11 @@ from gateway.metrics import Metrics
 from gateway.recorded import RecordedSession
 from messages.common import WorkerAddress
 from messages.gateway_to_router import ClusterStateWanted, Finished
+from messages.gateway_to_worker import Abort
 from messages.ids import Address, RequestId, WorkerId
-from messages.router_to_gateway import ClusterState, Placed, WorkerLost
+from messages.router_to_gateway import AdoptionAsked, ClusterState, Placed, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import Timeline
+from messages.worker_to_gateway import Adopted, NotHere, Timeline
 from runtime.clock import clock_name
 from runtime.core.actions import Send, WakeAt
 from runtime.mailbox import AsyncMailbox
@@ -47,6 +51,7 @@ MESSAGES_A_TURN = 64
 """Messages handled in a row before others get the loop."""
 FORGET_AFTER = 60.0
 """Seconds after which the socket to a lost worker is closed; until then it may be frozen and wake up."""
+TENANT = "default"
 STATE_FRESH = 5.0
 """Seconds for which the router's last answer counts."""
 
@@ -69,9 +74,11 @@ class Order:
     prompt: bytes
     sampling: SamplingParams
     request: RequestId = field(default_factory=lambda: RequestId(secrets.token_hex(16)))
-    tenant: str = "default"
+    tenant: str = TENANT
     cache_salt: str = ""
     """The client's own; see ``core/salts.py``."""
+    description: bytes = b""
+    """For other gateways: ``description.py``."""
     trace: str = ""
     """The request whose trace it belongs to; empty where it is not traced."""
 
@@ -97,6 +104,28 @@ class Relay:
             "attempts": self.session.attempt,
             "kv_bytes": self.session.kv_bytes,
         }
+
+
+@dataclass(slots=True)
+class _Search:
+    """For a sequence that another gateway has begun."""
+
+    adoption: Adoption
+    found: asyncio.Future[Relay | None]
+    timer: asyncio.TimerHandle | None = None
+
+
+class _Nobody:
+    """Listens to a sequence until a client reads it, from its first token on."""
+
+    def deliver(self, tokens: Deliver, now: float) -> bool:
+        return False
+
+    def ended(self, reason: FinishReason, now: float) -> None:
+        pass
+
+    def failed(self, error: GatewayError) -> None:
+        pass
 
 
 class Hub:
@@ -127,6 +156,7 @@ class Hub:
         self._make_session = Session if recorder is None else partial(RecordedSession, recorder)
         self._loop = asyncio.get_running_loop()
         self._relays: dict[RequestId, Relay] = {}
+        self._adoptions: dict[RequestId, _Search] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._dispatch = Dispatch(mailbox.address, router)
@@ -148,12 +178,15 @@ class Hub:
     def open(self, orders: Iterable[tuple[Order, Listener]]) -> list[Relay]:
         """Run all these sequences, or none: raises ``GatewayError`` where they are too many now."""
         wanted = list(orders)
+        self._admit(len(wanted))
+        return [self._open(order, listener) for order, listener in wanted]
+
+    def _admit(self, wanted: int) -> None:
         if self._draining:
             raise Unavailable("the server is shutting down", retry_after=1.0)
-        refusal = self._limits.admit(len(self._relays), len(wanted))
+        refusal = self._limits.admit(len(self._relays), wanted)
         if refusal is not None:
             raise refusal
-        return [self._open(order, listener) for order, listener in wanted]
 
     def _open(self, order: Order, listener: Listener) -> Relay:
         now = self._loop.time()
@@ -167,21 +200,98 @@ class Hub:
             tenant=order.tenant,
             cache_salt=order.cache_salt,
             traced=traced,
+            description=order.description,
             timeouts=self._timeouts,
             max_attempts=self._max_attempts,
         )
+        relay = self._add(session, listener)
+        self.metrics.prompt_tokens.inc(len(order.prompt) // 4)
+        self._perform(relay, session.start(now), now)
+        return relay
+
+    def _add(self, session: Session, listener: Listener) -> Relay:
         relay = Relay(session, listener)
         self._relays[session.request] = relay
         self._idle.clear()
         self.metrics.in_flight.set(len(self._relays))
-        self.metrics.prompt_tokens.inc(len(order.prompt) // 4)
-        self._perform(relay, session.start(now), now)
         return relay
 
     def cancel(self, relay: Relay) -> None:
         """Nobody waits for this sequence any more; nothing happens where it has ended."""
         if not relay.session.status.over:
             self._feed(relay, ClientGone())
+
+    def cancel_all(self, relays: Iterable[Relay | None]) -> None:
+        """Of those that are there."""
+        for relay in relays:
+            if relay is not None:
+                self.cancel(relay)
+
+    def complete(self, relay: Relay) -> None:
+        """The text is complete with the tokens that are there; nothing happens where it has ended."""
+        if not relay.session.status.over:
+            self._feed(relay, StopMatched())
+
+    async def adopt(self, requests: Sequence[RequestId]) -> list[Relay | None]:
+        """Go on with sequences that another gateway has begun; None for those that nobody has any more. Raises
+        ``GatewayError`` where they are too many now."""
+        self._admit(len(requests))
+        return await asyncio.gather(*(self._adopt(request) for request in requests))
+
+    async def _adopt(self, request: RequestId) -> Relay | None:
+        if request in self._relays or request in self._adoptions:
+            return None  # its client reads it here, or it is being looked for already
+        search = _Search(Adoption(request, self._mailbox.address, self._router), self._loop.create_future())
+        self._adoptions[request] = search
+        try:
+            self._seek(request, search.adoption.start(self._loop.time()))
+            return await search.found
+        finally:
+            del self._adoptions[request]
+            if search.timer is not None:
+                search.timer.cancel()
+
+    def _sought(self, request: RequestId, event: AdoptionEvent) -> None:
+        """Something that is about an adoption."""
+        search = self._adoptions.get(request)
+        if search is not None and not search.found.done():
+            self._seek(request, search.adoption.handle(event, self._loop.time()))
+        elif isinstance(event, Adopted) and request not in self._relays:  # too late: nobody waits for it any more
+            self._mailbox.send(event.worker.mailbox, Abort(request=request, attempt=event.attempt))
+
+    def _seek(self, request: RequestId, actions: list[AdoptionAction]) -> None:
+        search = self._adoptions[request]
+        for action in actions:
+            match action:
+                case Send():
+                    self._mailbox.send(action.to, action.message)
+                case WakeAt():
+                    search.timer = self._loop.call_at(action.time, self._sought, request, Tick())
+                case Found():
+                    search.found.set_result(self._take_over(action.adopted))
+                case Missing():
+                    search.found.set_result(None)
+
+    def _take_over(self, adopted: Adopted) -> Relay:
+        """A session for it at once, since its tokens may come with the next message."""
+        now, work = self._loop.time(), adopted.generation
+        session = Session(
+            adopted.request,
+            work.prompt,
+            work.sampling,
+            gateway=self._mailbox.address,
+            router=self._router,
+            tenant=TENANT,
+            traced=work.traced,
+            description=work.description,
+            timeouts=self._timeouts,
+            max_attempts=self._max_attempts,
+        )
+        self._moves_to(adopted.worker)
+        self._dispatch.know(adopted.worker)
+        relay = self._add(session, _Nobody())
+        self._perform(relay, session.adopt(adopted, now), now)
+        return relay
 
     async def run(self) -> None:
         """Handle messages until cancelled."""
@@ -222,6 +332,8 @@ class Hub:
                 self._cluster_heard = self._loop.time()
                 self.metrics.malformed.set(self._mailbox.malformed)
                 self._take(self._dispatch.state(message, [relay.session for relay in self._relays.values()]))
+            case AdoptionAsked(request) | Adopted(request) | NotHere(request):
+                self._sought(request, message)
             case _:
                 self._dispatched(message)
 

@@ -7,6 +7,7 @@ hub -> send what comes back, as it comes.
 import asyncio
 import importlib.metadata
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -26,14 +27,15 @@ from gateway.choice import Choice, Echo
 from gateway.config import GatewayConfig
 from gateway.core.chrome_trace import chrome_trace
 from gateway.core.errors import GatewayError, InternalError, InvalidRequest, MethodNotAllowed, PathNotFound
-from gateway.core.positions import START, Cursor, parse
+from gateway.core.positions import START, Cursor, at_end, parse
 from gateway.core.stop_strings import StopStrings
+from gateway.description import describe, description_of, plan_of
 from gateway.hub import Hub, Order
 from gateway.metrics import Metrics
 from gateway.orders import Plan, Planner, Prompt
 from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode, openapi_schema
 from gateway.request_models import ChatRequest, CompletionRequest, chat_request, completion_request
-from gateway.streams import Stream, Streams
+from gateway.streams import Stream, Streams, not_found
 from gateway.tokenization import Tokenizer
 from messages.common import Part
 from messages.ids import RequestId
@@ -45,6 +47,7 @@ SHORT_BODY = 4096
 """Bytes of a request that is planned on the event loop; longer ones are planned in a thread."""
 TRACE_HEADER = "x-baton-trace"
 """1: say with the last chunk who ran the request."""
+REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 TIMELINE = "timeline"
 """The header's value that has everyone note what is done for the request when: ``/traces/{x-request-id}``."""
 
@@ -84,18 +87,21 @@ class Api:
 
         plan = planned() if len(body) <= SHORT_BODY else await loop.run_in_executor(self.executor, planned)
         exchange = Exchange(self.hub)
-        id, trace = request.state.request_id, request.headers.get(TRACE_HEADER, "")
-        traced = id if trace == TIMELINE else ""
-        exchange.open(_orders(plan, id, traced), self._choices(plan, exchange, arrived=arrived))
-        render = partial(
-            renderer,
-            id,
-            self.config.served_model_name,
-            plan,
-            self.tokenizer,
-            created=int(time.time()),
-            trace=trace in ("1", TIMELINE),
-        )
+        id, asked = request.state.request_id, request.headers.get(TRACE_HEADER, "")
+        created, trace = int(time.time()), asked in ("1", TIMELINE)
+        render = self._renderer(renderer, id, plan, created=created, trace=trace)
+        orders = [
+            Order(
+                prompt=(prompt := plan.prompts[i // plan.n]).packed,
+                sampling=sampling,
+                request=_sequence(id, i),
+                cache_salt=plan.cache_salt,
+                description=describe(plan, prompt, chat=renderer is ChatRenderer, created=created, trace=trace),
+                trace=id if asked == TIMELINE else "",
+            )
+            for i, sampling in enumerate(plan.sampling)
+        ]
+        exchange.open(orders, self._choices(plan, exchange, arrived=arrived))
         if not plan.stream:
             return WholeAnswer(exchange, render(), exchange.close)
         leave = exchange.close
@@ -108,16 +114,50 @@ class Api:
     async def resume(self, request: Request, id: str) -> Response:
         """Read on in a stream, behind the event that the client has seen last."""
         id = id.removeprefix(CompletionRenderer.prefix).removeprefix(ChatRenderer.prefix)
-        stream = self.streams.find(id)
-        request.state.request_id = id
         after = request.query_params.get("after", request.headers.get("last-event-id", ""))
-        cursor = parse(after, len(stream.relays))
-        if cursor.done:
+        if at_end(after):
             return Response(status_code=204)  # has an EventSource stop asking
+        stream = await self.streams.find(id, partial(self._adopt, id, after))
+        request.state.request_id = id
+        cursor = parse(after, len(stream.relays))
+        for relay, position in zip(stream.relays, cursor.choices, strict=True):
+            if relay is None and not position.ended:
+                raise not_found(id)
         exchange = Exchange(self.hub)
         self.streams.read(stream, exchange, cursor, partial(self._choices, stream.plan))
         leave = partial(self.streams.leave, stream, exchange)
         return self._event_stream(stream.plan, exchange, stream.renderer(), leave, cursor)
+
+    async def _adopt(self, id: str, after: str) -> Stream:
+        """The stream that another gateway has begun. Raises ``StreamNotFound`` where nobody has it."""
+        if REQUEST_ID.fullmatch(id) is None:
+            raise not_found(id)
+        likely = min(after.count(",") + 1, self.config.limits.max_sequences_per_request)
+        relays = await self.hub.adopt([_sequence(id, i) for i in range(likely)])
+        sessions = {i: relay.session for i, relay in enumerate(relays) if relay is not None}
+        description = description_of(next(iter(sessions.values()))) if sessions else None
+        if description is None:
+            self.hub.cancel_all(relays)
+            raise not_found(id)
+        more = [_sequence(id, i) for i in range(likely, description.num_choices)]
+        relays = [*relays[: description.num_choices], *await self.hub.adopt(more)]
+        sessions = {i: relay.session for i, relay in enumerate(relays) if relay is not None}
+        plan = plan_of(description, sessions)
+        renderer = ChatRenderer if description.chat else CompletionRenderer
+        render = self._renderer(renderer, id, plan, created=description.created, trace=description.trace)
+        exchange = Exchange(self.hub)
+        exchange.relays = relays
+        stream = Stream(id, plan, render, relays, exchange)
+        self.streams.add(stream)
+        self.streams.leave(stream, exchange)  # it is kept like any other until somebody reads it
+        return stream
+
+    def _renderer(
+        self, kind: type[Renderer], id: str, plan: Plan, *, created: int, trace: bool
+    ) -> Callable[[], Renderer]:
+        """Makes fresh ones for an answer."""
+        name = self.config.served_model_name
+        return partial(kind, id, name, plan, self.tokenizer, created=created, trace=trace)
 
     def _event_stream(
         self,
@@ -293,17 +333,9 @@ class Envelope:
         await self._app(scope, receive, labelled)
 
 
-def _orders(plan: Plan, request_id: str, trace: str) -> list[Order]:
-    return [
-        Order(
-            prompt=plan.prompts[i // plan.n].packed,
-            sampling=sampling,
-            request=RequestId(f"{request_id}-{i}"),
-            cache_salt=plan.cache_salt,
-            trace=trace,
-        )
-        for i, sampling in enumerate(plan.sampling)
-    ]
+def _sequence(request_id: str, choice: int) -> RequestId:
+    """One choice's id in the cluster."""
+    return RequestId(f"{request_id}-{choice}")
 
 
 def _json(body: Any, status: int = 200) -> Response:

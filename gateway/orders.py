@@ -42,6 +42,8 @@ class Plan:
     prompts: list[Prompt]
     sampling: list[SamplingParams]
     """One a choice."""
+    num_prompt_tokens: int
+    """Of all prompts together."""
     n: int
     cache_salt: str
     stops: tuple[str, ...]
@@ -221,6 +223,7 @@ class Planner:
         return Plan(
             prompts=prompts,
             sampling=sampling,
+            num_prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
             n=n,
             cache_salt=request.cache_salt or "",
             stops=stops,

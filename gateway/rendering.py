@@ -94,7 +94,7 @@ class Renderer:
             body["baton"] = relay.baton | {"ttft_ms": _ms(choice.ttft), "tpot_ms": _ms(choice.tpot)}
 
     def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        prompt = sum(len(prompt.tokens) for prompt in self._plan.prompts)
+        prompt = self._plan.num_prompt_tokens
         completion = sum(choice.num_tokens for choice in choices)
         cached = sum(choice.cached_tokens for choice in choices if choice.index % self._plan.n == 0)
         return {

@@ -6,8 +6,9 @@ later one gets it.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.answers import Exchange
 from gateway.choice import Choice
@@ -27,7 +28,7 @@ class Stream:
     plan: Plan
     renderer: Callable[[], Renderer]
     """A fresh one."""
-    relays: list[Relay]
+    relays: list[Relay | None]
     reader: Exchange
     """Who reads it, or did last."""
     forgetting: asyncio.TimerHandle | None = None
@@ -42,6 +43,7 @@ class Streams:
         self._grace = grace
         self._most = most
         self._streams: dict[str, Stream] = {}
+        self._fetching: dict[str, asyncio.Task[Stream]] = {}
         self._unread: dict[str, Stream] = {}  # the one that is longest without a reader first
 
     def __len__(self) -> int:
@@ -51,12 +53,16 @@ class Streams:
         """From now on it may be found."""
         self._streams[stream.id] = stream
 
-    def find(self, id: str) -> Stream:
-        """Raises ``StreamNotFound``."""
-        stream = self._streams.get(id)
-        if stream is None:
-            raise StreamNotFound(f"there is no stream {id[:100]!r} to read on", param="id")
-        return stream
+    async def find(self, id: str, fetch: Callable[[], Coroutine[Any, Any, Stream]]) -> Stream:
+        """Where it is not here, whatever ``fetch`` finds or raises, which is called once for all who ask meanwhile."""
+        known = self._streams.get(id)
+        if known is not None:
+            return known
+        fetching = self._fetching.get(id)
+        if fetching is None:
+            fetching = self._fetching[id] = asyncio.create_task(fetch())
+            fetching.add_done_callback(lambda _: self._fetching.pop(id))
+        return await asyncio.shield(fetching)
 
     def read(
         self, stream: Stream, exchange: Exchange, cursor: Cursor, choices: Callable[[Exchange, Cursor], list[Choice]]
@@ -85,3 +91,8 @@ class Streams:
         stream.forgetting.cancel()
         del self._unread[stream.id], self._streams[stream.id]
         stream.reader.close()
+
+
+def not_found(id: str) -> StreamNotFound:
+    """Nobody has this stream, or no longer all of it."""
+    return StreamNotFound(f"there is no stream {id[:100]!r} to read on", param="id")

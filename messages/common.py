@@ -30,6 +30,7 @@ Rate = Annotated[float, Meta(ge=0, le=1e18)]
 """A second; 0 while it is not known."""
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 PackedTokens = Annotated[Tokens, Meta(max_length=4 * MAX_SEQUENCE)]
+MAX_DESCRIPTION = 2**20
 PackedBlocks = Annotated[bytes, Meta(max_length=4 * MAX_SEQUENCE)]
 
 
@@ -121,6 +122,13 @@ class Generation(Part, frozen=True):
     """KV is shared only between requests of the same salt: the gateway makes it, so that no two tenants have one."""
     traced: bool = False
     """Whether who works on it tells the gateway what it did when: ``Timeline``."""
+    description: Annotated[bytes, Meta(max_length=MAX_DESCRIPTION)] = b""
+    """What another gateway must know to go on with the answer: gateways read it, nobody else does. Empty where the
+    request dies with its gateway."""
+    logprobs: "Logprobs | None" = None
+    """Of ``generated``, where they are wanted and another gateway may need them."""
+    prompt_logprobs: "Logprobs | None" = None
+    """The same, where an earlier attempt has made them."""
 
     def __post_init__(self) -> None:
         if not self.prompt:

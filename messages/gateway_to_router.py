@@ -43,6 +43,14 @@ class Finished(AttemptMessage, frozen=True):
     """The attempt is over, whatever its end: nothing of it is left to place."""
 
 
+class AdoptionWanted(Message, frozen=True):
+    """A client reads on here in a sequence that another gateway has begun. Whoever may have it is told ``Adopt``;
+    answered by ``AdoptionAsked``."""
+
+    request: RequestId
+    gateway: Address
+
+
 class ClusterStateWanted(Message, frozen=True):
     """Answered by ``ClusterState``."""
 

@@ -23,9 +23,15 @@ class Generate(AttemptMessage, frozen=True):
 class Abort(AttemptMessage, frozen=True):
     """Stop this attempt and all older ones, and free what they hold. No answer."""
 
+    keep: bool = False
+    """The answer is complete (a stop string): its tokens are kept for a while, as after an ``EndAck``."""
+
 
 class EndAck(AttemptMessage, frozen=True):
     """The gateway has every token up to the end: the worker may forget the request."""
+
+    keep: bool = False
+    """Not at once: the client may not have everything yet, and another gateway may have to tell it."""
 
 
 class TokensWanted(AttemptMessage, frozen=True):

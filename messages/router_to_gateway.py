@@ -36,6 +36,13 @@ class Rejected(AttemptMessage, frozen=True):
     """There is no live worker of a role that it needs, rather than too many requests."""
 
 
+class AdoptionAsked(Message, frozen=True):
+    """These workers were told to ``Adopt``: each answers ``Adopted`` or ``NotHere``. None: nobody has it any more."""
+
+    request: RequestId
+    workers: tuple[WorkerId, ...]
+
+
 class WorkerLost(Message, frozen=True):
     """This incarnation of the worker has left the membership: its attempts need new ones. Sent to every gateway."""
 

@@ -1,7 +1,7 @@
 """What the router tells workers."""
 
 from messages.common import Detail, Message, Role, WorkerAddress
-from messages.ids import Address, Epoch, WorkerId
+from messages.ids import Address, Epoch, RequestId, WorkerId
 from messages.seals import Sealed
 
 
@@ -40,4 +40,12 @@ class GatewayLost(Sealed, frozen=True):
 class GatewayBack(Sealed, frozen=True):
     """The gateway was only slow: its requests are not dropped."""
 
+    gateway: Address
+
+
+class Adopt(Sealed, frozen=True):
+    """The request is this gateway's from now on, whoever began it. Answered to it by ``Adopted`` or ``NotHere``; saying
+    it twice is harmless."""
+
+    request: RequestId
     gateway: Address

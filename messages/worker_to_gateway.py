@@ -5,7 +5,19 @@ from typing import Annotated
 from msgspec import Meta
 
 from messages.codec import check_packed
-from messages.common import AttemptMessage, Count, Detail, FailReason, Logprobs, Message, Name, PackedTokens, Part
+from messages.common import (
+    AttemptMessage,
+    Count,
+    Detail,
+    FailReason,
+    Generation,
+    Logprobs,
+    Message,
+    Name,
+    PackedTokens,
+    Part,
+    WorkerAddress,
+)
 from messages.ids import Attempt, RequestId, WorkerId
 from messages.sampling import FinishReason
 
@@ -45,6 +57,32 @@ class AttemptFailed(AttemptMessage, frozen=True):
     worker: WorkerId
     reason: FailReason
     detail: Detail
+
+
+class Adopted(AttemptMessage, frozen=True):
+    """What the worker has of a request that is the gateway's from now on, as this attempt."""
+
+    worker: WorkerAddress
+    generation: Generation
+    """As the attempt got it."""
+    tokens: TokenChunk
+    """All that the attempt has made so far; what follows comes in ``TokenBatch``."""
+    running: bool
+    """Where False the attempt has made nothing yet, and is not the gateway's: it shall be aborted, and a further one
+    placed."""
+
+
+class NotHere(Message, frozen=True):
+    """The worker cannot let the request be adopted: it does not have it, or no longer."""
+
+    request: RequestId
+    worker: WorkerId
+
+
+class Superseded(AttemptMessage, frozen=True):
+    """Another gateway has adopted the request: this attempt is over for who hears it, and nothing is to be aborted."""
+
+    worker: WorkerId
 
 
 MAX_MARKS = 1024

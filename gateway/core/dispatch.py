@@ -7,12 +7,15 @@ from gateway.core.session import Chunk, Event, RouterRestarted, Session, answer_
 from messages.common import WorkerAddress
 from messages.gateway_to_router import MAX_HELD, Finished, Holding
 from messages.ids import Address, Epoch, RequestId, WorkerId
-from messages.router_to_gateway import ClusterState, MoveWanted, Placed, Rejected, WorkerLost
-from messages.worker_to_gateway import AttemptFailed, Timeline, TokenBatch, TokenChunk
+from messages.router_to_gateway import AdoptionAsked, ClusterState, MoveWanted, Placed, Rejected, WorkerLost
+from messages.worker_to_gateway import Adopted, AttemptFailed, NotHere, Superseded, Timeline, TokenBatch, TokenChunk
 from runtime.core.actions import Send
 
-Message = TokenBatch | AttemptFailed | Placed | Rejected | MoveWanted | WorkerLost
-Messages = (TokenBatch, AttemptFailed, Timeline, Placed, Rejected, MoveWanted, WorkerLost, ClusterState)
+Message = TokenBatch | AttemptFailed | Superseded | Placed | Rejected | MoveWanted | WorkerLost
+Messages = (
+    TokenBatch, AttemptFailed, Superseded, Adopted, NotHere, Timeline,
+    Placed, Rejected, AdoptionAsked, MoveWanted, WorkerLost, ClusterState,
+)  # fmt: skip
 """What a gateway's mailbox takes."""
 
 
@@ -55,17 +58,21 @@ class Dispatch:
             case Placed(request, attempt):
                 for address in (message.prefill, message.decode):
                     if address is not None:
-                        self.workers[address.worker] = address
+                        self.know(address)
                 if request in sessions:
                     yield Heard(request, message)
                 else:  # the router must have missed the end
                     yield Send(self._router, Finished(request=request, attempt=attempt))
-            case Rejected(request) | AttemptFailed(request) | MoveWanted(request):
+            case Rejected(request) | AttemptFailed(request) | Superseded(request) | MoveWanted(request):
                 if request in sessions:
                     yield Heard(request, message)
             case WorkerLost():
                 for request in list(sessions):
                     yield Heard(request, message)
+
+    def know(self, worker: WorkerAddress) -> None:
+        """Where ``worker`` is now."""
+        self.workers[worker.worker] = worker
 
     def _late(self, worker: WorkerId, chunk: TokenChunk) -> Late:
         known = self.workers.get(worker)

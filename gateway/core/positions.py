@@ -39,7 +39,6 @@ class Cursor(NamedTuple):
 
     choices: tuple[Position, ...]
     usage: bool = False
-    done: bool = False
 
 
 def event_id(choices: Iterable[Position], *tail: str) -> str:
@@ -47,15 +46,20 @@ def event_id(choices: Iterable[Position], *tail: str) -> str:
     return ",".join([*map(str, choices), *tail])
 
 
+def at_end(text: str) -> bool:
+    """Whether an id is the last one of a stream."""
+    return text.endswith("," + DONE)
+
+
 def parse(text: str, num_choices: int) -> Cursor:
-    """The position that an id names; an empty one is the start. Raises ``InvalidRequest`` for what is no id of a stream
-    with so many choices."""
+    """The position that an id names which is not the last one; an empty one is the start. Raises ``InvalidRequest`` for
+    what is no id of a stream with so many choices."""
     if not text:
         return Cursor((START,) * num_choices)
     parts = text.split(",", num_choices + 1)
-    tail = parts.pop() if parts[-1] in (USAGE, DONE) else ""
+    usage = parts[-1] == USAGE and bool(parts.pop())
     found = [_CHOICE.fullmatch(part) for part in parts]
     positions = tuple(Position(int(match[1]), bool(match[2])) for match in found if match is not None)
     if len(positions) != len(parts) or len(positions) != num_choices:
         raise InvalidRequest(f"not the id of an event of this stream: {text[:100]!r}", param="after")
-    return Cursor(positions, bool(tail), tail == DONE)
+    return Cursor(positions, usage)

@@ -23,7 +23,14 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from gateway.core import salts
-from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
+from gateway.core.errors import (
+    AttemptsExhausted,
+    GatewayError,
+    InvalidRequest,
+    Overloaded,
+    StreamTaken,
+    Unavailable,
+)
 from messages.codec import count_tokens, unpack_tokens
 from messages.common import FailReason, Generation, Logprobs, WorkerAddress
 from messages.gateway_to_router import Computed, Finished, Held, PlacementWanted, Prefilled
@@ -31,7 +38,7 @@ from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensW
 from messages.ids import Address, Attempt, RequestId, WorkerId
 from messages.router_to_gateway import MoveWanted, Placed, Rejected, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import AttemptFailed, TokenChunk
+from messages.worker_to_gateway import Adopted, AttemptFailed, Superseded, TokenChunk
 from runtime.core.actions import Send, WakeAt
 
 
@@ -94,6 +101,7 @@ Event = (
     | Rejected
     | Chunk
     | AttemptFailed
+    | Superseded
     | WorkerLost
     | MoveWanted
     | Tick
@@ -171,11 +179,12 @@ class Session:
         tenant: str,
         cache_salt: str = "",
         traced: bool = False,
+        description: bytes = b"",
         timeouts: SessionTimeouts,
         max_attempts: int,
     ) -> None:
         """``prompt``: packed token ids, at least one. ``cache_salt``: the client's own; see ``salts``. ``traced``: the
-        workers tell what they do when."""
+        workers tell what they do when. ``description``: see ``Generation``."""
         self.request = request
         self.prompt = prompt
         self.sampling = sampling
@@ -201,6 +210,7 @@ class Session:
         self._tenant = tenant
         self._salt = salts.cache_salt(tenant, cache_salt)
         self._traced = traced
+        self.description = description
         self._timeouts = timeouts
         self._max_attempts = max_attempts
         self._spent = 0.0  # of max_attempts
@@ -228,10 +238,14 @@ class Session:
         if not self._begun:
             return None
         tokens = unpack_tokens(bytes(self.generated)).tolist()
-        logprobs = Logprobs.joined(self._logprobs) if self._logprobs else None
-        if logprobs is not None and len(logprobs.sampled) != len(tokens):
-            logprobs = None  # a worker has left some out
-        return Deliver(tokens, logprobs, self.prompt_logprobs, self.finish, self.cached_tokens)
+        return Deliver(tokens, self._known_logprobs(), self.prompt_logprobs, self.finish, self.cached_tokens)
+
+    def _known_logprobs(self) -> Logprobs | None:
+        """Of all that was generated; None where they are not wanted, or a worker has left some out."""
+        if not self._logprobs:
+            return None
+        logprobs = Logprobs.joined(self._logprobs)
+        return logprobs if len(logprobs.sampled) == self.num_generated else None
 
     @property
     def held(self) -> Held | None:
@@ -254,6 +268,31 @@ class Session:
         """The first attempt."""
         return self._with_wake(self._place(now))
 
+    def adopt(self, adopted: Adopted, now: float) -> list[Action]:
+        """Instead of ``start``: go on with what another gateway has begun. Nothing of it is delivered again."""
+        work, made = adopted.generation, adopted.tokens
+        self._salt = work.cache_salt
+        self.attempt = adopted.attempt
+        self.generated = bytearray(work.generated + made.tokens)
+        self._logprobs = [part for part in (work.logprobs, made.logprobs) if part is not None]
+        self.prompt_logprobs = work.prompt_logprobs or made.prompt_logprobs
+        self._prompt_logprobs_due = self.sampling.prompt_logprobs is not None and self.prompt_logprobs is None
+        self.cached_tokens = made.cached_tokens
+        self.finish = made.finish
+        self._begun = bool(self.generated) or made.finish is not None
+        worker = adopted.worker
+        self._mailboxes[worker.worker] = worker.mailbox
+        self._move(Status.STARTING)
+        self.placed = Placed(request=self.request, attempt=self.attempt, prefill=None, decode=worker, ticket=None)
+        self._placed_tokens = work.num_tokens
+        if not adopted.running:
+            return self._with_wake(self._retry([], now))
+        self._move(Status.STREAMING)
+        self._decode_streams = True
+        self._give_up_at = now + self._timeouts.progress
+        self._ask_from(now, self._timeouts.silence)
+        return self._with_wake([] if made.finish is None else self._complete(worker.worker, made.finish))
+
     def handle(self, event: Event, now: float) -> list[Action]:
         """What ``event`` calls for."""
         if isinstance(event, Chunk):
@@ -274,6 +313,9 @@ class Session:
                 return self._fail(_rejection(event))
             case AttemptFailed():
                 return self._on_attempt_failed(event, now)
+            case Superseded() if event.attempt == self.attempt:
+                self._move(Status.FAILED)
+                return [Failed(StreamTaken("another gateway goes on with this stream"))]
             case WorkerLost():
                 return self._on_worker_lost(event, now)
             case MoveWanted():
@@ -281,7 +323,7 @@ class Session:
             case Tick():
                 return self._on_tick(now)
             case StopMatched():
-                return [*self._abort(), *self._end(Status.FINISHED, FinishReason.STOP)]
+                return [*self._abort(keep=bool(self.description)), *self._end(Status.FINISHED, FinishReason.STOP)]
             case ClientGone():
                 return [*self._abort(), *self._end(Status.CANCELLED, FinishReason.ABORT)]
             case RouterRestarted() if self.status is Status.PLACING:
@@ -350,7 +392,16 @@ class Session:
         sampling = self.sampling
         if sampling.prompt_logprobs is not None and not self._prompt_logprobs_due:
             sampling = _without_prompt_logprobs(sampling)
-        work = Generation(self.prompt, sampling, bytes(self.generated), self._salt, self._traced)
+        work = Generation(
+            prompt=self.prompt,
+            sampling=sampling,
+            generated=bytes(self.generated),
+            cache_salt=self._salt,
+            traced=self._traced,
+            description=self.description,
+            logprobs=self._known_logprobs() if self.description else None,
+            prompt_logprobs=self.prompt_logprobs if self.description else None,
+        )
         if placed.prefill is None or placed.ticket is None:
             message: Any = Generate(request=self.request, attempt=self.attempt, gateway=self._gateway, generation=work)
             return Send(placed.decode.mailbox, message)
@@ -472,11 +523,12 @@ class Session:
         cached = chunk.cached_tokens if self.attempt == 1 else 0  # a further attempt finds what this one computed
         self._note(logprobs, prompt_logprobs, chunk.finish, cached)
         actions.append(Deliver(unpack_tokens(fresh).tolist(), logprobs, prompt_logprobs, chunk.finish, cached))
-        if chunk.finish is not None:
-            ack = EndAck(request=self.request, attempt=self.attempt)
-            actions.append(Send(self._mailboxes[worker], ack))
-            actions += self._end(Status.FINISHED, chunk.finish)
-        return actions
+        return actions if chunk.finish is None else [*actions, *self._complete(worker, chunk.finish)]
+
+    def _complete(self, worker: WorkerId, reason: FinishReason) -> list[Action]:
+        """Every token is here."""
+        ack = EndAck(request=self.request, attempt=self.attempt, keep=bool(self.description))
+        return [Send(self._mailboxes[worker], ack), *self._end(Status.FINISHED, reason)]
 
     def _note(
         self, logprobs: Logprobs | None, prompt_logprobs: Logprobs | None, finish: FinishReason | None, cached: int
@@ -513,9 +565,9 @@ class Session:
     def _fail(self, error: GatewayError) -> list[Action]:
         return [*self._abort(), *self._end(Status.FAILED, error)]
 
-    def _abort(self) -> list[Action]:
+    def _abort(self, *, keep: bool = False) -> list[Action]:
         """Workers of this attempt shall drop it."""
-        abort = Abort(request=self.request, attempt=self.attempt)
+        abort = Abort(request=self.request, attempt=self.attempt, keep=keep)
         return [Send(worker.mailbox, abort) for worker in self._workers()]
 
     def _end(self, status: Status, outcome: FinishReason | GatewayError) -> list[Action]:
@@ -557,8 +609,9 @@ class Session:
 
 def answer_to_unwanted(worker: Address, chunk: TokenChunk) -> Send:
     """What a worker hears that sends tokens nobody waits for, so that it keeps no request that nobody wants."""
-    kind = Abort if chunk.finish is None else EndAck
-    return Send(worker, kind(request=chunk.request, attempt=chunk.attempt))
+    if chunk.finish is None:
+        return Send(worker, Abort(request=chunk.request, attempt=chunk.attempt))
+    return Send(worker, EndAck(request=chunk.request, attempt=chunk.attempt, keep=True))  # it may not be the first ack
 
 
 def _rejection(rejected: Rejected) -> GatewayError:

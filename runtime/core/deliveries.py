@@ -1,23 +1,41 @@
 """A worker's tokens on their way to the gateways.
 
 Tokens that a step made leave in one ``TokenBatch`` a gateway. Every token of a request is kept until the gateway has
-acked its end: a gateway that missed some asks again, and a last chunk that is not acked is sent again.
+acked its end: a gateway that missed some asks again, and a last chunk that is not acked is sent again. Where the
+gateway says so they are kept for a while longer, since another one may adopt the request.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from messages.codec import pack_tokens
-from messages.common import Logprobs
+from messages.common import Generation, Logprobs
 from messages.ids import Address, Attempt, RequestId, WorkerId
 from messages.sampling import FinishReason
-from messages.worker_to_gateway import TokenBatch, TokenChunk
+from messages.worker_to_gateway import Superseded, TokenBatch, TokenChunk
 from runtime.core.actions import Send
 
 RESEND_AFTER = 0.5
 """Seconds after which an end that is not acked is sent again."""
 FORGET_AFTER = 60.0
 """Seconds after which the gateway of an unacked end is taken for dead."""
+KEEP = 10.0
+"""Seconds that an acked end is kept for other gateways, where the one that acked asks for it."""
+MAX_KEPT = 4096
+"""Acked ends that are kept; the oldest goes first."""
+
+
+class Adopted(NamedTuple):
+    """What a gateway gets that adopts a stream."""
+
+    attempt: Attempt
+    generation: Generation
+    tokens: TokenChunk
+    """All of this worker's."""
+    sends: list[Send]
+    """To the gateway that had it before."""
 
 
 @dataclass(slots=True)
@@ -32,6 +50,10 @@ class _Stream:
     finish: FinishReason | None = None
     kv_bytes: int = 0
     cached_tokens: int = 0
+    generation: Generation | None = None
+    """What is told to a gateway that adopts it; None where none can."""
+    before: tuple[Address, Attempt] | None = None
+    """Who had it before, and as which attempt."""
     sent: int = 0
     handed_over: bool = False
     resend_at: float = float("inf")
@@ -46,9 +68,11 @@ class Deliveries:
         self._streams: dict[RequestId, _Stream] = {}
         self._dirty: dict[RequestId, None] = {}  # in the order in which they got tokens
         self._ended: dict[RequestId, None] = {}  # finished, not acked
+        self._kept: OrderedDict[RequestId, None] = OrderedDict()  # nobody waits for them; in the order of forget_at
 
     def __len__(self) -> int:
-        return len(self._streams)
+        """Streams that somebody waits for."""
+        return len(self._streams) - len(self._kept)
 
     def open(
         self,
@@ -59,10 +83,15 @@ class Deliveries:
         *,
         kv_bytes: int = 0,
         cached_tokens: int = 0,
+        generation: Generation | None = None,
     ) -> None:
-        """A stream whose first token will have output position ``start``; replaces that of an older attempt."""
+        """A stream whose first token will have output position ``start``; replaces that of an older attempt.
+        ``generation``: of a stream that may be adopted."""
         self.close(request)
-        self._streams[request] = _Stream(attempt, gateway, start, kv_bytes=kv_bytes, cached_tokens=cached_tokens)
+        stream = _Stream(attempt, gateway, start, kv_bytes=kv_bytes, cached_tokens=cached_tokens)
+        if generation is not None and generation.description:
+            stream.generation = generation
+        self._streams[request] = stream
 
     def add(self, request: RequestId, token: int, logprobs: Logprobs | None = None, *, deliver: bool = True) -> None:
         """The stream's next token. ``deliver=False``: the gateway has it from another worker."""
@@ -103,21 +132,45 @@ class Deliveries:
                 if stream.handed_over:
                     del self._streams[request]
                 elif stream.finish is not None:
-                    self._ended[request] = None
-                    stream.resend_at, stream.forget_at = now + RESEND_AFTER, now + FORGET_AFTER
+                    self._await_ack(request, stream, now)
         self._dirty.clear()
         return [Send(gateway, TokenBatch(self._worker, tuple(chunks))) for gateway, chunks in batches.items()]
 
     def resend(self, request: RequestId, attempt: Attempt, index: int) -> list[Send]:
         """Everything sent so far from output position ``index`` on, as far as this worker has it."""
         stream = self._streams.get(request)
-        if stream is None or stream.attempt != attempt:
+        if stream is None or request in self._kept:
             return []
-        return [self._send(request, stream, max(0, index - stream.start))]
+        if stream.attempt == attempt:
+            return [self._send(request, stream, max(0, index - stream.start))]
+        return self._superseded(request, stream) if stream.before is not None and stream.before[1] == attempt else []
+
+    def adopt(self, request: RequestId, gateway: Address, now: float) -> Adopted | None:
+        """``gateway`` goes on with the stream, as a newer attempt than the one it was; None where none can. What was
+        sent so far, or is to be sent, it gets with this."""
+        stream = self._streams.get(request)
+        if stream is None or stream.generation is None:
+            return None
+        sends = []
+        if stream.gateway != gateway:
+            stream.before = (stream.gateway, stream.attempt)
+            sends = [] if request in self._kept else self._superseded(request, stream)
+            stream.gateway, stream.attempt = gateway, Attempt(stream.attempt + 1)
+        stream.sent = len(stream.tokens)
+        self._dirty.pop(request, None)
+        if stream.finish is not None:
+            self._kept.pop(request, None)
+            self._await_ack(request, stream, now)
+        elif request in self._kept:  # a stop string has ended it, which the gateway will find too
+            stream.forget_at = now + KEEP
+            self._kept.move_to_end(request)
+        return Adopted(stream.attempt, stream.generation, self._chunk(request, stream, 0), sends)
 
     def tick(self, now: float) -> list[Send]:
         """Send ends again that were not acked in time, with all their tokens."""
         sends = []
+        while self._kept and now >= self._streams[oldest := next(iter(self._kept))].forget_at:
+            self.close(oldest)
         for request in list(self._ended):
             stream = self._streams[request]
             if now >= stream.forget_at:
@@ -130,7 +183,8 @@ class Deliveries:
     @property
     def wake_at(self) -> float:
         """When ``tick`` has something to do at the latest."""
-        return min((self._streams[request].resend_at for request in self._ended), default=float("inf"))
+        kept = self._streams[next(iter(self._kept))].forget_at if self._kept else float("inf")
+        return min(kept, *(self._streams[request].resend_at for request in self._ended), float("inf"))
 
     def close(self, request: RequestId, attempt: Attempt | None = None) -> None:
         """The gateway has it all, or wants no more (of this attempt, where one is named)."""
@@ -139,6 +193,22 @@ class Deliveries:
             del self._streams[request]
             self._dirty.pop(request, None)
             self._ended.pop(request, None)
+            self._kept.pop(request, None)
+
+    def keep(self, request: RequestId, attempt: Attempt, now: float) -> None:
+        """The gateway has it all, but another one may still ask for it."""
+        stream = self._streams.get(request)
+        if stream is None or stream.attempt != attempt or request in self._kept:
+            return
+        if stream.generation is None:
+            self.close(request)
+            return
+        self._dirty.pop(request, None)
+        self._ended.pop(request, None)
+        stream.forget_at = now + KEEP
+        self._kept[request] = None
+        if len(self._kept) > MAX_KEPT:
+            self.close(next(iter(self._kept)))
 
     def gateways(self) -> Iterator[Address]:
         """Of all streams."""
@@ -150,10 +220,20 @@ class Deliveries:
             self.close(request)
 
     def fence(self, request: RequestId, attempt: Attempt) -> None:
-        """Nothing of attempts up to ``attempt`` is wanted any more."""
+        """Nothing of attempts up to ``attempt`` is wanted any more, but for what is kept of just this one."""
         stream = self._streams.get(request)
-        if stream is not None and stream.attempt <= attempt:
+        kept = stream is not None and stream.attempt == attempt and request in self._kept
+        if stream is not None and stream.attempt <= attempt and not kept:
             self.close(request)
+
+    def _await_ack(self, request: RequestId, stream: _Stream, now: float) -> None:
+        self._ended[request] = None
+        stream.resend_at, stream.forget_at = now + RESEND_AFTER, now + FORGET_AFTER
+
+    def _superseded(self, request: RequestId, stream: _Stream) -> list[Send]:
+        assert stream.before is not None
+        gateway, attempt = stream.before
+        return [Send(gateway, Superseded(request=request, attempt=attempt, worker=self._worker))]
 
     def _send(self, request: RequestId, stream: _Stream, first: int) -> Send:
         return Send(stream.gateway, TokenBatch(self._worker, (self._chunk(request, stream, first),)))

@@ -8,16 +8,17 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from messages.codec import decoder_for, pack_tokens, unpack_tokens
-from messages.common import BlockCounts, Generation, Logprobs, Role, Ticket, WorkerAddress
-from messages.gateway_to_router import ClusterStateWanted, Finished, PlacementWanted, Prefilled
+from messages.common import BlockCounts, FailReason, Generation, Logprobs, Role, Ticket, WorkerAddress
+from messages.gateway_to_router import AdoptionWanted, ClusterStateWanted, Finished, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
-from messages.ids import Address, Epoch, RequestId, WorkerId
-from messages.router_to_gateway import ClusterState, Placed, WorkerState
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
+from messages.router_to_gateway import AdoptionAsked, ClusterState, Placed, WorkerState
 from messages.sampling import FinishReason
-from messages.worker_to_gateway import TokenBatch, TokenChunk
+from messages.worker_to_gateway import Adopted, AttemptFailed, Superseded, TokenBatch, TokenChunk
 from runtime.mailbox import Mailbox
 
 EPOCH = Epoch(7)
@@ -34,6 +35,17 @@ def counting(prompt: list[int], max_tokens: int) -> list[int]:
     return [(prompt[0] + i) % 1000 + 100 for i in range(max_tokens)]
 
 
+@dataclass
+class Made:
+    """What a request has brought about so far, as its worker knows it."""
+
+    order: Prefill | Generate
+    gateway: Address
+    attempt: Attempt
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
 class FakeCluster:
     def __init__(self) -> None:
         self.script: Script = counting
@@ -48,6 +60,7 @@ class FakeCluster:
         """In order of arrival; of requests that were placed since ``reset`` only."""
         self.chunk_size = 3
         self._held: dict[RequestId, Callable[[], None]] = {}
+        self._made: dict[RequestId, Made] = {}
         self._requests: set[RequestId] = set()
         self._changed = threading.Condition()
         self._stopping = False
@@ -69,6 +82,7 @@ class FakeCluster:
             self.received.clear()
             self._requests.clear()
             self._held.clear()
+            self._made.clear()
 
     def wait_for(self, kind: type[Any], count: int = 1, timeout: float = TIMEOUT) -> list[Any]:
         """The messages of this kind so far, once there are ``count``."""
@@ -86,6 +100,23 @@ class FakeCluster:
 
     def send(self, gateway: Address, message: Any) -> None:
         self.do(lambda: self._mailbox.send(gateway, message))
+
+    def made(self, request: str) -> Made:
+        """What there is of a request."""
+        return self._made[RequestId(request)]
+
+    def forget(self, request: str) -> None:
+        """The worker has nothing of it any more."""
+        self.do(lambda: self._made.pop(RequestId(request), None))
+
+    def fail(self, request: str) -> None:
+        """Its decode worker gives it up."""
+        made = self._made[RequestId(request)]
+        self._held.pop(made.order.request, None)
+        failed = AttemptFailed(
+            request=made.order.request, attempt=made.attempt, worker=DECODE, reason=FailReason.ENGINE, detail="it broke"
+        )
+        self.send(made.gateway, failed)
 
     def release(self) -> None:
         """Go on with what stands still."""
@@ -109,8 +140,9 @@ class FakeCluster:
 
     def _run(self, started: threading.Event) -> None:
         decode = decoder_for(
-            PlacementWanted, Prefilled, Finished, ClusterStateWanted, Prefill, Generate, Abort, EndAck, TokensWanted
-        )
+            PlacementWanted, Prefilled, Finished, ClusterStateWanted, AdoptionWanted,
+            Prefill, Generate, Abort, EndAck, TokensWanted,
+        )  # fmt: skip
         with Mailbox("127.0.0.1", decode) as self._mailbox:
             started.set()
             while not self._stopping:
@@ -125,7 +157,7 @@ class FakeCluster:
         with self._changed:
             if isinstance(message, PlacementWanted):
                 self._requests.add(message.request)
-            if isinstance(message, ClusterStateWanted) or message.request in self._requests:
+            if isinstance(message, ClusterStateWanted | AdoptionWanted) or message.request in self._requests:
                 self.received.append(message)
                 self._changed.notify_all()
 
@@ -139,8 +171,14 @@ class FakeCluster:
                     self._mailbox.send(message.gateway, answer)
             case Prefill() | Generate():
                 self.answer(message)
-            case Abort():
-                self._held.pop(message.request, None)
+            case AdoptionWanted():
+                self._let_adopt(message)
+            case Abort() | EndAck():
+                made = self._made.get(message.request)
+                if made is not None and made.attempt <= message.attempt:
+                    self._held.pop(message.request, None)
+                    if not message.keep:
+                        del self._made[message.request]
 
     def placed(self, wanted: PlacementWanted) -> Placed:
         prefill, decode = (WorkerAddress(worker, EPOCH, self._mailbox.address) for worker in (PREFILL, DECODE))
@@ -149,6 +187,7 @@ class FakeCluster:
     def answer(self, order: Prefill | Generate) -> None:
         """The script's tokens: the first from prefill, the others from decode."""
         generation = order.generation
+        self._made[order.request] = Made(order, order.gateway, order.attempt)
         start = len(generation.generated) // 4
         prompt = unpack_tokens(generation.prompt).tolist()
         tokens = self.script(prompt, generation.sampling.max_tokens)
@@ -172,23 +211,50 @@ class FakeCluster:
     def _send_chunk(
         self, order: Any, work: Generation, index: int, tokens: list[int], finish: FinishReason | None, start: int
     ) -> None:
-        sampling = work.sampling
+        made = self._made[order.request]
+        made.tokens += tokens
+        made.finish = finish
+        chunk = self._chunk(made, index, tokens, start)
+        worker = PREFILL if index == start and isinstance(order, Prefill) else DECODE
+        self._mailbox.send(made.gateway, TokenBatch(worker, (chunk,)))
+
+    def _chunk(self, made: Made, index: int, tokens: list[int], start: int) -> TokenChunk:
+        work, sampling = made.order.generation, made.order.generation.sampling
         prompt_logprobs = None
         if sampling.prompt_logprobs is not None and index == 0:
             prompt_logprobs = logprobs_of(unpack_tokens(work.prompt).tolist()[1:], sampling.prompt_logprobs)
-        chunk = TokenChunk(
-            request=order.request,
-            attempt=order.attempt,
+        return TokenChunk(
+            request=made.order.request,
+            attempt=made.attempt,
             index=index,
             tokens=pack_tokens(tokens),
             logprobs=None if sampling.logprobs is None else logprobs_of(tokens, sampling.logprobs),
             prompt_logprobs=prompt_logprobs,
-            finish=finish,
+            finish=made.finish,
             kv_bytes=KV_BYTES if index == start + 1 else 0,
             cached_tokens=self.cached_tokens if index == start else 0,
         )
-        worker = PREFILL if index == start and isinstance(order, Prefill) else DECODE
-        self._mailbox.send(order.gateway, TokenBatch(worker, (chunk,)))
+
+    def _let_adopt(self, wanted: AdoptionWanted) -> None:
+        made = self._made.get(wanted.request)
+        asked = AdoptionAsked(request=wanted.request, workers=() if made is None else (DECODE,))
+        self._mailbox.send(wanted.gateway, asked)
+        if made is None:
+            return
+        if made.gateway != wanted.gateway:
+            over = Superseded(request=wanted.request, attempt=made.attempt, worker=DECODE)
+            self._mailbox.send(made.gateway, over)
+            made.gateway, made.attempt = wanted.gateway, Attempt(made.attempt + 1)
+        start = len(made.order.generation.generated) // 4
+        adopted = Adopted(
+            request=wanted.request,
+            attempt=made.attempt,
+            worker=WorkerAddress(DECODE, EPOCH, self._mailbox.address),
+            generation=made.order.generation,
+            tokens=self._chunk(made, start, made.tokens, start),
+            running=True,
+        )
+        self._mailbox.send(wanted.gateway, adopted)
 
     def state(self) -> ClusterState:
         blocks = BlockCounts(free=90, held=8, cached=2, total=100)
