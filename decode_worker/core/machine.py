@@ -175,6 +175,16 @@ class DecodeMachine:
             actions.append(self._shared.failed(request, attempt, gateway, FailReason.ORPHANED, detail))
         return actions
 
+    def order(self, request: RequestId) -> OpenTransfer | None:
+        """Of an attempt whose KV is on its way, or is to come."""
+        return self._reservations.order(request)
+
+    def belongs_to(self, request: RequestId, attempt: Attempt, gateway: Address) -> None:
+        """Another gateway goes on with the request, as ``attempt``; harmless where it does not run."""
+        run = self._runs.get(request)
+        if run is not None:
+            run.attempt, run.gateway = attempt, gateway
+
     def has(self, key: TransferKey) -> bool:
         """Whether an attempt is here: its KV is on its way, or it runs."""
         run = self._runs.get(key.request)
@@ -233,7 +243,7 @@ class DecodeMachine:
     def _run_whole(self, order: Generate | OpenTransfer) -> None:
         """Prompt and answer, but for what is cached."""
         start = count_tokens(order.generation.generated)
-        self._deliveries.open(order.request, order.attempt, order.gateway, start)
+        self._deliveries.open(order.request, order.attempt, order.gateway, start, generation=order.generation)
         self._start(order.attempt, order.gateway, sequence(order.request, order.generation))
 
     def _offers(self, order: OpenTransfer, num_cached: int) -> Reason | None:
@@ -279,7 +289,8 @@ class DecodeMachine:
             return []
         self._shared.membership.transfers += 1
         start = count_tokens(order.generation.generated)
-        self._deliveries.open(order.request, order.attempt, order.gateway, start, kv_bytes=kv_bytes)
+        work = order.generation
+        self._deliveries.open(order.request, order.attempt, order.gateway, start, kv_bytes=kv_bytes, generation=work)
         if first.prompt_logprobs is not None:
             self._deliveries.add_prompt_logprobs(order.request, first.prompt_logprobs, deliver=False)
         self._deliveries.add(order.request, first.token, first.logprobs, deliver=False)

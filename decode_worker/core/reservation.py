@@ -158,6 +158,14 @@ class Reservations:
         waiting = self._waiting.get(key.request)
         return key in self._open or (waiting is not None and waiting.order.attempt == key.attempt)
 
+    def order(self, request: RequestId) -> OpenTransfer | None:
+        """Of the attempt whose blocks are promised, or that waits for some."""
+        waiting = self._waiting.get(request)
+        if waiting is not None:
+            return waiting.order
+        live = [each for key, each in self._open.items() if key.request == request and each.aborted is None]
+        return live[0].order if live else None
+
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)

@@ -229,6 +229,11 @@ class PrefillMachine:
         requests = [request for request, leg in self._legs.items() if leg.order.gateway == gateway]
         return [action for request in requests for action in self.fail(request, FailReason.ORPHANED, detail)]
 
+    def order(self, request: RequestId) -> Prefill | None:
+        """Of an attempt whose prompt is to be computed."""
+        leg = self._legs.get(request)
+        return None if leg is None else leg.order
+
     def has(self, key: TransferKey) -> bool:
         """Whether an attempt is here: its prompt is to be computed, or its KV handed over."""
         leg = self._legs.get(key.request)
@@ -336,7 +341,9 @@ class PrefillMachine:
         prompt_logprobs = wire_logprobs(progress.prompt_logprobs)
         start = count_tokens(order.generation.generated)
         cached = min(leg.seq.num_cached_tokens, leg.seq.num_prompt_tokens)
-        self._deliveries.open(order.request, order.attempt, order.gateway, start, cached_tokens=cached)
+        self._deliveries.open(
+            order.request, order.attempt, order.gateway, start, cached_tokens=cached, generation=order.generation
+        )
         if prompt_logprobs is not None:
             self._deliveries.add_prompt_logprobs(order.request, prompt_logprobs)
         if progress.token is not None:

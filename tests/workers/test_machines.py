@@ -13,17 +13,17 @@ from engine.core.scheduler import Scheduler, SchedulerLimits
 from kv_transfer.core.digest import DIGEST_BYTES
 from kv_transfer.core.events import Live, TransferKey
 from kv_transfer.core.session import Digested, LandingOpened, Push, TakeDigests, TransferTimeouts
-from messages.codec import pack_tokens
+from messages.codec import pack_tokens, unpack_tokens
 from messages.common import FailReason, Generation, KVRank, KVWay, Role, Ticket, WorkerAddress
 from messages.decode_to_prefill import CancelTransfer, TransferAccepted
-from messages.gateway_to_worker import Generate, Prefill
+from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
-from messages.router_to_worker import PeerLost
+from messages.router_to_worker import Adopt, PeerLost
 from messages.sampling import SamplingParams
 from messages.seals import seal
 from messages.tickets import mint
-from messages.worker_to_gateway import AttemptFailed
+from messages.worker_to_gateway import AttemptFailed, NotHere, Superseded
 from prefill_worker.core.handoff import Handoffs
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.shared import WorkerSettings
@@ -243,3 +243,75 @@ def test_a_worker_that_hands_nothing_over_handles_nothing_while_a_step_runs(deco
     decode.handle(Generate(RequestId("e" * 32), ATTEMPT, GATEWAY, GENERATION), 0.0)
     plan, opened = decode.schedule(0.0)
     assert plan is not None and opened and not decode.listens
+
+
+ELSEWHERE = Address("tcp://127.0.0.1:5")
+DESCRIBED = replace(GENERATION, description=b"what gateways know")
+ADOPT = seal(KEY, Adopt(request=REQUEST, gateway=ELSEWHERE))
+
+
+def steps(machine: WorkerMachine, tokens: list[int]) -> list[Any]:
+    """What the machine says while it samples ``tokens``, a step each."""
+    said = []
+    for token in tokens:
+        plan, _ = machine.schedule(0.0)
+        assert plan is not None
+        output = StepOutput(np.array([token], np.int32))
+        said += machine.update(plan, output, 0.0)
+    return said
+
+
+def test_a_running_request_goes_on_for_the_gateway_that_adopts_it(decode: WorkerMachine) -> None:
+    decode.handle(Generate(REQUEST, ATTEMPT, GATEWAY, DESCRIBED), 0.0)
+    steps(decode, [7, 8])
+    over, adopted = decode.handle(ADOPT, 0.0)
+    assert over == Send(GATEWAY, Superseded(REQUEST, ATTEMPT, DECODE.worker))
+    assert adopted.to == ELSEWHERE
+    assert (adopted.message.attempt, adopted.message.running, adopted.message.generation) == (2, True, DESCRIBED)
+    assert unpack_tokens(adopted.message.tokens.tokens).tolist() == [7, 8]
+    # A gateway that has not heard of it can neither stop nor take anything.
+    assert decode.handle(Abort(REQUEST, ATTEMPT), 0.0) == []
+    assert decode.handle(TokensWanted(REQUEST, ATTEMPT, 0), 0.0) == [over]
+    (batch,) = steps(decode, [9])
+    assert batch.to == ELSEWHERE and [chunk.attempt for chunk in batch.message.chunks] == [2]
+    assert decode.handle(ADOPT, 0.0)[0].message.attempt == 2  # asked again: the answer was lost
+    steps(decode, [10, 11])
+    decode.handle(EndAck(REQUEST, Attempt(2), keep=True), 0.0)
+    assert decode.inspect()["deliveries"] == decode.inspect()["runs"] == decode.inspect()["held"] == 0
+    (kept,) = decode.handle(seal(KEY, Adopt(request=REQUEST, gateway=GATEWAY)), 9.0)
+    assert unpack_tokens(kept.message.tokens.tokens).tolist() == [7, 8, 9, 10, 11]
+    assert (kept.message.attempt, kept.message.tokens.finish) == (3, "length")
+    decode.handle(EndAck(REQUEST, Attempt(3), keep=True), 9.0)
+    decode.tick(19.1)
+    assert sent(decode.handle(ADOPT, 19.1)) == [NotHere(REQUEST, DECODE.worker)]
+
+
+def test_what_a_stop_string_has_ended_is_kept_without_its_blocks(decode: WorkerMachine) -> None:
+    decode.handle(Generate(REQUEST, ATTEMPT, GATEWAY, DESCRIBED), 0.0)
+    steps(decode, [7, 8])
+    decode.handle(Abort(REQUEST, ATTEMPT, keep=True), 0.0)
+    assert decode.inspect()["held"] == decode.inspect()["runs"] == 0
+    (adopted,) = decode.handle(ADOPT, 1.0)
+    assert unpack_tokens(adopted.message.tokens.tokens).tolist() == [7, 8] and adopted.message.running
+    decode.tick(11.1)
+    assert sent(decode.handle(ADOPT, 11.1)) == [NotHere(REQUEST, DECODE.worker)]
+
+
+def test_an_attempt_without_a_token_is_told_to_who_adopts_it_but_does_not_go_on(
+    decode: WorkerMachine, prefill: WorkerMachine
+) -> None:
+    prefill.handle(replace(ORDER, generation=DESCRIBED), 0.0)
+    decode.handle(replace(OPEN, generation=DESCRIBED), 0.0)
+    for machine in (prefill, decode):
+        over, adopted = machine.handle(ADOPT, 0.0)
+        assert over.message == Superseded(REQUEST, ATTEMPT, adopted.message.worker.worker)
+        assert (adopted.message.attempt, adopted.message.running, adopted.message.generation) == (1, False, DESCRIBED)
+        machine.handle(Abort(REQUEST, ATTEMPT), 0.0)
+        assert machine.inspect()["held"] == 0
+
+
+def test_nothing_is_let_go_without_the_clusters_word_or_the_first_gateways_consent(decode: WorkerMachine) -> None:
+    decode.handle(Generate(REQUEST, ATTEMPT, GATEWAY, GENERATION), 0.0)
+    steps(decode, [7])
+    assert decode.handle(replace(ADOPT, mac=bytes(32)), 0.0) == [] and decode.inspect()["forged"] == 1
+    assert sent(decode.handle(ADOPT, 0.0)) == [NotHere(REQUEST, DECODE.worker)]  # it has no description

@@ -20,15 +20,17 @@ from kv_transfer.core.events import TransferKey
 from kv_transfer.core.session import Digested
 from kv_transfer.core.stats import both
 from kv_transfer.core.trace import TransferTrace
+from messages.codec import count_tokens
 from messages.common import FailReason
 from messages.gateway_to_worker import Abort, EndAck, TokensWanted
 from messages.ids import Address, RequestId
-from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted, RoleWanted
+from messages.router_to_worker import Adopt, GatewayBack, GatewayLost, PeerLost, RegisterWanted, RoleWanted
 from messages.seals import genuine
+from messages.worker_to_gateway import Adopted, NotHere, Superseded, TokenChunk
 from prefill_worker.core import machine as prefill_half
 from prefill_worker.core.handoff import Handoffs
 from prefill_worker.core.machine import PrefillMachine
-from runtime.core.actions import Forget, ForgetPeer
+from runtime.core.actions import Forget, ForgetPeer, Send
 from runtime.core.membership import Membership
 from runtime.core.orphans import Orphans
 from runtime.core.pace import MEASURED, STEP_SECONDS, StepPace
@@ -37,7 +39,7 @@ from runtime.core.work import block_counts, cache_counts
 
 Messages = (
     *prefill_half.Messages, *decode_half.Messages, Abort, EndAck, TokensWanted, RegisterWanted, RoleWanted, PeerLost,
-    GatewayLost, GatewayBack,
+    GatewayLost, GatewayBack, Adopt,
 )  # fmt: skip
 """What a worker's mailbox takes."""
 
@@ -99,9 +101,14 @@ class WorkerMachine:
                 return self.prefill.handle(event, now) if self.prefill.sends(key) else self.decode.handle(event, now)
             case Abort():
                 self._shared.fences.raise_to(event.request, event.attempt)
+                if event.keep:
+                    self._deliveries.keep(event.request, event.attempt, now)
                 return self._shared.stop(event.request, event.attempt, "the gateway wants no more of it", now)
             case EndAck():
-                self._deliveries.close(event.request, event.attempt)
+                if event.keep:
+                    self._deliveries.keep(event.request, event.attempt, now)
+                else:
+                    self._deliveries.close(event.request, event.attempt)
                 return []
             case TokensWanted():
                 return [*self._deliveries.resend(event.request, event.attempt, event.index)]
@@ -109,6 +116,8 @@ class WorkerMachine:
                 return [*self.membership.wanted(event)]
             case PeerLost() | GatewayLost() | GatewayBack() | RoleWanted():
                 return self._told(event, now)
+            case Adopt():
+                return self._adopt(event, now)
         raise AssertionError(f"nobody here takes {event}")
 
     def tick(self, now: float) -> list[Any]:
@@ -220,3 +229,28 @@ class WorkerMachine:
             self._shared.peers.discard(event.peer.mailbox)
             actions.append(ForgetPeer(event.peer))
         return actions
+
+    def _adopt(self, event: Adopt, now: float) -> list[Any]:
+        """Another gateway goes on with a request: from now on its tokens go there, and there only."""
+        if not genuine(self._shared.settings.cluster_key, event):
+            self._shared.forged += 1
+            return []
+        request, gateway = event.request, event.gateway
+        own = structs.replace(self._shared.settings.address, kv=())
+        found = self._deliveries.adopt(request, gateway, now)
+        if found is not None:
+            self._shared.fences.raise_to(request, found.attempt)
+            self.decode.belongs_to(request, found.attempt, gateway)
+            attempt, work, made = found.attempt, found.generation, found.tokens
+            adopted = Adopted(request=request, attempt=attempt, worker=own, generation=work, tokens=made, running=True)
+            return [*found.sends, Send(gateway, adopted)]
+        order = self.prefill.order(request) or self.decode.order(request)
+        if order is None or not order.generation.description:
+            return [Send(gateway, NotHere(request=request, worker=own.worker))]
+        work = order.generation
+        nothing = TokenChunk(request, order.attempt, count_tokens(work.generated), b"")
+        adopted = Adopted(
+            request=request, attempt=order.attempt, worker=own, generation=work, tokens=nothing, running=False
+        )
+        superseded = Superseded(request=request, attempt=order.attempt, worker=own.worker)
+        return [Send(order.gateway, superseded)] * (order.gateway != gateway) + [Send(gateway, adopted)]
