@@ -104,7 +104,8 @@ def test_an_attempt_after_the_adoption_knows_everything(pair: Pair) -> None:
     cluster.reset()
     cluster.chunk_size, cluster.hold_after = 1, 4
     with here.stream("POST", path_of(body), json=body) as first:
-        id, seen = first.headers["x-request-id"], [next(events_of(first.iter_lines()))]
+        id, earlier = first.headers["x-request-id"], events_of(first.iter_lines())
+        seen = [next(earlier)]
         until(lambda: len(cluster.made(f"{id}-0").tokens) == 4, "it stands still")
         with there.stream("GET", f"/v1/streams/{id}", params={"after": seen[0].id}):
             cluster.fail(f"{id}-0")
