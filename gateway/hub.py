@@ -34,7 +34,7 @@ from gateway.core.traces import Traces
 from gateway.metrics import Metrics
 from gateway.recorded import RecordedSession
 from messages.common import WorkerAddress
-from messages.gateway_to_router import ClusterStateWanted, Finished
+from messages.gateway_to_router import ClusterStateWanted, Finished, Holding
 from messages.gateway_to_worker import Abort
 from messages.ids import Address, RequestId, WorkerId
 from messages.router_to_gateway import AdoptionAsked, ClusterState, Placed, WorkerLost
@@ -275,7 +275,7 @@ class Hub:
     def _take_over(self, adopted: Adopted) -> Relay:
         """A session for it at once, since its tokens may come with the next message."""
         now, work = self._loop.time(), adopted.generation
-        session = Session(
+        session = self._make_session(
             adopted.request,
             work.prompt,
             work.sampling,
@@ -291,6 +291,9 @@ class Hub:
         self._dispatch.know(adopted.worker)
         relay = self._add(session, _Nobody())
         self._perform(relay, session.adopt(adopted, now), now)
+        if session.held is not None:
+            holding = Holding(gateway=self._mailbox.address, attempts=(session.held,), last=False)
+            self._mailbox.send(self._router, holding)
         return relay
 
     async def run(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from gateway.core.session import Action, Event, Session
 from messages.ids import RequestId
 from messages.sampling import SamplingParams
+from messages.worker_to_gateway import Adopted
 from runtime.recorder import Recorder
 
 
@@ -19,6 +20,10 @@ class RecordedSession(Session):
     def start(self, now: float) -> list[Action]:
         start = super().start
         return self._recorder.call(self.request, "start", lambda: start(now), None, now)
+
+    def adopt(self, adopted: Adopted, now: float) -> list[Action]:
+        adopt = super().adopt
+        return self._recorder.call(self.request, "adopt", lambda: adopt(adopted, now), adopted, now)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         handle = super().handle

@@ -114,7 +114,8 @@ class GatewayServer:
             try:
                 metrics = Metrics()
                 self._hub = hub = self._make_hub(mailbox, metrics, recorder)
-                http = self._make_http(tokenizer, hub, metrics, executor)
+                streams = Streams(grace=self._config.resume_grace, most=self._config.limits.max_sequences)
+                http = self._make_http(tokenizer, hub, streams, metrics, executor)
                 self._address = mailbox.address
                 async with asyncio.TaskGroup() as tasks:
                     messages = tasks.create_task(hub.run())
@@ -126,6 +127,7 @@ class GatewayServer:
                     await hub.drain(self._config.drain)
                     http.should_exit = True
                     await serving
+                    streams.close()
                     messages.cancel()
             finally:
                 mailbox.close()
@@ -145,7 +147,9 @@ class GatewayServer:
             recorder=recorder,
         )
 
-    def _make_http(self, tokenizer: Tokenizer, hub: Hub, metrics: Metrics, executor: Any) -> uvicorn.Server:
+    def _make_http(
+        self, tokenizer: Tokenizer, hub: Hub, streams: Streams, metrics: Metrics, executor: Any
+    ) -> uvicorn.Server:
         config = self._config
         max_model_len = config.max_model_len or tokenizer.max_position_embeddings
         if max_model_len is None:
@@ -154,7 +158,7 @@ class GatewayServer:
         api = Api(
             config=config,
             hub=hub,
-            streams=Streams(grace=config.resume_grace, most=config.limits.max_sequences),
+            streams=streams,
             tokenizer=tokenizer,
             planner=planner,
             metrics=metrics,

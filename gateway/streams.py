@@ -86,6 +86,11 @@ class Streams:
         if len(self._unread) > self._most:
             self._forget(next(iter(self._unread.values())))
 
+    def close(self) -> None:
+        """Nobody comes back any more."""
+        for stream in list(self._unread.values()):
+            self._forget(stream)
+
     def _forget(self, stream: Stream) -> None:
         assert stream.forgetting is not None, "somebody reads it"
         stream.forgetting.cancel()

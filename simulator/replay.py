@@ -18,6 +18,7 @@ from kv_transfer.core.session import WritersGone
 from messages.codec import BadMessage
 from messages.gateway_to_router import GatewayDied
 from messages.record_file import read_records
+from messages.worker_to_gateway import Adopted
 from messages.worker_to_router import WorkerDied
 from router.core import machine as router
 from router.core.drains import Drain, Flip, Undrain
@@ -40,7 +41,7 @@ CORES = {
         make_machine,
         Types(*worker.Messages, *get_args(WorkerEvent), WritersGone, ProbeWanted, ProbeStopped, StepOutput, str),
     ),
-    "session": Core(Session, Types(*get_args(session.Event))),
+    "session": Core(Session, Types(*get_args(session.Event), Adopted)),
     "router": Core(Router, Types(*router.Messages, WorkerDied, GatewayDied, router.Tick, Drain, Undrain, Flip)),
 }
 
@@ -110,6 +111,7 @@ class _Player:
         machine = make(core.maker, made.arguments)
         self._calls: dict[str, Callable[[Any, float], Any]] = {
             "start": lambda _, now: machine.start(now),
+            "adopt": lambda event, now: machine.adopt(event, now),
             "handle": lambda event, now: machine.handle(event, now),
             "tick": lambda _, now: machine.tick(now),
             "schedule": self._schedule,

@@ -286,7 +286,7 @@ class Session:
         self.placed = Placed(request=self.request, attempt=self.attempt, prefill=None, decode=worker, ticket=None)
         self._placed_tokens = work.num_tokens
         if not adopted.running:
-            return self._with_wake(self._retry([], now))
+            return self._with_wake(self._retry([], now, MISHAP))
         self._move(Status.STREAMING)
         self._decode_streams = True
         self._give_up_at = now + self._timeouts.progress

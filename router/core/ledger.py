@@ -6,13 +6,17 @@ takes the place of the older one. What nobody will ever finish, because a messag
 when the gateway is lost, by the worker's reports, and at last by its age.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from messages.gateway_to_router import PlacementWanted
-from messages.ids import Address, Attempt, RequestId
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import Placed, WorkerLost
 from router.core.views import WorkerView
+
+REMEMBERED = 16_384
+"""Closed requests of which is known where they were."""
 
 
 @dataclass(slots=True)
@@ -46,12 +50,21 @@ class Ledger:
     def __init__(self, changed: Callable[[WorkerView], None]) -> None:
         self._changed = changed
         self._entries: dict[RequestId, Entry] = {}
+        self._closed: OrderedDict[RequestId, tuple[WorkerId, Epoch]] = OrderedDict()  # which decode worker they were on
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, request: RequestId) -> Entry | None:
         return self._entries.get(request)
+
+    def where(self, request: RequestId) -> list[tuple[WorkerId, Epoch]] | None:
+        """Workers that may have something of a request that is placed, or was not long ago; None: not known."""
+        entry = self._entries.get(request)
+        if entry is None:
+            closed = self._closed.get(request)
+            return None if closed is None else [closed]
+        return [(view.worker, view.epoch) for view in (entry.decode, entry.prefill) if view is not None]
 
     def place(
         self,
@@ -101,6 +114,11 @@ class Ledger:
         """The request is over, or gets another placement; harmless for one that is not in the ledger."""
         entry = self._entries.pop(request, None)
         if entry is not None:
+            decode = entry.placed.decode
+            self._closed[request] = (decode.worker, decode.epoch)
+            self._closed.move_to_end(request)
+            if len(self._closed) > REMEMBERED:
+                self._closed.popitem(last=False)
             self._leave_prefill(request, entry)
             self._leave_decode(request, entry)
 

@@ -24,6 +24,7 @@ from msgspec import structs
 from messages import tickets
 from messages.common import Role, WorkerAddress
 from messages.gateway_to_router import (
+    AdoptionWanted,
     ClusterStateWanted,
     Finished,
     GatewayDied,
@@ -33,8 +34,8 @@ from messages.gateway_to_router import (
     Prefilled,
 )
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
-from messages.router_to_gateway import ClusterState, Placed, Rejected, WorkerLost
-from messages.router_to_worker import GatewayBack, GatewayLost, PeerLost, RegisterWanted, RoleWanted
+from messages.router_to_gateway import AdoptionAsked, ClusterState, Placed, Rejected, WorkerLost
+from messages.router_to_worker import Adopt, GatewayBack, GatewayLost, PeerLost, RegisterWanted, RoleWanted
 from messages.seals import Sealed, genuine, seal
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
 from router.core.admission import expected_tokens, has_room
@@ -89,7 +90,7 @@ class Awaited:
 Action = Send | WakeAt | Forget
 
 Messages = (
-    PlacementWanted, Prefilled, Finished, ClusterStateWanted, Holding, Register, Report, Leaving,
+    PlacementWanted, Prefilled, Finished, ClusterStateWanted, Holding, AdoptionWanted, Register, Report, Leaving,
 )  # fmt: skip
 """What the router's mailbox takes from the network."""
 
@@ -150,6 +151,8 @@ class Router:
         self._gateways = Gateways(settings.liveness_timeout, settings.adoption_grace, TELL_EVERY)
         self._awaited: dict[RequestId, Awaited] = {}
         """Attempts that gateways hold, on workers that have not registered here yet."""
+        self._knows_all_at: float | None = None
+        """When everything that an earlier router has placed is over, or known here."""
         self._settled_at: float | None = None
         self._settling = settings.settle > 0
         self._moved = False  # whether this event may have made room for the head of the line
@@ -160,6 +163,7 @@ class Router:
             Finished: self._finish,
             ClusterStateWanted: self._state_wanted,
             Holding: self._hold,
+            AdoptionWanted: self._adoption_wanted,
             Register: self._register,
             Report: self._report,
             WorkerDied: self._died,
@@ -175,6 +179,8 @@ class Router:
         if isinstance(event, Sealed) and not genuine(self._settings.cluster_key, event):
             self.forged += 1
             return []
+        if self._knows_all_at is None:
+            self._knows_all_at = now + self._settings.adoption_grace + self._settings.liveness_timeout + TELL_EVERY
         self._settle(now)
         actions: list[Action] = self._handlers[type(event)](event, now)
         if self._moved and len(self._line):
@@ -449,6 +455,23 @@ class Router:
                 self._awaited[held.request] = Awaited(held, event.gateway, now + self._settings.liveness_timeout)
                 lost |= self._take_over(held.request, now)
         return [*actions, *(Send(event.gateway, message) for message in lost)]
+
+    def _adoption_wanted(self, event: AdoptionWanted, now: float) -> list[Action]:
+        """Where it is not known who has the request, everyone is asked, if an earlier router may have placed it."""
+        assert self._knows_all_at is not None
+        where = self._ledger.where(event.request)
+        if where is not None:
+            known = [self._members.get(worker, epoch) for worker, epoch in where]
+            views = [view for view in known if view is not None and view.alive]
+        else:
+            views = list(self._members.live()) if now < self._knows_all_at else []
+        adopt = seal(self._settings.cluster_key, Adopt(request=event.request, gateway=event.gateway))
+        asked = AdoptionAsked(request=event.request, workers=tuple(view.worker for view in views))
+        return [
+            *self._heard(event.gateway, now),
+            Send(event.gateway, asked),
+            *(Send(view.address.mailbox, adopt) for view in views),
+        ]
 
     def _take_over(self, request: RequestId, now: float) -> dict[WorkerLost, None]:
         """Count an awaited attempt on its workers, if they are here; or say which of them never will be."""
