@@ -26,6 +26,11 @@ class GatewayActor:
         """Whether the router has said that every role has a worker."""
         return self._server.ready
 
+    def drain(self, grace: float) -> bool:
+        """Listen no more, so that a replacement on this port gets what comes, and let what is here finish; whether it
+        all has within ``grace`` seconds. To be stopped then."""
+        return self._server.drain(grace)
+
     def stop(self) -> None:
         """Finish or fail what is in flight."""
         self._server.stop()

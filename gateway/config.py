@@ -17,6 +17,8 @@ class GatewayConfig:
     """Address that HTTP binds to."""
     port: int = 8000
     """0: a free one."""
+    reuse_port: bool = False
+    """Whether another gateway of this user may listen there too: one that is about to be replaced by this one."""
     mailbox_host: str = "127.0.0.1"
     """Address of this machine that the mailbox binds to; workers and router reach it."""
     max_model_len: int | None = None

@@ -46,6 +46,7 @@ class GatewayServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._hub: Hub | None = None
+        self._http: uvicorn.Server | None = None
         self._port = 0
         self._address = Address("")
 
@@ -72,7 +73,8 @@ class GatewayServer:
     def start(self, timeout: float = 60.0) -> int:
         """Bind, start the thread, return HTTP's port. Raises what kept it from starting."""
         tokenizer = Tokenizer(Path(self._config.model))
-        listener = _listen(self._config.host, self._config.port, self._config.client_stall)
+        config = self._config
+        listener = _listen(config.host, config.port, config.client_stall, reuse_port=config.reuse_port)
         self._port = listener.getsockname()[1]
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -81,6 +83,12 @@ class GatewayServer:
         self._thread.start()
         started.result(timeout)
         return self._port
+
+    def drain(self, grace: float) -> bool:
+        """Listen no more, and let the requests that are here finish; whether they all have within ``grace`` seconds.
+        The mailbox stays open: ``stop`` comes after it."""
+        assert self._loop is not None and self._http is not None, "not started"
+        return asyncio.run_coroutine_threadsafe(_let_finish(self._http, grace), self._loop).result()
 
     def stop(self, timeout: float = 30.0) -> None:
         """Finish or fail what is in flight, close everything. Harmless if it does not run."""
@@ -115,7 +123,7 @@ class GatewayServer:
                 metrics = Metrics()
                 self._hub = hub = self._make_hub(mailbox, metrics, recorder)
                 streams = Streams(grace=self._config.resume_grace, most=self._config.limits.max_sequences)
-                http = self._make_http(tokenizer, hub, streams, metrics, executor)
+                self._http = http = self._make_http(tokenizer, hub, streams, metrics, executor)
                 self._address = mailbox.address
                 async with asyncio.TaskGroup() as tasks:
                     messages = tasks.create_task(hub.run())
@@ -183,12 +191,17 @@ class GatewayServer:
         return uvicorn.Server(settings)
 
 
-def _listen(host: str, port: int, stall: float) -> socket.socket:
+def _listen(host: str, port: int, stall: float, *, reuse_port: bool) -> socket.socket:
+    """``reuse_port``: another socket may listen there; a later one with this flag always may beside this one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not reuse_port:
+        _check_free(family, host, port)
     # With the protocol named, asyncio turns Nagle's algorithm off; else small writes wait 40 ms for the client's ack.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):  # so that a replacement can listen before this one has stopped to
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # else what a client never reads would keep its connection for ever
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(1000 * stall)))
         listener.bind((host, port))
@@ -198,3 +211,23 @@ def _listen(host: str, port: int, stall: float) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _check_free(family: socket.AddressFamily, host: str, port: int) -> None:
+    """Raises ``OSError`` where somebody listens."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
+async def _let_finish(http: uvicorn.Server, grace: float) -> bool:
+    """Each connection is closed once its request is answered, at once where there is none."""
+    for server in http.servers:
+        server.close()
+    connections = http.server_state.connections
+    for connection in list(connections):
+        connection.shutdown()
+    give_up = asyncio.get_running_loop().time() + grace
+    while connections and asyncio.get_running_loop().time() < give_up:
+        await asyncio.sleep(0.02)
+    return not connections

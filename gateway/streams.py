@@ -68,11 +68,13 @@ class Streams:
         self, stream: Stream, exchange: Exchange, cursor: Cursor, choices: Callable[[Exchange, Cursor], list[Choice]]
     ) -> None:
         """``exchange`` reads on from ``cursor``; who reads it now hears that it is taken."""
-        if stream.forgetting is not None:
+        if stream.forgetting is None:
+            stream.reader.refuse(StreamTaken("another connection reads this stream now"))
+        else:
             stream.forgetting.cancel()
             stream.forgetting = None
             del self._unread[stream.id]
-        stream.reader.refuse(StreamTaken("another connection reads this stream now"))
+            stream.reader.let_go()
         stream.reader = exchange
         exchange.resume(stream.relays, choices(exchange, cursor))
 

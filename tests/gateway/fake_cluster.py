@@ -244,7 +244,8 @@ class FakeCluster:
         if made.gateway != wanted.gateway:
             over = Superseded(request=wanted.request, attempt=made.attempt, worker=DECODE)
             self._mailbox.send(made.gateway, over)
-            made.gateway, made.attempt = wanted.gateway, Attempt(made.attempt + 1)
+            if made.tokens or made.finish is not None:
+                made.gateway, made.attempt = wanted.gateway, Attempt(made.attempt + 1)
         start = len(made.order.generation.generated) // 4
         adopted = Adopted(
             request=wanted.request,
@@ -252,7 +253,7 @@ class FakeCluster:
             worker=WorkerAddress(DECODE, EPOCH, self._mailbox.address),
             generation=made.order.generation,
             tokens=self._chunk(made, start, made.tokens, start),
-            running=True,
+            running=bool(made.tokens) or made.finish is not None,
         )
         self._mailbox.send(wanted.gateway, adopted)
 

@@ -1,6 +1,8 @@
 """Promise: who runs the gateway sees what it does: health, readiness, state and figures, each in its standard form."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -9,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import hub
 from gateway.actor import GatewayActor
+from gateway.config import GatewayConfig
 from gateway.metrics import Metrics
 from gateway.server import GatewayServer
 from messages.common import AbortCounts, AbortReason, BlockCounts, DecisionCounts, Role, TransferCounts, WorkerAddress
@@ -239,3 +242,43 @@ def test_the_actor_starts_answers_and_stops(tiny_llama: Path) -> None:
         cluster.stop()
     with pytest.raises(TypeError, match="frobnicate"):
         GatewayActor(fields | {"frobnicate": 1})
+
+
+def test_a_gateway_is_replaced_on_its_port_while_its_streams_finish(tiny_llama: Path) -> None:
+    with serving(tiny_llama) as (cluster, old), httpx.Client(base_url=old.url) as http:
+        cluster.hold_after = 4
+        body = {"model": MODEL, "prompt": [5], "max_tokens": 10, "stream": True}
+        config = GatewayConfig(
+            model=str(tiny_llama), served_model_name=MODEL, router=cluster.address, port=old.port, drain=0.2
+        )
+        with pytest.raises(OSError, match="in use"):  # nobody takes another's port without being told to
+            GatewayServer(config).start()
+        new = GatewayServer(replace(config, reuse_port=True))
+        with http.stream("POST", "/v1/completions", json=body) as stream, ThreadPoolExecutor(1) as threads:
+            lines = stream.iter_lines()
+            next(lines)
+            try:
+                new.start()
+                drained = threads.submit(old.drain, 10.0)
+                until(lambda: not listens(old), "the old one takes nothing more")
+                with httpx.Client(base_url=old.url) as other:
+                    cluster.hold_after = None
+                    assert other.post("/v1/completions", json=body | {"stream": False}).status_code == 200
+                assert not drained.done()
+                cluster.release()
+                assert "data: [DONE]" in list(lines) and drained.result()
+            finally:
+                new.stop()
+
+
+def listens(server: GatewayServer) -> bool:
+    assert server._http is not None
+    return any(listening.is_serving() for listening in server._http.servers)
+
+
+def test_a_stream_that_does_not_finish_in_time_is_not_waited_for(tiny_llama: Path) -> None:
+    with serving(tiny_llama) as (cluster, server), httpx.Client(base_url=server.url) as http:
+        cluster.hold_after = 4
+        body = {"model": MODEL, "prompt": [5], "max_tokens": 10, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body):
+            assert not server.drain(0.1)
