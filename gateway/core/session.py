@@ -272,7 +272,7 @@ class Session:
         """Instead of ``start``: go on with what another gateway has begun. Nothing of it is delivered again."""
         work, made = adopted.generation, adopted.tokens
         self._salt = work.cache_salt
-        self.attempt = adopted.attempt
+        self.attempt = self._asked = adopted.attempt
         self.generated = bytearray(work.generated + made.tokens)
         self._logprobs = [part for part in (work.logprobs, made.logprobs) if part is not None]
         self.prompt_logprobs = work.prompt_logprobs or made.prompt_logprobs
@@ -313,7 +313,7 @@ class Session:
                 return self._fail(_rejection(event))
             case AttemptFailed():
                 return self._on_attempt_failed(event, now)
-            case Superseded() if event.attempt == self.attempt:
+            case Superseded() if event.attempt >= self.attempt:
                 self._move(Status.FAILED)
                 return [Failed(StreamTaken("another gateway goes on with this stream"))]
             case WorkerLost():
