@@ -186,6 +186,25 @@ def a_long_sleep(plan: Plan) -> list[Misfortune]:
     return [Misfortune(number=0, kind=Kind.FREEZE, target=next(iter(plan.topology.workers)), at=1.5, seconds=5.0)]
 
 
+def spoiled(plan: Plan) -> list[Misfortune]:
+    """Half of the KV that is written to another worker is not there when it says so."""
+    topology = plan.topology
+    pairs = [(source, target) for source in topology.of(Role.PREFILL) for target in topology.of(Role.DECODE)]
+    return [
+        Misfortune(number=number, kind=Kind.STALE, source=source, target=target, seconds=2.0, chance=0.5)
+        for number, (source, target) in enumerate(pairs)
+    ]
+
+
+def unheard(plan: Plan) -> list[Misfortune]:
+    """Half of what workers send to gateways is lost."""
+    pairs = [(worker, gateway) for worker in plan.topology.workers for gateway in plan.topology.gateway_names]
+    return [
+        Misfortune(number=number, kind=Kind.LOSE, source=source, target=target, seconds=2.0, chance=0.5)
+        for number, (source, target) in enumerate(pairs)
+    ]
+
+
 def asked_in_vain(plan: Plan) -> list[Misfortune]:
     """Half of what gateways send is lost."""
     others = ["router", *plan.topology.workers]
@@ -222,9 +241,8 @@ class Bug(NamedTuple):
     """What goes wrong, where that which a seed draws would seldom show it."""
 
 
-LOSSES = (Kind.LOSE, Kind.CUT, Kind.REORDER, Kind.REPEAT)
 BUGS: dict[Patch, Bug] = {
-    ack_before_verifying: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}, (Kind.FLIP, Kind.SWAP, Kind.STALE)),
+    ack_before_verifying: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}, scene=spoiled),
     check_no_attempt_in_the_session: Bug({Invariant.FENCED}, scene=left_for_dead),
     free_without_quarantine: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}),
     resume_off_by_one: Bug({Invariant.SAME_TOKENS}, (Kind.KILL,)),
@@ -235,10 +253,10 @@ BUGS: dict[Patch, Bug] = {
     deliver_the_first_token_from_both: Bug({Invariant.SAME_TOKENS}),
     ignore_that_a_worker_is_lost: Bug({Invariant.RESUMED, Invariant.ONE_END}, (Kind.KILL,)),
     forget_the_attempt_at_the_workers: Bug({Invariant.NO_CRASH, Invariant.ACCOUNTED}, scene=late_at_the_workers),
-    free_before_the_ack: Bug({Invariant.NO_CRASH, Invariant.RESUMED}, (Kind.FLIP, Kind.STALE, *LOSSES)),
-    forget_a_stream_before_its_end_is_acked: Bug({Invariant.RESUMED, Invariant.ONE_END}, LOSSES),
-    shift_logprobs_at_resume: Bug({Invariant.SAME_TOKENS}, LOSSES),
-    believe_that_there_is_no_gap: Bug({Invariant.SAME_TOKENS}, LOSSES),
+    free_before_the_ack: Bug({Invariant.NO_CRASH, Invariant.RESUMED}, scene=spoiled),
+    forget_a_stream_before_its_end_is_acked: Bug({Invariant.RESUMED, Invariant.ONE_END}, scene=unheard),
+    shift_logprobs_at_resume: Bug({Invariant.SAME_TOKENS}, (Kind.KILL, Kind.FREEZE)),
+    believe_that_there_is_no_gap: Bug({Invariant.SAME_TOKENS}, scene=unheard),
     count_what_was_generated_as_prompt: Bug({Invariant.SAME_TOKENS, Invariant.RESUMED}, (Kind.KILL, Kind.STOP)),
 }
 
