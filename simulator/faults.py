@@ -25,6 +25,10 @@ class Kind(StrEnum):
     """What lands is a bit off; in another block; or not there."""
     FAIL = "fail"
     """Steps of a worker fail."""
+    DRAIN = "drain"
+    """The operator wants a worker to have nothing to do. No fault, but what may come beside one."""
+    TURN = "turn"
+    """The operator wants a worker to take the other role."""
     HEADLESS = "headless"
     """Ray's head is gone: nobody says who is dead, nobody is started again."""
 
@@ -32,7 +36,7 @@ class Kind(StrEnum):
 ON_LINKS = frozenset({
     Kind.CUT, Kind.LOSE, Kind.REPEAT, Kind.REORDER, Kind.DELAY, Kind.SLOW, Kind.FLIP, Kind.SWAP, Kind.STALE
 })  # fmt: skip
-ON_PROCESSES = frozenset({Kind.KILL, Kind.STOP, Kind.FREEZE, Kind.FAIL})
+ON_PROCESSES = frozenset({Kind.KILL, Kind.STOP, Kind.FREEZE, Kind.FAIL, Kind.DRAIN, Kind.TURN})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

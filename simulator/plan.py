@@ -54,11 +54,15 @@ class Plan:
         )
 
 
-def draw(seed: int, *, faults: bool) -> Plan:
-    """The plan of a seed."""
+def draw(seed: int, *, faults: bool, orders: bool = False) -> Plan:
+    """The plan of a seed. ``orders``: the operator drains workers, or has them take the other role."""
     topology = _topology(Random(f"{seed} topology"))
     wishes = _wishes(Random(f"{seed} wishes"), topology)
     misfortunes = _misfortunes(Random(f"{seed} misfortunes"), topology, wishes) if faults else ()
+    if orders:
+        misfortunes += _orders(Random(f"{seed} orders"), topology, wishes, len(misfortunes))
+        # There has to be something that is worth moving.
+        wishes = tuple(replace(wish, params=replace(wish.params, max_tokens=LONG)) for wish in wishes)
     return Plan(seed=seed, topology=topology, wishes=wishes, misfortunes=misfortunes)
 
 
@@ -123,6 +127,8 @@ def _wishes(rng: Random, topology: Topology) -> tuple[Wish, ...]:
     return tuple(wishes)
 
 
+LONG = 24
+"""Tokens: as many as fit any pool with any prompt."""
 LINKS = (Kind.CUT, Kind.CUT, Kind.LOSE, Kind.REPEAT, Kind.REORDER, Kind.DELAY)
 KV = (Kind.SLOW, Kind.FLIP, Kind.SWAP, Kind.STALE)
 PROCESSES = (Kind.KILL, Kind.KILL, Kind.KILL, Kind.FREEZE, Kind.FREEZE, Kind.STOP, Kind.FAIL)
@@ -137,6 +143,16 @@ def _misfortunes(rng: Random, topology: Topology, wishes: tuple[Wish, ...]) -> t
     """When somebody wants something, most likely."""
     moments = [rng.choice(wishes).at + rng.expovariate(5.0) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6)))]
     return tuple(_misfortune(rng, topology, number, at) for number, at in enumerate(moments))
+
+
+def _orders(rng: Random, topology: Topology, wishes: tuple[Wish, ...], number: int) -> tuple[Misfortune, ...]:
+    """What the operator wants. ``number``: of the first one."""
+    moments = [rng.choice(wishes).at + rng.expovariate(10.0) for _ in range(rng.randint(1, 2))]
+    kinds = (Kind.DRAIN,) if topology.of(Role.COLOCATED) else (Kind.DRAIN, Kind.DRAIN, Kind.TURN)
+    return tuple(
+        Misfortune(number=place, kind=rng.choice(kinds), at=at, target=rng.choice([*topology.workers]))
+        for place, at in enumerate(moments, number)
+    )
 
 
 def _misfortune(rng: Random, topology: Topology, number: int, at: float) -> Misfortune:

@@ -18,10 +18,11 @@ from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import WorkerLost
 from messages.router_to_worker import PeerLost
 from messages.worker_to_router import WorkerDied
+from router.core.drains import Drain, Flip, Refused
 from router.core.machine import Router, RouterSettings, Tick
 from runtime.core.actions import Send, WakeAt
 from simulator.clock import Alarm, Call, Clock
-from simulator.history import Blocks, DeclaredLost, History, Incarnation, Ledger, LedgerEntry, Owner
+from simulator.history import Blocks, DeclaredLost, Draining, History, Incarnation, Ledger, LedgerEntry, Owner
 from simulator.model import Truth
 from simulator.network import Network
 from simulator.rank import Landing, Rank
@@ -140,6 +141,18 @@ class RouterProcess(Process):
     def gateway_died(self, gateway: Address, detail: str) -> None:
         """The same of a gateway."""
         self._happen(partial(self.hear, GatewayDied(gateway=gateway, detail=detail)))
+
+    def order(self, event: Drain | Flip, worker: Incarnation) -> None:
+        """The operator's, which comes by a call too."""
+        self._happen(partial(self._order, event, worker))
+
+    def _order(self, event: Drain | Flip, worker: Incarnation) -> None:
+        try:
+            actions = self.router.handle(event, self.now)
+        except Refused:
+            return
+        self.world.tell(Draining(self.world.clock.now, worker))
+        self.perform(actions)
 
     def perform(self, actions: Iterable[Any]) -> None:
         for action in actions:

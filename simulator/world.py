@@ -9,8 +9,10 @@ from typing import Any
 from gateway.core import dispatch
 from gateway.core.session import SessionTimeouts
 from messages.codec import decoder_for
+from messages.common import Role
 from messages.ids import Address, Epoch, WorkerId
 from router.core import machine as router_machine
+from router.core.drains import Drain, Flip
 from router.core.machine import RouterSettings
 from runtime.core.disaggregation import Disaggregation
 from simulator.clock import Clock
@@ -226,7 +228,7 @@ class World:
     def _befall(self, what: Misfortune) -> None:
         self._trouble_until = max(self._trouble_until, self.clock.now + (what.seconds if what.seconds < NEVER else 0.0))
         match what.kind:
-            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL:
+            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL | Kind.DRAIN | Kind.TURN:
                 self._befall_process(what, self.processes[what.target])
             case Kind.HEADLESS:
                 self._headless_until = max(self._headless_until, self.clock.now + what.seconds)
@@ -252,11 +254,21 @@ class World:
                 self.tell(Frozen(now, process.incarnation))
                 process.freeze()
                 self.clock.at(now + what.seconds, partial(self._thaw, process))
+            case Kind.DRAIN | Kind.TURN:
+                self._order(what, process)
             case Kind.FAIL if isinstance(process, WorkerProcess):
                 until = now + what.seconds
                 self.tell(Injected(now, what.kind, process.name, until))
                 process.failing = what.chance
                 self.clock.at(until, partial(self._recover, process))
+
+    def _order(self, what: Misfortune, process: Process) -> None:
+        """The operator's word, if the router is there."""
+        router, worker = self.processes[ROUTER], WorkerId(process.name)
+        if isinstance(router, RouterProcess) and router.alive:
+            role = self.plan.topology.workers[process.name]
+            other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
+            router.order(Drain(worker) if what.kind is Kind.DRAIN else Flip(worker, other), process.incarnation)
 
     def _gone(self, what: Misfortune, process: Process) -> None:
         now, name = self.clock.now, process.name
