@@ -50,11 +50,13 @@ class Waits:
             return False
         heard, calm = request.progress, max(request.progress, health.troubled_at)
         lasting = 1 + health.active  # each fault that lasts may cost an attempt
+        # One that was never placed may wait for a worker to come, as it may for a turn: its client has seen no byte.
+        error = bounds.error if request.placed else bounds.stall
         owed = (
             (max(calm, health.spare_since), lasting * bounds.silence + bounds.compute, Invariant.RESUMED,
              "with capacity to spare"),
             (max(calm, health.capable_since), bounds.stall, Invariant.RESUMED, "with every role there"),
-            (max(heard, health.gone_since), bounds.error, Invariant.TYPED_ERROR, "and nobody to serve it"),
+            (max(heard, health.gone_since), error, Invariant.TYPED_ERROR, "and nobody to serve it"),
         )  # fmt: skip
         for since, bound, invariant, when in owed:
             if case.now - since > bound:
