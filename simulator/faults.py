@@ -9,6 +9,12 @@ class Kind(StrEnum):
     """SIGKILL. Another process takes the name later."""
     STOP = "stop"
     """SIGTERM: the process ends in good order; another takes the name later."""
+    DRAIN = "drain"
+    """Nothing is placed there and all that runs moves away, until the time is over."""
+    RETIRE = "retire"
+    """The same; when nothing is left it is stopped, and another process takes the name later."""
+    FLIP = "flip"
+    """The same; when nothing is left it takes the other role."""
     FREEZE = "freeze"
     """SIGSTOP, and SIGCONT when the time is over."""
     CUT = "cut"
@@ -19,24 +25,14 @@ class Kind(StrEnum):
     DELAY = "delay"
     SLOW = "slow"
     """KV takes longer."""
-    FLIP = "flip"
+    CORRUPT = "corrupt"
     SWAP = "swap"
     STALE = "stale"
     """What lands is a bit off; in another block; or not there."""
     FAIL = "fail"
     """Steps of a worker fail."""
-    DRAIN = "drain"
-    """The operator wants a worker to have nothing to do. No fault, but what may come beside one."""
-    TURN = "turn"
-    """The operator wants a worker to take the other role."""
     HEADLESS = "headless"
     """Ray's head is gone: nobody says who is dead, nobody is started again."""
-
-
-ON_LINKS = frozenset({
-    Kind.CUT, Kind.LOSE, Kind.REPEAT, Kind.REORDER, Kind.DELAY, Kind.SLOW, Kind.FLIP, Kind.SWAP, Kind.STALE
-})  # fmt: skip
-ON_PROCESSES = frozenset({Kind.KILL, Kind.STOP, Kind.FREEZE, Kind.FAIL, Kind.DRAIN, Kind.TURN})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +46,7 @@ class Misfortune:
     source: str = ""
     """Where the link begins."""
     seconds: float = 0.0
-    """How long it lasts; of KILL and STOP, until another process takes the name (never: infinite)."""
+    """How long it lasts; of KILL, STOP and RETIRE, until another process takes the name (never: infinite)."""
     chance: float = 1.0
     """That it strikes a message, a piece of KV, a step. Of DELAY: the longest, in seconds; of SLOW: how many times."""
     notice: float | None = None

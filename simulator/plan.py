@@ -130,8 +130,10 @@ def _wishes(rng: Random, topology: Topology) -> tuple[Wish, ...]:
 LONG = 24
 """Tokens: as many as fit any pool with any prompt."""
 LINKS = (Kind.CUT, Kind.CUT, Kind.LOSE, Kind.REPEAT, Kind.REORDER, Kind.DELAY)
-KV = (Kind.SLOW, Kind.FLIP, Kind.SWAP, Kind.STALE)
-PROCESSES = (Kind.KILL, Kind.KILL, Kind.KILL, Kind.FREEZE, Kind.FREEZE, Kind.STOP, Kind.FAIL)
+KV = (Kind.SLOW, Kind.CORRUPT, Kind.SWAP, Kind.STALE)
+PROCESSES = (
+    Kind.KILL, Kind.KILL, Kind.KILL, Kind.FREEZE, Kind.FREEZE, Kind.STOP, Kind.FAIL, Kind.DRAIN, Kind.RETIRE, Kind.FLIP
+)  # fmt: skip
 MOMENTS = (
     "PlacementWanted", "Placed", "Prefill", "Generate", "OpenTransfer", "TransferAccepted", "EndTransfer",
     "TransferAcked", "BlocksWanted", "TokenBatch", "Prefilled", "Finished", "EndAck", "TailOffered", "TailYielded",
@@ -148,9 +150,11 @@ def _misfortunes(rng: Random, topology: Topology, wishes: tuple[Wish, ...]) -> t
 def _orders(rng: Random, topology: Topology, wishes: tuple[Wish, ...], number: int) -> tuple[Misfortune, ...]:
     """What the operator wants. ``number``: of the first one."""
     moments = [rng.choice(wishes).at + rng.expovariate(10.0) for _ in range(rng.randint(1, 2))]
-    kinds = (Kind.DRAIN,) if topology.of(Role.COLOCATED) else (Kind.DRAIN, Kind.DRAIN, Kind.TURN)
+    kinds = (Kind.DRAIN,) if topology.of(Role.COLOCATED) else (Kind.DRAIN, Kind.DRAIN, Kind.FLIP)
     return tuple(
-        Misfortune(number=place, kind=rng.choice(kinds), at=at, target=rng.choice([*topology.workers]))
+        Misfortune(
+            number=place, kind=rng.choice(kinds), at=at, target=rng.choice([*topology.workers]), seconds=NEVER
+        )
         for place, at in enumerate(moments, number)
     )
 

@@ -17,16 +17,16 @@ from messages.gateway_to_router import GatewayDied
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import WorkerLost
 from messages.router_to_worker import PeerLost
-from messages.worker_to_router import WorkerDied
-from router.core.drains import Drain, Flip, Refused
+from messages.worker_to_router import Register, WorkerDied
+from router.core.drains import Drain, Flip, Refused, Undrain
 from router.core.machine import Router, RouterSettings, Tick
 from runtime.core.actions import Send, WakeAt
 from simulator.clock import Alarm, Call, Clock
-from simulator.history import Blocks, DeclaredLost, Draining, History, Incarnation, Ledger, LedgerEntry, Owner
-from simulator.model import Truth
+from simulator.history import Blocks, DeclaredLost, History, Incarnation, Ledger, LedgerEntry, Owner, Started
+from simulator.model import BLOCK, Truth
 from simulator.network import Network
 from simulator.rank import Landing, Rank
-from simulator.worker import Worker, WorkerShape
+from simulator.worker import MAX_NUM_SEQS, Worker, WorkerShape
 
 TURN = 0.0001
 """Seconds from a message to the turn of the loop that takes it."""
@@ -142,17 +142,21 @@ class RouterProcess(Process):
         """The same of a gateway."""
         self._happen(partial(self.hear, GatewayDied(gateway=gateway, detail=detail)))
 
-    def order(self, event: Drain | Flip, worker: Incarnation) -> None:
-        """The operator's, which comes by a call too."""
-        self._happen(partial(self._order, event, worker))
-
-    def _order(self, event: Drain | Flip, worker: Incarnation) -> None:
+    def obey(self, order: Drain | Undrain | Flip) -> bool:
+        """An operator's order; whether it is not refused."""
         try:
-            actions = self.router.handle(event, self.now)
+            self.hear(order)
         except Refused:
-            return
-        self.world.tell(Draining(self.world.clock.now, worker))
-        self.perform(actions)
+            return False
+        return True
+
+    def is_drained(self, worker: Incarnation) -> bool:
+        """Whether it says that nothing is left there."""
+        try:
+            known = self.router.standing(WorkerId(worker.name))
+        except Refused:  # it is a new router, which has not heard of it yet
+            return False
+        return bool(known["drained"]) and known["epoch"] == worker.epoch
 
     def perform(self, actions: Iterable[Any]) -> None:
         for action in actions:
@@ -193,6 +197,8 @@ class WorkerProcess(Process):
     ) -> None:
         super().__init__(world, name, epoch, address, origin)
         self.truth, self.one_sided = world.truth, world.one_sided
+        self.role = shape.role
+        """As it registers."""
         self.failing = 0.0
         """How likely a step is to fail now."""
         self.worker = Worker(self, WorkerId(name), shape, epoch=epoch, mailbox=address)
@@ -208,6 +214,18 @@ class WorkerProcess(Process):
 
     def _place(self, rank: int) -> str:
         return f"{self.name}/{self.epoch}/{rank}"
+
+    def send(self, to: Address, message: Any) -> None:
+        if isinstance(message, Register) and message.role is not self.role:
+            self.role = message.role
+            self.tell_started()
+        super().send(to, message)
+
+    def tell_started(self) -> None:
+        """For the history: it is ready, in the role that it has now."""
+        shape = self.worker.shape
+        sizes = (shape.num_blocks, BLOCK, MAX_NUM_SEQS)
+        self.world.tell(Started(self.world.clock.now, self.incarnation, "worker", self.role, *sizes))
 
     # Its loop
 

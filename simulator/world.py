@@ -12,7 +12,7 @@ from messages.codec import decoder_for
 from messages.common import Role
 from messages.ids import Address, Epoch, WorkerId
 from router.core import machine as router_machine
-from router.core.drains import Drain, Flip
+from router.core.drains import Drain, Flip, Undrain
 from router.core.machine import RouterSettings
 from runtime.core.disaggregation import Disaggregation
 from simulator.clock import Clock
@@ -23,6 +23,7 @@ from simulator.history import (
     Asked,
     Crashed,
     Cut,
+    Draining,
     Frozen,
     Got,
     Healed,
@@ -40,13 +41,15 @@ from simulator.network import Network
 from simulator.plan import ROUTER, Plan
 from simulator.processes import NEVER, Process, RouterProcess, WorkerProcess
 from simulator.rank import Rank
-from simulator.worker import KEY, MAX_NUM_SEQS, WorkerShape
+from simulator.worker import KEY, WorkerShape
 from worker.core import machine as worker_machine
 
 CONNECT_AGAIN = 0.2
 """Seconds after which a client tries again whose connection was refused."""
 LOOK_EVERY = 0.25
 """Seconds from one look at all that is held to the next, once no client waits."""
+GIVES_UP = 20.0
+"""Seconds after which an operator lets a worker go on that cannot be drained."""
 PATIENCE = 40.0
 """Seconds after the last misfortune within which every client has its end."""
 LETS_GO = 4.0
@@ -147,21 +150,17 @@ class World:
             eos=frozenset({EOS}),
         )
         worker = WorkerProcess(self, name, self._epoch(), self._address(name), self._origin(), shape)
-        self._started(worker, "worker", worker_machine.Messages, shape)
+        self._started(worker, "worker", worker_machine.Messages)
 
-    def _started(
-        self, process: Process, kind: str, messages: tuple[Any, ...], shape: WorkerShape | None = None
-    ) -> None:
+    def _started(self, process: Process, kind: str, messages: tuple[Any, ...]) -> None:
         name = process.name
         self.processes[name] = process
         if self.plan.topology.bytes_on_the_wire:
             self.network.codecs[name] = decoder_for(*messages)
-        now = self.clock.now
-        if shape is None:
-            self.tell(Started(now, process.incarnation, kind))
+        if isinstance(process, WorkerProcess):
+            process.tell_started()
         else:
-            sizes = (shape.num_blocks, BLOCK, MAX_NUM_SEQS)
-            self.tell(Started(now, process.incarnation, kind, shape.role, *sizes))
+            self.tell(Started(self.clock.now, process.incarnation, kind))
 
     def _start_again(self, name: str) -> None:
         if self.clock.now < self._headless_until:
@@ -228,8 +227,10 @@ class World:
     def _befall(self, what: Misfortune) -> None:
         self._trouble_until = max(self._trouble_until, self.clock.now + (what.seconds if what.seconds < NEVER else 0.0))
         match what.kind:
-            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL | Kind.DRAIN | Kind.TURN:
+            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL:
                 self._befall_process(what, self.processes[what.target])
+            case Kind.DRAIN | Kind.RETIRE | Kind.FLIP:
+                self._order(what)
             case Kind.HEADLESS:
                 self._headless_until = max(self._headless_until, self.clock.now + what.seconds)
             case Kind.CUT:
@@ -254,21 +255,11 @@ class World:
                 self.tell(Frozen(now, process.incarnation))
                 process.freeze()
                 self.clock.at(now + what.seconds, partial(self._thaw, process))
-            case Kind.DRAIN | Kind.TURN:
-                self._order(what, process)
             case Kind.FAIL if isinstance(process, WorkerProcess):
                 until = now + what.seconds
                 self.tell(Injected(now, what.kind, process.name, until))
                 process.failing = what.chance
                 self.clock.at(until, partial(self._recover, process))
-
-    def _order(self, what: Misfortune, process: Process) -> None:
-        """The operator's word, if the router is there."""
-        router, worker = self.processes[ROUTER], WorkerId(process.name)
-        if isinstance(router, RouterProcess) and router.alive:
-            role = self.plan.topology.workers[process.name]
-            other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
-            router.order(Drain(worker) if what.kind is Kind.DRAIN else Flip(worker, other), process.incarnation)
 
     def _gone(self, what: Misfortune, process: Process) -> None:
         now, name = self.clock.now, process.name
@@ -277,6 +268,51 @@ class World:
         if what.seconds < NEVER:
             self._waits[name] = self._waits.get(name, 0) + 1
             self.clock.at(now + what.seconds, partial(self._start_again, name))
+
+    def _order(self, what: Misfortune) -> None:
+        """An operator wants something of the router, which has to be there."""
+        router, process = self._router(), self.processes[what.target]
+        if not isinstance(process, WorkerProcess) or not process.alive:
+            return
+        worker = WorkerId(process.name)
+        order: Drain | Flip = Drain(worker)
+        if what.kind is Kind.FLIP:
+            order = Flip(worker, Role.DECODE if process.role is Role.PREFILL else Role.PREFILL)
+        if router is None or not router.obey(order):
+            return
+        self.tell(Draining(self.clock.now, process.incarnation))
+        if what.kind is Kind.DRAIN and what.seconds < NEVER:
+            self.clock.at(self.clock.now + what.seconds, partial(self._need_again, process))
+        elif what.kind is Kind.RETIRE:
+            self._waits[process.name] = self._waits.get(process.name, 0) + 1
+            self._retire(what, process, self.clock.now + GIVES_UP)
+
+    def _router(self) -> RouterProcess | None:
+        """If it can be told something."""
+        router = self.processes[ROUTER]
+        return router if isinstance(router, RouterProcess) and router.alive and not router.frozen else None
+
+    def _need_again(self, process: WorkerProcess) -> None:
+        router = self._router()
+        if not process.alive:
+            return
+        if router is None:
+            self.clock.at(self.clock.now + LOOK_EVERY, partial(self._need_again, process))
+        elif router.obey(Undrain(WorkerId(process.name))):
+            process.tell_started()
+
+    def _retire(self, what: Misfortune, process: WorkerProcess, until: float) -> None:
+        """Stop it when nothing is left there."""
+        now, router = self.clock.now, self._router()
+        if not process.alive or now >= until:
+            self._waits[process.name] -= 1
+            self._need_again(process)
+        elif router is not None and not process.frozen and router.is_drained(process.incarnation):
+            self.tell(Stopped(now, process.incarnation))
+            process.leave()
+            self.clock.at(now + what.seconds, partial(self._start_again, process.name))
+        else:
+            self.clock.at(now + LOOK_EVERY, partial(self._retire, what, process, until))
 
     def _notice(self, process: Process) -> None:
         """The supervisor's word, where it is there."""
@@ -401,7 +437,7 @@ class World:
 HOLDINGS = ("held", "legs", "handoffs", "runs", "reservations", "deliveries")
 WEATHER = {
     Kind.LOSE: "loss", Kind.REPEAT: "twice", Kind.REORDER: "astray", Kind.DELAY: "delay", Kind.SLOW: "slowness",
-    Kind.FLIP: "flip", Kind.SWAP: "swap", Kind.STALE: "stale",
+    Kind.CORRUPT: "flip", Kind.SWAP: "swap", Kind.STALE: "stale",
 }  # fmt: skip
 
 

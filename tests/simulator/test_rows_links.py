@@ -73,7 +73,7 @@ def test_g_a_decode_worker_that_is_lost_at_full_load_stalls_nobody() -> None:
 
 @WAYS
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", [Kind.FLIP, Kind.SWAP, Kind.STALE])
+@pytest.mark.parametrize("kind", [Kind.CORRUPT, Kind.SWAP, Kind.STALE])
 def test_i_a_bad_block_is_found_before_anything_reads_it_and_the_client_sees_no_error(
     kind: Kind, ranks: int, one_sided: bool
 ) -> None:
@@ -88,7 +88,7 @@ def test_i_a_bad_block_is_found_before_anything_reads_it_and_the_client_sees_no_
 @WAYS
 def test_i_blocks_that_are_always_bad_are_prefilled_again_elsewhere(one_sided: bool) -> None:
     of = topology(one_sided=one_sided)
-    story = Story([wish()], [replace(link(Kind.FLIP, *first_pair(of), 30.0), chance=1.0)], of).clean()
+    story = Story([wish()], [replace(link(Kind.CORRUPT, *first_pair(of), 30.0), chance=1.0)], of).clean()
     assert story.ended() == 1 and story.verdict.resumes >= 1
 
 
