@@ -84,6 +84,15 @@ class Story:
         """Seconds to the router's word that a worker is lost."""
         return float(next(record.at - at for record in self.all(DeclaredLost) if record.at > at))
 
+    def pauses(self) -> list[float]:
+        """Seconds between any two tokens of a request that follow each other."""
+        last: dict[RequestId, float] = {}
+        pauses = [0.0]
+        for record in self.all(Got):
+            pauses.append(record.at - last.get(record.request, record.at))
+            last[record.request] = record.at
+        return pauses
+
     def ended(self) -> int:
         return len(self.all(Ended))
 

@@ -154,6 +154,28 @@ def test_j_every_worker_is_restarted_under_load_and_no_client_sees_an_error() ->
     assert len([record for record in story.all(Started) if record.process.name in names]) == 8
 
 
+def test_j_in_a_rolling_restart_every_worker_is_drained_first_and_no_stream_pauses_for_two_seconds() -> None:
+    names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+    retired = [
+        replace(kill(name, seconds=0.3), kind=Kind.RETIRE, at=1.6 + 1.5 * place) for place, name in enumerate(names)
+    ]
+    wishes = [wish(n, at=1.5 + n / 8, tokens=14, prompt=LONG[: 5 + n % 17]) for n in range(50)]
+    story = Story(wishes, retired).clean()
+    assert story.ended() == 50 and not story.failures()
+    assert len({record.process for record in story.all(Started) if record.process.name in names}) == 8
+    assert max(story.pauses()) < 2.0
+
+
+def test_j_a_worker_that_changes_its_role_loses_no_request() -> None:
+    flip = replace(kill("decode-1"), kind=Kind.FLIP, at=1.7)
+    wishes = [wish(n, at=1.5 + n / 8, tokens=14, prompt=LONG[: 5 + n % 17]) for n in range(30)]
+    story = Story(wishes, [flip]).clean()
+    assert story.ended() == 30 and not story.failures()
+    (flipped,) = [record for record in story.all(Started) if record.at > 1.0]
+    assert (flipped.process.name, flipped.role) == ("decode-1", Role.PREFILL)
+    assert max(story.pauses()) < 2.0
+
+
 def test_k_clocks_that_differ_by_hours_change_nothing() -> None:
     """Each process of a run has a clock that began at another time, up to two hours apart."""
     for seed in range(5):
