@@ -83,7 +83,10 @@ class Case:
         if request.live:
             request.over_at = self.now
             del self.live[request.asked.request]
-            self.health.close(request.asked.request, self.now)
+            if request.orphan:
+                self.health.keep(request.asked.request, self.now + self.bounds.orphaned)
+            else:
+                self.health.close(request.asked.request, self.now)
 
     def lose(self, request: Request) -> None:
         """Its client did not get what it should."""

@@ -4,6 +4,7 @@ Not what anybody believed: it follows the faults themselves. So it tells whether
 a worker had a reason.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from messages.common import Role
@@ -40,6 +41,7 @@ class Health:
         """By name: the incarnation that came last."""
         self._cuts: dict[tuple[str, str], None] = {}
         self._needs: dict[RequestId, int] = {}
+        self._kept: deque[tuple[float, RequestId]] = deque()
         self._tokens = self._room = self._seqs = 0
         self.troubles = 0
         """Faults that have begun."""
@@ -81,6 +83,8 @@ class Health:
 
     def open(self, asked: Asked) -> None:
         need = len(asked.prompt) + asked.params.max_tokens
+        while self._kept and self._kept[0][0] <= asked.at:
+            self.close(self._kept.popleft()[1], asked.at)
         self._needs[asked.request] = need
         self._tokens += need
         self._weigh(asked.at)
@@ -89,6 +93,10 @@ class Health:
         """Nobody wants anything of it any more; harmless where that is known."""
         self._tokens -= self._needs.pop(request, 0)
         self._weigh(at)
+
+    def keep(self, request: RequestId, until: float) -> None:
+        """Its gateway died with it: it takes its room till then, for another one may adopt it."""
+        self._kept.append((until, request))
 
     # What is asked
 
