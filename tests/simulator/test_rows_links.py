@@ -13,6 +13,21 @@ from tests.simulator.rows import LONG, Story, first_pair, kill, link, topology, 
 WAYS = pytest.mark.parametrize("one_sided", [True, False], ids=["one-sided", "two-sided"])
 
 
+@WAYS
+@pytest.mark.parametrize("direction", ["there", "back", "both"])
+@pytest.mark.parametrize("moment", ["OpenTransfer", "TransferAccepted", "EndTransfer"])
+def test_d1_where_prefill_cannot_reach_decode_the_request_goes_another_way(
+    moment: str, direction: str, one_sided: bool
+) -> None:
+    of = topology(one_sided=one_sided)
+    prefill, decode = first_pair(of)
+    ways = [(prefill, decode)] if direction != "back" else []
+    ways += [(decode, prefill)] if direction != "there" else []
+    cuts = [link(Kind.CUT, *way, 60.0, moment) for way in ways]
+    story = Story([wish()], cuts, of).clean()
+    assert story.ended() == 1
+
+
 @pytest.mark.parametrize("held", [True, False], ids=["held back", "dropped"])
 @pytest.mark.parametrize("seconds", [1.0, 5.0])
 def test_d3_what_comes_after_a_partition_from_the_router_heals_is_fenced(held: bool, seconds: float) -> None:
