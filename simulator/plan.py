@@ -152,9 +152,7 @@ def _orders(rng: Random, topology: Topology, wishes: tuple[Wish, ...], number: i
     moments = [rng.choice(wishes).at + rng.expovariate(10.0) for _ in range(rng.randint(1, 2))]
     kinds = (Kind.DRAIN,) if topology.of(Role.COLOCATED) else (Kind.DRAIN, Kind.DRAIN, Kind.FLIP)
     return tuple(
-        Misfortune(
-            number=place, kind=rng.choice(kinds), at=at, target=rng.choice([*topology.workers]), seconds=NEVER
-        )
+        Misfortune(number=place, kind=rng.choice(kinds), at=at, target=rng.choice([*topology.workers]), seconds=NEVER)
         for place, at in enumerate(moments, number)
     )
 
