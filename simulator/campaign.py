@@ -87,12 +87,14 @@ def run_seeds(first: int, count: int, *, faults: bool) -> Tally:
     """Run the seeds one after the other."""
     tally = Tally()
     for seed in range(first, first + count):
-        verdict = judged(draw(seed, faults=faults)).verdict
+        plan = draw(seed, faults=faults)
+        verdict = judged(plan).verdict
         tally.seeds += 1
         tally.requests += verdict.requests
         tally.faults += verdict.faults
         tally.resumes += verdict.resumes
-        tally.times.add(verdict.times)
+        if bounds_of(plan) is BOUNDS:  # else nobody told, and it was found as a hang is
+            tally.times.add(verdict.times)
         if not verdict.clean:
             tally.broken[seed] = [str(each) for each in verdict.violations]
     return tally

@@ -27,6 +27,7 @@ class Process(Protocol):
     """What listens at an address."""
 
     name: str
+    alive: bool
 
     def deliver(self, message: Any) -> None: ...
     def land(self, landing: Landing) -> None: ...
@@ -71,8 +72,9 @@ class Network:
         self._clock, self._rng, self._history, self._story = clock, rng, history, story
         self._links: dict[tuple[str, str], Link] = {}
         self._names: dict[Address, str] = {}
+        self._senders: dict[str, Process] = {}
         self._processes: dict[Address, Process] = {}
-        self._waiting: dict[Address, list[tuple[int, Any]]] = {}
+        self._waiting: dict[Address, list[tuple[int, Any, Process | None]]] = {}
         self._number = 0
         self.codecs: dict[str, Decode] = {}
         """By name of the receiver: makes messages of bytes again. Where there is none they stay what they are."""
@@ -83,8 +85,10 @@ class Network:
         """``process`` listens there from now on."""
         self._processes[address] = process
         self._names[address] = process.name
-        for number, message in self._waiting.pop(address, []):
-            self._clock.at(self._clock.now + RECONNECT, partial(self._arrive, address, number, message))
+        self._senders[process.name] = process
+        for number, message, sender in self._waiting.pop(address, []):
+            if sender is None or sender.alive:  # with its process a queue is gone
+                self._clock.at(self._clock.now + RECONNECT, partial(self._arrive, address, number, message, sender))
 
     def unbind(self, address: Address, *, comes_back: bool) -> None:
         """Nobody listens there. ``comes_back``: another process will, and what is sent meanwhile waits for it."""
@@ -122,7 +126,8 @@ class Network:
         codec = self.codecs.get(target)
         if codec is not None:
             message = codec(encode(message))
-        self._carry(source, target, number, lambda: self._arrive(to, number, message))
+        sender = self._senders.get(source)
+        self._carry(source, target, number, lambda: self._arrive(to, number, message, sender))
 
     def send_data(self, source: str, target: str, process: Callable[[], Process | None], landing: Landing) -> None:
         """KV for a two-sided receiver."""
@@ -156,14 +161,14 @@ class Network:
         if weather.twice and rng.random() < weather.twice:
             clock.at(arrival + rng.random() * 0.5, arrive)
 
-    def _arrive(self, to: Address, number: int, message: Any) -> None:
+    def _arrive(self, to: Address, number: int, message: Any, sender: Process | None) -> None:
         process = self._processes.get(to)
         if process is not None:
             if self._story:
                 self._history.append(Delivered(self._clock.now, number))
             process.deliver(message)
         elif to in self._waiting and len(self._waiting[to]) < QUEUED:
-            self._waiting[to].append((number, message))
+            self._waiting[to].append((number, message, sender))
         else:
             self._drop(number, "nobody listens")
 

@@ -547,7 +547,9 @@ class Router:
         address = event.address
         known = self._members.get(address.worker)
         actions: list[Action] = []
-        if self._members.is_former(address.worker, address.epoch):
+        # Where what took its place is silent, and it speaks, a new router has heard of its predecessor last.
+        passed_over = known is not None and not (known.alive or known.dead_for_good)
+        if self._members.is_former(address.worker, address.epoch) and not passed_over:
             return []
         if known is not None and known.epoch == address.epoch:
             if known.dead_for_good:

@@ -46,7 +46,8 @@ class Members:
         """Take in a worker, in place of one of the same name that is not live any more."""
         known = self._views.get(view.worker)
         if known is not None and known.epoch != view.epoch:
-            self._former.setdefault(view.worker, deque(maxlen=FORMER)).append(known.address)
+            former = [each for each in self._former.get(view.worker, ()) if each.epoch != view.epoch]
+            self._former[view.worker] = deque([*former, known.address], maxlen=FORMER)
         self._views[view.worker] = view
         self._by_silence[view.worker] = view
         if not view.draining:

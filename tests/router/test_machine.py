@@ -373,3 +373,15 @@ def test_requests_of_a_gateway_that_died_leave_the_ledger_in_the_end(pair: World
     pair.handle(Tick())
     assert sum(worker.assigned for worker in pair.state().workers) == 0
     assert pair.handle(ClusterStateWanted(gateway=GATEWAY))
+
+
+def test_a_new_router_that_hears_of_a_workers_processes_in_the_wrong_order_finds_the_present_one() -> None:
+    world = World()
+    world.handle(register("p0", Role.PREFILL))
+    world.handle(register("d0", Role.DECODE, 2))
+    world.handle(register("d0", Role.DECODE, 1))  # it waited somewhere, and its process is gone
+    world.sleep(4.0, "p0")
+    world.handle(register("d0", Role.DECODE, 2))
+    assert world.place("r").decode.epoch == 2
+    world.handle(register("d0", Role.DECODE, 1))
+    assert [worker.epoch for worker in world.state().workers if worker.role is Role.DECODE and worker.alive] == [2]
