@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from gateway.core.adoption import Action as AdoptionAction
+from gateway.core.adoption import Adoption, Found, Missing
+from gateway.core.adoption import Event as AdoptionEvent
 from gateway.core.dispatch import Dispatch, Heard, Late
 from gateway.core.errors import GatewayError
 from gateway.core.limits import Limits
@@ -25,18 +28,21 @@ from gateway.core.session import (
 )
 from gateway.core.stop_strings import StopStrings
 from messages.codec import count_tokens, pack_tokens
-from messages.gateway_to_router import ClusterStateWanted, PlacementWanted
+from messages.gateway_to_router import ClusterStateWanted, Holding, PlacementWanted
+from messages.gateway_to_worker import Abort
 from messages.ids import Address, Attempt, Epoch, RequestId
-from messages.router_to_gateway import ClusterState, Placed
+from messages.router_to_gateway import AdoptionAsked, ClusterState, Placed
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import AttemptFailed, TokenBatch
+from messages.worker_to_gateway import Adopted, AttemptFailed, NotHere, TokenBatch
 from runtime.core.actions import Send, WakeAt
 from simulator import history
-from simulator.history import AttemptBegun, AttemptGivenUp, AttemptPlaced, Got, Incarnation, Offered
+from simulator.history import Attached, AttemptBegun, AttemptGivenUp, AttemptPlaced, Got, Incarnation, Offered
 from simulator.model import text_of
 from simulator.processes import Process, Surface
 
 MAX_ATTEMPTS = 5
+RESUMABLE = b"resumable"
+"""What a gateway would have to know to go on; here the client says it once more."""
 STATE_EVERY = 0.5
 
 
@@ -55,6 +61,8 @@ class Wish:
     """When it goes away, whatever it has."""
     leaves_after: int | None = None
     """Tokens that it has then."""
+    resumable: bool = False
+    """Whether it reads on at another gateway when its own one dies."""
     rests: tuple[float, float] | None = None
     """When it stops reading, and when it goes on."""
 
@@ -70,7 +78,12 @@ class Client:
     wish: Wish
     tell: Callable[[Any], None]
     now: Callable[[], float]
+    gateway: str = ""
+    """Where it reads now."""
+    broken: Callable[["Client"], None] | None = None
+    """Called when its connection breaks; None where that is the end."""
     tokens: int = 0
+    characters: int = 0
     over: bool = False
     """It has its end, or has left."""
     resting: bool = False
@@ -89,9 +102,18 @@ class Client:
             record = self._unread.popleft()
             if isinstance(record, Got):
                 self.tokens += len(record.tokens)
+                self.characters += len(record.text)
             else:
                 self.over = True
             self.tell(structs.replace(record, at=self.now()))
+
+    def lose_connection(self) -> None:
+        """What was on its way to it is lost."""
+        self._unread.clear()
+        if self.broken is not None:
+            self.broken(self)
+        else:
+            self.hear(history.Failed(0.0, self.wish.request, 0, ""))
 
     def rest(self) -> None:
         self.resting = True
@@ -136,6 +158,7 @@ class GatewayProcess(Process):
         """Whose requests it has not looked at yet."""
         self._dispatch = Dispatch(address, router)
         self._router, self._timeouts = router, timeouts
+        self._searches: dict[RequestId, tuple[Adoption, Client]] = {}
         self._limits = Limits()
         self.after(0.0, self._ask_for_state)
 
@@ -157,11 +180,77 @@ class GatewayProcess(Process):
             return
         session = Session(
             wish.request, pack_tokens(list(wish.prompt)), wish.params, gateway=self.address, router=self._router,
-            tenant=wish.tenant, timeouts=self._timeouts, max_attempts=MAX_ATTEMPTS,
+            tenant=wish.tenant, description=RESUMABLE if wish.resumable else b"", timeouts=self._timeouts,
+            max_attempts=MAX_ATTEMPTS,
         )  # fmt: skip
         relay = Relay(session, client, StopStrings(wish.stop, include=False), wish.params.logprobs is not None)
         self.relays[wish.request] = relay
         self._perform(relay, session.start(self.now), NOBODY)
+
+    def attach(self, client: Client) -> None:
+        """A client reads on here what another gateway has begun."""
+        self._callers.append(client)
+        self._happen(partial(self._search, client))
+
+    def _search(self, client: Client) -> None:
+        request = client.wish.request
+        adoption = Adoption(request, self.address, self._router)
+        self._searches[request] = (adoption, client)
+        self._seek(request, adoption.start(self.now))
+
+    def _sought(self, request: RequestId, event: AdoptionEvent) -> None:
+        search = self._searches.get(request)
+        if search is not None:
+            self._seek(request, search[0].handle(event, self.now))
+        elif isinstance(event, Adopted) and request not in self.relays:
+            self.send(event.worker.mailbox, Abort(request=request, attempt=event.attempt))
+
+    def _seek(self, request: RequestId, actions: Iterable[AdoptionAction]) -> None:
+        for action in actions:
+            match action:
+                case Send(to, message):
+                    self.send(to, message)
+                case WakeAt(time):
+                    self.after(time - self.now, partial(self._sought, request, Tick()))
+                case Found(adopted):
+                    self._take_over(self._found(request), adopted)
+                case Missing():
+                    self._found(request).hear(history.Failed(0.0, request, 0, ""))
+
+    def _found(self, request: RequestId) -> Client:
+        _, client = self._searches.pop(request)
+        self._callers.remove(client)
+        return client
+
+    def _take_over(self, client: Client, adopted: Adopted) -> None:
+        wish, work = client.wish, adopted.generation
+        session = Session(
+            adopted.request, work.prompt, work.sampling, gateway=self.address, router=self._router, tenant=wish.tenant,
+            description=work.description, timeouts=self._timeouts, max_attempts=MAX_ATTEMPTS,
+        )  # fmt: skip
+        self._dispatch.know(adopted.worker)
+        relay = Relay(session, client, StopStrings(wish.stop, include=False), wish.params.logprobs is not None)
+        relay.begun = adopted.attempt
+        self.relays[wish.request] = relay
+        self.world.tell(Attached(self.world.clock.now, wish.request, self.name, client.tokens))
+        client.gateway = self.name
+        actions = session.adopt(adopted, self.now)
+        known = session.transcript()
+        if known is not None:
+            self._catch_up(relay, known)
+        self._perform(relay, actions, NOBODY)
+        if session.held is not None:
+            self.send(self._router, Holding(gateway=self.address, attempts=(session.held,), last=False))
+
+    def _catch_up(self, relay: Relay, known: Deliver) -> None:
+        """What was delivered elsewhere is replayed; the client gets what it does not have."""
+        client, have = relay.client, relay.client.tokens
+        text, used = self._text(relay, known)
+        logprobs = known.logprobs.sampled[have:used] if relay.with_logprobs and known.logprobs is not None else None
+        relay.delivered = max(have, used)
+        tokens, rest = tuple(known.tokens[have:used]), text[client.characters :]
+        if tokens or rest:
+            client.hear(Got(0.0, relay.session.request, have, tokens, logprobs, rest))
 
     def gone(self, request: RequestId) -> None:
         """Its client went away."""
@@ -175,6 +264,9 @@ class GatewayProcess(Process):
     # Messages
 
     def hear(self, message: Any) -> None:
+        if isinstance(message, AdoptionAsked | Adopted | NotHere):
+            self._sought(message.request, message)
+            return
         if isinstance(message, ClusterState):
             steps: Iterable[Heard | Late | Send] = self._dispatch.state(
                 message, [relay.session for relay in self.relays.values()]
@@ -272,20 +364,24 @@ class GatewayProcess(Process):
     def _deliver(self, relay: Relay, deliver: Deliver, origin: Origin) -> None:
         """As far as a stop string lets them, the tokens and their text are the client's."""
         tokens = deliver.tokens
-        speaking = len(tokens) - (deliver.finish is FinishReason.STOP)  # the token that ends it has no text
-        text, used = "", len(tokens)
-        for place, token in enumerate(tokens[:speaking]):
-            more, relay.stopped = relay.stops.feed(text_of(token))
-            text += more
-            if relay.stopped:
-                used = place + 1
-                break
+        text, used = self._text(relay, deliver)
         logprobs = None
         if relay.with_logprobs and deliver.logprobs is not None:
             logprobs = deliver.logprobs.sampled[:used]
         index, relay.delivered = relay.delivered, relay.delivered + used
         request = relay.session.request
         relay.client.hear(Got(0.0, request, index, tuple(tokens[:used]), logprobs, text, "", *origin))
+
+    def _text(self, relay: Relay, deliver: Deliver) -> tuple[str, int]:
+        """Of the tokens, and how many of them there are up to a stop string."""
+        speaking = len(deliver.tokens) - (deliver.finish is FinishReason.STOP)  # the token that ends it has no text
+        text = ""
+        for place, token in enumerate(deliver.tokens[:speaking]):
+            more, relay.stopped = relay.stops.feed(text_of(token))
+            text += more
+            if relay.stopped:
+                return text, place + 1
+        return text, len(deliver.tokens)
 
     def _end(self, relay: Relay, reason: FinishReason) -> None:
         wish = relay.client.wish
@@ -305,7 +401,7 @@ class GatewayProcess(Process):
         """Its clients' connections break."""
         super().die(comes_back=comes_back)
         for client in (*(relay.client for relay in self.relays.values()), *self._callers):
-            client.hear(history.Failed(0.0, client.wish.request, 0, ""))
+            client.lose_connection()
 
 
 _NONE: tuple[float, ...] = ()

@@ -184,7 +184,9 @@ class World:
         if not gateway.alive:
             self.clock.at(self.clock.now + CONNECT_AGAIN, partial(self._ask, wish))
             return
-        client = Client(wish, self.tell, lambda: self.clock.now)
+        client = Client(wish, self.tell, lambda: self.clock.now, wish.gateway)
+        if wish.resumable:
+            client.broken = self._read_on
         self.clients.append(client)
         self.tell(Asked(self.clock.now, wish.request, wish.prompt, wish.params, wish.stop, wish.tenant, wish.gateway))
         if wish.leaves_at is not None:
@@ -207,9 +209,22 @@ class World:
             return
         client.over = True
         self.tell(Left(self.clock.now, client.wish.request))
-        gateway = self.processes[client.wish.gateway]
+        gateway = self.processes[client.gateway]
         if isinstance(gateway, GatewayProcess):
             gateway.gone(client.wish.request)
+
+    def _read_on(self, client: Client) -> None:
+        """Its connection broke: it goes to whichever gateway answers."""
+        self.clock.at(self.clock.now + CONNECT_AGAIN, partial(self._attach, client))
+
+    def _attach(self, client: Client) -> None:
+        gateways = [each for each in self._there() if isinstance(each, GatewayProcess)]
+        if client.over:
+            return
+        if not gateways:
+            self._read_on(client)
+            return
+        gateways[0].attach(client)
 
     # Misfortunes
 

@@ -11,7 +11,7 @@ from simulator.campaign import answer_to, bounds_of
 from simulator.checker import check
 from simulator.faults import Kind, Misfortune
 from simulator.gateways import Wish
-from simulator.history import AttemptPlaced, Blocks, DeclaredLost, Ended, Failed, Got, History, Killed
+from simulator.history import AttemptPlaced, Blocks, DeclaredLost, Ended, Failed, Got, History, Killed, Started
 from simulator.plan import NEVER, Plan, Topology
 from simulator.verdict import Verdict
 from simulator.world import World
@@ -92,6 +92,10 @@ class Story:
             pauses.append(record.at - last.get(record.request, record.at))
             last[record.request] = record.at
         return pauses
+
+    def names(self, kind: str) -> list[str]:
+        """Of the processes of a kind."""
+        return [record.process.name for record in self.all(Started) if record.kind == kind]
 
     def ended(self) -> int:
         return len(self.all(Ended))
