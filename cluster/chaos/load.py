@@ -90,9 +90,8 @@ class Load:
     in_flight: dict[int, Stream] = field(default_factory=dict)
     _turns: Iterator[int] = field(default_factory=itertools.count)
 
-    async def learn(self, note: Callable[[int, int], None] = lambda done, total: None, *, twice: bool = True) -> None:
-        """Ask every case while nothing fails, and note what it answers; ``twice``: once more beside other neighbours,
-        for an answer that depends on them could not be told from one that a fault has changed."""
+    async def learn(self, note: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Ask every case while nothing fails, and note what it answers."""
         async with self._client() as client:
             done = itertools.count(1)
 
@@ -102,18 +101,24 @@ class Load:
 
             async def learned(case: Case) -> None:
                 case.expected = await self._answer(client, case)
-                note(next(done), 2 * len(self.cases))
+                note(next(done), len(self.cases))
+
+            await self._each(stopped, self.cases)
+            await self._each(learned, self.cases)
+
+    async def confirm(self, note: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Ask every case once more, beside other neighbours: an answer that depends on them could not be told from one
+        that a fault has changed. ``ClusterError`` if one does."""
+        async with self._client() as client:
+            done = itertools.count(1)
 
             async def again(case: Case) -> None:
                 stream = await self._one(client, case, salt="")
                 if stream.verdict is not Verdict.SAME:
                     raise ClusterError(f"{case.name}: two answers without any fault differ: {stream.detail}")
-                note(next(done), 2 * len(self.cases))
+                note(next(done), len(self.cases))
 
-            await self._each(stopped, self.cases)
-            await self._each(learned, self.cases)
-            if twice:
-                await self._each(again, sorted(self.cases, key=lambda case: case.name[::-1]))
+            await self._each(again, sorted(self.cases, key=lambda case: case.name[::-1]))
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Until ``stopping``; what has begun is brought to its end."""

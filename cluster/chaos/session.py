@@ -28,6 +28,7 @@ from cluster.client import only_model
 from cluster.errors import ClusterError
 from kv_transfer.transports.faulty import Fault as LinkFault
 from kv_transfer.transports.switched import SOUND, LinkState
+from kv_transfer.transports.zmq import STALLED_AFTER
 from simulator import history as h
 
 LINKS = {
@@ -37,7 +38,12 @@ LINKS = {
     Kind.CUT: LinkState({LinkFault.FAIL: 1.0}),
     Kind.SLOW: LinkState({}, latency=0.2, bytes_per_second=1e6),
 }
-CUT_SILENTLY = LinkState({LinkFault.LOSE: 1.0})
+CUT_SILENTLY = LinkState({LinkFault.FAIL: 1.0}, latency=STALLED_AFTER)
+"""As long as a transport takes to find that its peer takes nothing any more."""
+NEARLY_SOUND = LinkState(latency=1e-6)
+"""All goes through what makes faults, and none is made."""
+REHEARSAL_SECONDS = 4.0
+"""For which a process stands still once before the run: long enough to be taken for lost."""
 SAMPLE_EVERY = 0.5
 LOOK_EVERY = 0.1
 """Seconds between two looks at what changes by itself, such as a process that is started anew."""
@@ -103,6 +109,7 @@ class Session:
         """``ClusterError`` where the cluster does not do what it should even without faults."""
         settings = self._settings
         await self._load.learn(self._learned)
+        await self._rehearse()
         await self._settle(self._held_now, within=SETTLE_WITHIN)
         before, shared = self._uses(), shared_memory()
         stopping = asyncio.Event()
@@ -144,6 +151,27 @@ class Session:
                 for life, series in self._meters.memory.items()
             ],
         )
+
+    async def _rehearse(self) -> None:
+        """Have every way used once that faults make use of, so that whatever is open then stays open; and ask once more
+        meanwhile."""
+        senders = [victim.name for victim in self._processes.victims() if victim.sends]
+        await asyncio.to_thread(self._set_links, senders, NEARLY_SOUND)
+        await self._load.confirm(self._learned)
+        await asyncio.to_thread(self._set_links, senders, SOUND)
+        workers = sorted(
+            victim.name for victim in self._processes.victims() if victim.usable and victim.role == "decode"
+        )
+        if Kind.STOP in self._settings.kinds or Kind.KILL in self._settings.kinds:
+            self.now.phase = "rehearsing"
+            wake = stop(self._life(workers[0]).pid)
+            await asyncio.sleep(REHEARSAL_SECONDS)
+            wake()
+            await self._serves(workers[0], "decode")
+
+    def _set_links(self, names: Sequence[str], state: LinkState) -> None:
+        for name in names:
+            set_links(self._processes, name, state)
 
     # Load
 

@@ -46,8 +46,6 @@ class Fault(Enum):
     """One bit of one block arrives flipped."""
     SWAP = auto()
     """Two of its blocks arrive in each other's place."""
-    LOSE = auto()
-    """It is lost, and nobody is told: the link is cut. At a receiver the same as ``DROP``."""
     FAIL = auto()
     """``PushFailed``. At a receiver the same as ``DROP``."""
     DIE = auto()
@@ -120,8 +118,6 @@ class FaultySender:
                 self._on_event(Pushed(key, first, len(source)))
             case Fault.FAIL:
                 self._on_event(PushFailed(key, "an injected fault"))
-            case Fault.LOSE:
-                pass
             case Fault.DELAY:
                 self._held = [push]
             case Fault.DIE:
@@ -255,7 +251,7 @@ class FaultyReceiver:
                 _spoil(fault, self._pool, blocks[event.indices - first], self._rng)
         if self._dead:
             return
-        times = {Fault.DROP: 0, Fault.LOSE: 0, Fault.FAIL: 0, Fault.DELAY: 0, Fault.DUPLICATE: 2}.get(fault, 1)
+        times = {Fault.DROP: 0, Fault.FAIL: 0, Fault.DELAY: 0, Fault.DUPLICATE: 2}.get(fault, 1)
         for landed in [event] * times + held:
             self._on_event(landed)
 

@@ -20,6 +20,7 @@ from kv_transfer.transports.base import (
     OnEvent,
     Pool,
     Pushed,
+    PushFailed,
     Sender,
     StepLayers,
     TransferKey,
@@ -39,7 +40,7 @@ class LinkState:
     rates: Mapping[Fault, float] = field(default_factory=dict)
     """How probable each fault is, for a push."""
     latency: float = 0.0
-    """Seconds by which a push takes longer."""
+    """Seconds by which the end of a push, or its failure, is heard of later."""
     bytes_per_second: float = float("inf")
 
     @property
@@ -126,7 +127,7 @@ class SwitchedSender:
         if isinstance(event, Cancelled):
             self._late.drop(event.key)
             self._plain.cancel(event.key)
-        elif isinstance(event, Pushed) and state.slow:
+        elif isinstance(event, Pushed | PushFailed) and state.slow:
             self._late.put(event, state)
         else:
             self._on_event(event)
@@ -137,7 +138,7 @@ class LateReports:
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
-        self._waiting: list[tuple[float, int, Pushed]] = []
+        self._waiting: list[tuple[float, int, Pushed | PushFailed]] = []
         self._numbers = itertools.count()
         self._free_at = 0.0
         self._stopped = False
@@ -145,10 +146,11 @@ class LateReports:
         self._thread = threading.Thread(target=self._run, name="slow-links", daemon=True)
         self._thread.start()
 
-    def put(self, pushed: Pushed, state: LinkState) -> None:
+    def put(self, event: Pushed | PushFailed, state: LinkState) -> None:
+        num_bytes = event.num_bytes if isinstance(event, Pushed) else 0
         with self._changed:
-            self._free_at = max(self._free_at, time.monotonic()) + pushed.num_bytes / state.bytes_per_second
-            heapq.heappush(self._waiting, (self._free_at + state.latency, next(self._numbers), pushed))
+            self._free_at = max(self._free_at, time.monotonic()) + num_bytes / state.bytes_per_second
+            heapq.heappush(self._waiting, (self._free_at + state.latency, next(self._numbers), event))
             self._changed.notify()
 
     def drop(self, key: TransferKey) -> None:

@@ -108,7 +108,7 @@ def cluster() -> Iterator[Running]:
     before = remains()
     cluster = Running()
     try:
-        asyncio.run(cluster.load.learn(twice=False))
+        asyncio.run(cluster.load.learn())
         yield cluster
     finally:
         left = cluster.stop()

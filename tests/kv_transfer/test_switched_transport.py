@@ -67,13 +67,16 @@ def test_links_are_bad_for_as_long_as_they_are_told_to_be() -> None:
             assert not len(world.bad())
 
 
-def test_a_cut_link_loses_pushes_and_a_reset_one_says_so() -> None:
+def test_that_a_link_is_cut_is_heard_at_once_or_later() -> None:
     with World() as world:
-        world.links.state = LinkState({Fault.LOSE: 1.0})
-        world.push()
         world.links.state = LinkState({Fault.FAIL: 1.0})
         world.push()
         assert world.sent.next() == PushFailed(key(), "an injected fault")
+        world.links.state = LinkState({Fault.FAIL: 1.0}, latency=0.1)
+        begun = time.monotonic()
+        world.push()
+        assert world.sent.next() == PushFailed(key(), "an injected fault")
+        assert time.monotonic() - begun >= 0.1 and not world.memory.pool.any()
         world.links.state = SOUND
         world.push()
         assert world.sent.next() == PUSHED and world.sent.empty
