@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from cluster.chaos.core.faults import Victim
+from cluster.core.units import Phase
 from cluster.launch import Cluster
+from cluster.processes import ROUTER_NAME
 from cluster.state import started_at
 from kv_transfer.transports.switched import LinkState
 from messages.common import Role
@@ -32,7 +34,7 @@ class Processes(Protocol):
     """Of its gateways."""
 
     def lives(self) -> dict[str, Life]:
-        """By name, all that are there now."""
+        """By name, all that serve now."""
 
     def records(self, at: float) -> list[Started]:
         """The same for a history."""
@@ -59,10 +61,11 @@ class OwnCluster:
         self._configs = {each.config.process: each.config for each in cluster.plan.workers(router="")}
 
     def lives(self) -> dict[str, Life]:
+        running = {status.name for status in self._cluster.status() if status.phase is Phase.RUNNING}
         return {
             name: Life(name, each.pid, each.pid if each.epoch is None else each.epoch)
-            for name, each in list(self._cluster.processes.items())
-            if each.alive and each.pid is not None
+            for name, each in self._cluster.processes.items()
+            if each.alive and each.pid is not None and (each.worker or name) in running
         }
 
     def records(self, at: float) -> list[Started]:
@@ -91,10 +94,11 @@ class OwnCluster:
 
     def victims(self) -> list[Victim]:
         alive = self.lives()
-        return [
-            Victim(name, config.role.value, usable=name in alive, sends=config.role is Role.PREFILL)
+        workers = [
+            Victim(name, config.role.value, usable=name in alive, restarts=True, sends=config.role is Role.PREFILL)
             for name, config in self._configs.items()
         ]
+        return [*workers, Victim(ROUTER_NAME, ROUTER_NAME, usable=ROUTER_NAME in alive, restarts=True)]
 
 
 class Gone(Exception):

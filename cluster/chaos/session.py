@@ -49,10 +49,8 @@ LOOK_EVERY = 0.1
 """Seconds between two looks at what changes by itself, such as a process that is started anew."""
 SETTLE_WITHIN = 100.0
 """Seconds in which everything must be given back; sockets to a process that is gone are kept for 60."""
-BACK_WITHIN = 60.0
+BACK_WITHIN = 90.0
 """Seconds in which a process that was hit must serve again."""
-LINGER = 60.0
-"""Seconds after the end of the load that a stream may take; it had its own time limits before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +268,6 @@ class Session:
         kill(life.pid)
         self._struck(strike, life)
         self._recorder.write(h.Killed(strike.began, incarnation(life)))
-        if not any(victim.restarts for victim in self._processes.victims() if victim.name == name):
-            return
         await self._wait(lambda: self._processes.lives().get(name, life) != life, f"{name} was not started anew")
         await self._serves(name, strike.role)
         strike.restarted = time.monotonic()

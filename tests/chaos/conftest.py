@@ -28,6 +28,7 @@ from tests.e2e.conftest import CONFIGS, remains
 
 MODEL = "tiny-llama"
 AT_ONCE = 8
+WORKERS = 4
 
 
 class Running:
@@ -114,6 +115,13 @@ def cluster() -> Iterator[Running]:
         left = cluster.stop()
     assert not left
     assert remains() <= before
+
+
+@pytest.fixture(autouse=True)
+def whole(cluster: Running) -> None:
+    """Every process serves when a test begins: those that the last one killed have been started again."""
+    wait(lambda: all(victim.usable for victim in cluster.victims()), 60, "all processes serve")
+    wait(lambda: cluster.inspect()["router"]["workers"] == WORKERS, 10, "the router knows every worker")
 
 
 @dataclass(frozen=True, slots=True)

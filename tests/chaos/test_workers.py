@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.chaos.conftest import Running, check_same, detected, through, wait_until_idle
+from tests.chaos.conftest import Running, check_same, detected, through, wait, wait_until_idle
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -28,6 +28,30 @@ def test_a_prefill_worker_that_dies_costs_its_streams_less_than_two_seconds(clus
     check_same(run)
     assert detected(cluster, run, "prefill-0") < 1
     assert run.resumed and run.slowest < 2
+    wait_until_idle(cluster, within=2)
+
+
+def test_a_worker_that_died_serves_again_under_its_name_as_another_process(cluster: Running) -> None:
+    before = cluster.lives()["prefill-1"]
+    os.kill(before.pid, signal.SIGKILL)
+    wait(lambda: cluster.lives().get("prefill-1", before) != before, 60, "prefill-1 is started again")
+    assert cluster.lives()["prefill-1"].epoch != before.epoch
+    pid = cluster.lives()["prefill-0"].pid  # now the other one has to do all the work
+    run = through(cluster, lambda: os.kill(pid, signal.SIGKILL), when=lambda streams: any(s.first > 0 for s in streams))
+    check_same(run)
+    wait_until_idle(cluster, within=2)
+
+
+def test_prefill_and_decode_worker_of_a_stream_may_die_together(cluster: Running) -> None:
+    pids = [cluster.lives()[name].pid for name in ("prefill-0", "decode-1")]
+
+    def strike() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    run = through(cluster, strike, when=lambda streams: sum(s.first > 0 for s in streams) > 6)
+    check_same(run)
+    assert run.resumed and run.slowest < 4
     wait_until_idle(cluster, within=2)
 
 
