@@ -42,6 +42,8 @@ class Running:
         theirs.close()
         self._one_at_a_time = threading.Lock()
         self.urls: list[str] = self._ours.recv()
+        self.compute = 0.0
+        """Seconds that all prompts together take when nothing fails, on this machine: what bounds do not count in."""
         self._recorder = Recorder(None)
         self.load = Load(self.urls, catalogue(MODEL, 1, 16, longest=160), AT_ONCE, 1, self._recorder)
 
@@ -110,6 +112,8 @@ def cluster() -> Iterator[Running]:
     cluster = Running()
     try:
         asyncio.run(cluster.load.learn())
+        calm = through(cluster, lambda: None, when=lambda streams: True)
+        cluster.compute = max(stream.first - stream.begun for stream in calm.streams)
         yield cluster
     finally:
         left = cluster.stop()

@@ -18,7 +18,7 @@ def test_a_decode_worker_that_stands_still_is_left_behind_and_its_late_words_are
     os.kill(pid, signal.SIGCONT)
     check_same(run)
     assert detected(cluster, run, "decode-0") < 3
-    assert run.resumed and run.slowest < 4
+    assert run.resumed and run.slowest < 4 + cluster.compute
     wait_until_idle(cluster, within=5)
 
 
@@ -27,7 +27,7 @@ def test_a_prefill_worker_that_dies_costs_its_streams_less_than_two_seconds(clus
     run = through(cluster, lambda: os.kill(pid, signal.SIGKILL), when=lambda streams: any(s.first > 0 for s in streams))
     check_same(run)
     assert detected(cluster, run, "prefill-0") < 1
-    assert run.resumed and run.slowest < 2
+    assert run.resumed and run.slowest < 2 + cluster.compute
     wait_until_idle(cluster, within=2)
 
 
@@ -51,7 +51,7 @@ def test_prefill_and_decode_worker_of_a_stream_may_die_together(cluster: Running
 
     run = through(cluster, strike, when=lambda streams: sum(s.first > 0 for s in streams) > 6)
     check_same(run)
-    assert run.resumed and run.slowest < 4
+    assert run.resumed and run.slowest < 4 + cluster.compute
     wait_until_idle(cluster, within=2)
 
 
@@ -62,5 +62,5 @@ def test_a_decode_worker_that_dies_costs_its_streams_less_than_three_seconds(clu
     )
     check_same(run)
     assert detected(cluster, run, "decode-0") < 1
-    assert run.resumed and run.slowest < 3
+    assert run.resumed and run.slowest < 3 + cluster.compute
     wait_until_idle(cluster, within=2)
