@@ -28,7 +28,6 @@ from cluster.core.units import NEVER, BackOff, Kind, Phase, Status
 from cluster.errors import ClusterError, LaunchError
 from cluster.plan import Plan, PlannedWorker
 from cluster.processes import (
-    GATEWAY_NAME,
     POLL,
     ROUTER_NAME,
     Needs,
@@ -114,6 +113,11 @@ class Cluster:
         return self._session.head_pid
 
     @property
+    def urls(self) -> list[str]:
+        """Of all gateways."""
+        return [] if self._processes is None else [self._processes.urls[name] for name in self.plan.gateways]
+
+    @property
     def processes(self) -> dict[str, Process]:
         """By name, in their newest incarnation."""
         return {} if self._processes is None else dict(self._processes.newest)
@@ -151,7 +155,7 @@ class Cluster:
         while not all(status.phase is Phase.RUNNING for status in self.status()):
             self._check()
             self.supervise(POLL / 4)
-        self.url = self._processes.url
+        self.url = self._processes.urls[self.plan.gateways[0]]
         self._wait_until_ready()
         self._events.put(Up())
 
@@ -214,7 +218,7 @@ class Cluster:
         node = ray.get_runtime_context().get_node_id()
         free: Needs = ray._private.state.available_resources_per_node().get(node, {})
         topology = self.plan.topology
-        wanted: Needs = {"CPU": topology.router.cpus + topology.gateway.cpus}
+        wanted: Needs = {"CPU": topology.router.cpus + topology.gateway.cpus * topology.gateway.replicas}
         for worker in workers:
             for name, amount in needs(worker).items():
                 wanted[name] = wanted.get(name, 0.0) + amount
@@ -230,7 +234,9 @@ class Cluster:
     def _wait_until_ready(self) -> None:
         workers = sum(status.kind is Kind.WORKER for status in self.status())
         deadline = time.monotonic() + READY_WITHIN
-        while self.call(ROUTER_NAME, "inspect")["workers"] < workers or not self.call(GATEWAY_NAME, "ready"):
+        while self.call(ROUTER_NAME, "inspect")["workers"] < workers or not all(
+            self.call(gateway, "ready") for gateway in self.plan.gateways
+        ):
             self._check()
             self.supervise(POLL / 4)
             if time.monotonic() > deadline:

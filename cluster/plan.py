@@ -86,8 +86,16 @@ class Plan:
         wanted = self.topology.disaggregation
         return Disaggregation(policy=Policy(wanted.policy), max_local_prefill_length=wanted.max_local_prefill_length)
 
-    def gateway_config(self, router: str) -> GatewayConfig:
+    @property
+    def gateways(self) -> tuple[str, ...]:
+        """Their names."""
+        count = self.topology.gateway.replicas
+        return tuple(f"gateway-{index}" for index in range(count)) if count > 1 else ("gateway",)
+
+    def gateway_config(self, router: str, index: int = 0) -> GatewayConfig:
+        """Of one replica: each listens on a port of its own, one after the other, where they are not any free ones."""
         topology = self.topology
+        port = topology.gateway.port
         limits = Limits(
             max_body_bytes=topology.limits.max_body_bytes,
             max_sequences=topology.limits.max_concurrent_requests,
@@ -98,7 +106,7 @@ class Plan:
             served_model_name=self.served_model_name,
             router=router,
             host=topology.gateway.host,
-            port=topology.gateway.port,
+            port=port + index if port else 0,
             mailbox_host=LOOPBACK,
             max_model_len=self.max_model_len,
             limits=limits,

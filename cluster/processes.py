@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, str], None]
 """Called with who ("prefill-0") and what ("loading the model")."""
-HEAD, ROUTER_NAME, GATEWAY_NAME = "ray", "router", "gateway"
+HEAD, ROUTER_NAME = "ray", "router"
 PLACE_WITHIN = 10.0
 NAME_WITHIN = 10.0
 """Seconds in which Ray lets go of the name of an actor that is dead."""
@@ -100,7 +100,7 @@ def units_of(plan: Plan, back_off: BackOff, head_back_off: BackOff) -> list[Unit
     return [
         Unit(name=HEAD, kind=Kind.HEAD, processes=(HEAD,), back_off=head_back_off),
         Unit(name=ROUTER_NAME, kind=Kind.ROUTER, processes=(ROUTER_NAME,), back_off=back_off),
-        Unit(name=GATEWAY_NAME, kind=Kind.GATEWAY, processes=(GATEWAY_NAME,), back_off=back_off),
+        *(Unit(name=name, kind=Kind.GATEWAY, processes=(name,), back_off=back_off) for name in plan.gateways),
         *(
             Unit(name=name, kind=Kind.WORKER, processes=tuple(names), back_off=back_off, role=roles[name])
             for name, names in ranks.items()
@@ -115,8 +115,8 @@ class Processes:
         """``session`` is started."""
         self.newest: dict[str, Process] = {}
         """By name, alive or not."""
-        self.url = ""
-        """The gateway's."""
+        self.urls: dict[str, str] = {}
+        """Of each gateway that has listened."""
         self._plan = plan
         self._session = session
         self._post = post
@@ -127,7 +127,6 @@ class Processes:
         self._groups: dict[str, Any] = {}
         self._router: Future[str] = Future()
         """Its address, the same for every router to come."""
-        self._gateway_port: int | None = None
         self._threads: set[threading.Thread] = set()
         ray = session.ray
         self._host: Any = ray.remote(Host)
@@ -230,7 +229,7 @@ class Processes:
             for incarnation in self._incarnations.values():
                 incarnation.cancelled = True
         every = list(self.newest.values())
-        gateways = [process for process in every if process.name.partition("-")[0] == GATEWAY_NAME]
+        gateways = [process for process in every if process.name in self._plan.gateways]
         workers = [process for process in every if process.name == process.worker]
         ranks = [process for process in every if process.worker not in ("", process.name)]
         router = [process for process in every if process.name == ROUTER_NAME]
@@ -257,7 +256,7 @@ class Processes:
         try:
             if unit == ROUTER_NAME:
                 self._start_router(incarnation)
-            elif unit == GATEWAY_NAME:
+            elif unit in self._plan.gateways:
                 self._start_gateway(incarnation)
             else:
                 self._start_worker(incarnation)
@@ -279,14 +278,14 @@ class Processes:
             self._router.set_result(started["address"])
 
     def _start_gateway(self, incarnation: Incarnation) -> None:
-        cpus = self._plan.topology.gateway.cpus
-        process = self._create(incarnation, GATEWAY_NAME, GATEWAY, {"num_cpus": cpus, "resources": self._here})
-        config = self._plan.gateway_config(self._router_address(incarnation))
-        if self._gateway_port is not None:
-            config = replace(config, port=self._gateway_port)
-        started = self._configure(incarnation, {process: config}, "loading")[GATEWAY_NAME]
-        self.url = started["http_url"]
-        self._gateway_port = urlsplit(self.url).port
+        name, cpus = incarnation.unit, self._plan.topology.gateway.cpus
+        process = self._create(incarnation, name, GATEWAY, {"num_cpus": cpus, "resources": self._here})
+        config = self._plan.gateway_config(self._router_address(incarnation), self._plan.gateways.index(name))
+        port = urlsplit(self.urls[name]).port if name in self.urls else None
+        if port is not None:
+            config = replace(config, port=port)
+        started = self._configure(incarnation, {process: config}, "loading")[name]
+        self.urls[name] = started["http_url"]
 
     def _start_worker(self, incarnation: Incarnation) -> None:
         planned = [each for each in self._plan.workers("") if each.config.worker == incarnation.unit]

@@ -134,7 +134,8 @@ class Gateway(Section):
     host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0: any free port."""
-    replicas: Positive = 1
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Each a process with a port of its own: ``port``, the one after it, ..."""
     cpus: Annotated[float, Field(gt=0, le=1024)] = 0.1
 
 
@@ -233,7 +234,7 @@ class Topology(Section):
     def cpus(self) -> float:
         """What all processes take together, in Ray's books."""
         workers = sum(pool.replicas * pool.tensor_parallel * pool.resources.cpus for pool in self.pools)
-        return workers + self.router.cpus + self.gateway.cpus
+        return workers + self.router.cpus + self.gateway.cpus * self.gateway.replicas
 
     def error(self, loc: Loc, text: str) -> TopologyError:
         """A complaint about the value at ``loc``, with file and line."""
@@ -256,8 +257,8 @@ class Topology(Section):
             yield ("kv", "num_blocks"), "kv.memory and kv.num_blocks say the same thing; keep one of them"
         if kv.preemption == "swap" and not kv.swap_space:
             yield ("kv", "preemption"), "kv.preemption swap needs room to swap to; write kv.swap_space, such as 1GiB"
-        if gateway.replicas > 1:
-            yield ("gateway", "replicas"), f"gateway.replicas is {gateway.replicas}: more than one comes later; write 1"
+        if gateway.port and gateway.port + gateway.replicas > 65536:
+            yield ("gateway", "replicas"), f"{gateway.replicas} ports from {gateway.port} on are too many; write fewer"
         if self.device == "cuda":
             yield ("device",), "pools on GPUs come next; write cpu"
 

@@ -53,7 +53,8 @@ def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "context", f"{plan.max_model_len} tokens"
     gateway = topology.gateway
     host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
-    yield "gateway", f"http://{host}:{gateway.port or '(any free port)'}"
+    last = f" ... {gateway.port + gateway.replicas - 1}" if gateway.port and gateway.replicas > 1 else ""
+    yield "gateway", f"http://{host}:{gateway.port or '(any free port)'}{last}"
     yield "ray", "started here, on loopback" if topology.cluster.address == "local" else topology.cluster.address
 
 
@@ -76,7 +77,12 @@ def _machine_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
 
 
 def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
-    host, port = topology.gateway.host, topology.gateway.port
+    gateway = topology.gateway
+    for port in range(gateway.port, gateway.port + gateway.replicas) if gateway.port else [0]:
+        yield from _port_problems(gateway.host, port)
+
+
+def _port_problems(host: str, port: int) -> Iterator[tuple[Loc, str]]:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):  # UnicodeError: a part of the name is too long

@@ -184,14 +184,14 @@ WRONG = {
         "model: m\ndevice: cuda\npools:\n"
         "  - {name: a, role: prefill, prefill_chunk: 4096}\n"
         "  - {name: a, role: decode, resources: {gpus: 1}}\n"
-        "kv: {block_size: 12, memory: 1GiB, num_blocks: 5}\ngateway: {replicas: 2}\n",
+        "kv: {block_size: 12, memory: 1GiB, num_blocks: 5}\ngateway: {replicas: 2, port: 65535}\n",
         [
             "2: pools on GPUs come next; write cpu",
             "4: prefill_chunk 4096 can never fit max_num_batched_tokens 2048; lower it, or raise the other",
             "5: pool 'a' is there twice; give each pool a name of its own",
             "6: kv.block_size must be a power of two up to 1024, got 12",
             "6: kv.memory and kv.num_blocks say the same thing; keep one of them",
-            "7: gateway.replicas is 2: more than one comes later; write 1",
+            "7: 2 ports from 65535 on are too many; write fewer",
         ],
     ),
     "GPUs without a GPU": (

@@ -30,7 +30,7 @@ def ranks_of(pool: int) -> dict[str, Any]:
 
 
 CLUSTERS = {
-    "shm": ("local.yaml", {**FP32, "kv.transport": "shm"}),
+    "shm": ("local.yaml", {**FP32, "kv.transport": "shm", "gateway.replicas": 2}),
     "zmq": ("local.yaml", {**FP32, "kv.transport": "zmq"}),
     "two-to-one": ("local.yaml", {**FP32, "kv.transport": "zmq", **ranks_of(0)}),
     "one-to-two": ("local.yaml", {**FP32, "kv.transport": "shm", **ranks_of(1)}),
@@ -67,6 +67,10 @@ class Running:
         pids: dict[str, int] = self._ask("pids")
         return pids
 
+    def urls(self) -> list[str]:
+        """Of its gateways."""
+        return list(self._ask("urls"))
+
     def examine(self) -> dict[str, Any]:
         """What ``baton doctor --json`` says."""
         return self._ask("examine")
@@ -96,6 +100,7 @@ def launch(kind: str, tests: Connection) -> None:
         "inspect": cluster.inspect,
         "status": cluster.status,
         "pids": lambda: {name: process.pid for name, process in cluster.processes.items()} | {"ray": cluster.head_pid},
+        "urls": lambda: cluster.urls,
         "examine": lambda: examine_started(cluster).to_json(),
     }
     try:

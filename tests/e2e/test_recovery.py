@@ -1,5 +1,6 @@
 """Promise: any process may be killed while streams run: they go on with the same tokens, and it comes back."""
 
+import json
 import os
 import signal
 import time
@@ -63,11 +64,11 @@ def wait_until_back(cluster: Running, name: str, restarts: int, within: float) -
     wait_until(back, within, f"{name} is back")
 
 
-@pytest.mark.parametrize("name", ["decode-0", "prefill-0", "router", "gateway"])
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0", "router", "gateway-1"])
 def test_what_is_killed_comes_back_and_no_stream_notices(cluster: Running, name: str) -> None:
     before = cluster.status()[name].restarts
     pid = cluster.pids()[name]
-    if name == "gateway":
+    if name == "gateway-1":
         kill(cluster, name)
     else:
         with streams(cluster):
@@ -89,3 +90,39 @@ def test_rays_head_may_go_and_a_worker_with_it(cluster: Running) -> None:
     wait_until_back(cluster, "decode-1", before["decode-1"].restarts + 1, within=60)
     wait_until(lambda: cluster.inspect()["router"]["workers"] == 4, 10, "the router knows all")
     wait_until_idle(cluster, within=10)
+
+
+def test_a_stream_goes_on_at_the_other_gateway_with_just_what_is_missing(cluster: Running) -> None:
+    """Killed in the middle: the client names the request and the last event that it has."""
+    here, there = cluster.urls()
+    body = {"model": "tiny-llama", "prompt": PROMPTS[0], "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    asked = body | {"logprobs": 1, "stream": True, "stream_options": {"include_usage": True}}
+    restarts = cluster.status()["gateway-0"].restarts
+    with httpx.Client(timeout=60) as web:
+        whole = web.post(here + "/v1/completions", json=body | {"logprobs": 1}).json()
+        seen: list[str] = []
+        with (
+            pytest.raises(httpx.HTTPError),
+            web.stream("POST", here + "/v1/completions", json=asked) as answer,
+        ):
+            id = answer.headers["x-request-id"]
+            for line in answer.iter_lines():
+                seen.append(line)
+                if len(seen) == 60:
+                    kill(cluster, "gateway-0")
+        seen = seen[: len(seen) - seen[::-1].index("")]  # an event that was cut off has no empty line behind it
+        last = [line for line in seen if line.startswith("id: ")][-1].removeprefix("id: ")
+        killed = time.monotonic()
+        rest = web.get(f"{there}/v1/streams/{id}", headers={"Last-Event-ID": last})
+        assert rest.status_code == 200, rest.text
+        assert time.monotonic() - killed < 10
+    events = [line.removeprefix("data: ") for line in [*seen, *rest.text.split("\n")] if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+    logprobs = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
+    assert logprobs == pytest.approx(whole["choices"][0]["logprobs"]["token_logprobs"], abs=1e-4)
+    assert next(chunk["usage"] for chunk in chunks if chunk["usage"])["completion_tokens"] == 400
+    wait_until_back(cluster, "gateway-0", restarts + 1, within=60)
+    wait_until_idle(cluster, within=15)
