@@ -137,12 +137,14 @@ def restart(
     ] = False,
     cluster: ClusterName = None,
 ) -> None:
-    """Stop processes and start them anew, one after the other, each when the one before is ready; no client notices.
+    """Stop processes and start them anew, one after the other, each when the one before is ready.
 
     For example: `baton restart decode-0`, or `baton restart --rolling` for all workers, then the router, then the
     gateway
 
-    A worker is drained first. One that does not come back ends it, with exit code 1; those after it are left alone.
+    A worker is drained first, and the router is found again where it was: no client notices. A gateway gives its
+    streams a few seconds to finish; the clients of others read on with `GET /v1/streams/ID`. One that does not come
+    back ends it, with exit code 1; those after it are left alone.
     """
     from cluster import commands
 

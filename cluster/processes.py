@@ -39,6 +39,7 @@ from cluster.plan import Plan, PlannedWorker, size
 from cluster.ray_session import RaySession
 from cluster.state import started_at
 from messages.common import Role
+from router.core.drains import Refused, Unknown
 
 log = logging.getLogger(__name__)
 
@@ -182,9 +183,8 @@ class Processes:
     def drain(self, worker: str, number: int) -> None:
         self._move(worker, number, "drain", lambda standing: bool(standing["drained"]))
 
-    def undrain(self, worker: str, _number: int) -> None:
-        """Without waiting for the router's answer: one that does not know the worker has drained none."""
-        self.newest[ROUTER_NAME].handle.call.remote("undrain", worker)
+    def undrain(self, worker: str, number: int) -> None:
+        self._move(worker, number, "undrain", lambda standing: not standing["draining"], post=False)
 
     def flip(self, worker: str, number: int, role: str) -> None:
         def flipped(standing: Mapping[str, Any]) -> bool:
@@ -193,9 +193,16 @@ class Processes:
         self._move(worker, number, "flip", flipped, role)
 
     def _move(
-        self, worker: str, number: int, method: str, through: Callable[[Mapping[str, Any]], bool], *arguments: str
+        self,
+        worker: str,
+        number: int,
+        method: str,
+        through: Callable[[Mapping[str, Any]], bool],
+        *arguments: str,
+        post: bool = True,
     ) -> None:
-        """Tell the router, and wait until it says that it is ``through``, or the worker is dead."""
+        """Tell the router, and wait until it says that it is ``through``, or the worker is dead. A router that is new,
+        or does not know the worker yet, is told again. ``post`` what became of it."""
         process = self.newest[worker]
 
         def ask(method: str, *arguments: str) -> Any:
@@ -211,11 +218,15 @@ class Processes:
                         ask(method, *arguments)
                         told = True
                     if through(ask("standing")):
-                        self._post(Moved(worker, number))
+                        if post:
+                            self._post(Moved(worker, number))
                         return
-                except RayTaskError as error:  # refused
-                    self._post(Moved(worker, number, _first_line(error.cause or error)))
-                    return
+                except RayTaskError as error:
+                    if isinstance(error.cause, Refused) and not isinstance(error.cause, Unknown):
+                        if post:
+                            self._post(Moved(worker, number, _first_line(error.cause)))
+                        return
+                    told = False  # the router starts, or has to hear of the worker first
                 except RayActorError:  # there is no router now; the next one has to be told
                     told = False
                 if process.gone.wait(POLL):

@@ -140,9 +140,13 @@ class Api:
             self.hub.cancel_all(relays)
             raise not_found(id)
         more = [_sequence(id, i) for i in range(likely, description.num_choices)]
-        relays = [*relays[: description.num_choices], *await self.hub.adopt(more)]
-        sessions = {i: relay.session for i, relay in enumerate(relays) if relay is not None}
-        plan = plan_of(description, sessions)
+        try:
+            relays = [*relays[: description.num_choices], *await self.hub.adopt(more)]
+            sessions = {i: relay.session for i, relay in enumerate(relays) if relay is not None}
+            plan = plan_of(description, sessions)
+        except GatewayError:
+            self.hub.cancel_all(relays)  # their workers hear of nobody else now
+            raise
         renderer = ChatRenderer if description.chat else CompletionRenderer
         render = self._renderer(renderer, id, plan, created=description.created, trace=description.trace)
         exchange = Exchange(self.hub)

@@ -61,8 +61,13 @@ class Streams:
         fetching = self._fetching.get(id)
         if fetching is None:
             fetching = self._fetching[id] = asyncio.create_task(fetch())
-            fetching.add_done_callback(lambda _: self._fetching.pop(id))
+            fetching.add_done_callback(lambda done: self._fetched(id, done))
         return await asyncio.shield(fetching)
+
+    def _fetched(self, id: str, done: asyncio.Task[Stream]) -> None:
+        del self._fetching[id]
+        if not done.cancelled():
+            done.exception()  # whoever still waits has it raised
 
     def read(
         self, stream: Stream, exchange: Exchange, cursor: Cursor, choices: Callable[[Exchange, Cursor], list[Choice]]

@@ -30,6 +30,7 @@ from cluster.core.events import (
     Start,
     TellDied,
     Tick,
+    Undrain,
     UndrainWanted,
     Up,
 )
@@ -39,6 +40,8 @@ from runtime.core.actions import WakeAt
 
 START_WITHIN = 600.0
 """Seconds for loading a model."""
+KILL_EVERY = 5.0
+"""Seconds from one attempt to kill what has to go to the next."""
 END_WITHIN = 2.0
 """Seconds from the death of one rank to the end of its worker's other ranks, which are killed then."""
 
@@ -107,8 +110,8 @@ class Controller:
         if unit.kind is Kind.ROUTER:
             actions += self._untold
             self._untold.clear()
-            actions += [Drain(each.name, each.incarnation) for each in self._units.values() if self._is_drained(each)]
-        elif self._is_drained(unit):
+            actions += [self._standing(each) for each in self._units.values() if self._settled(each)]
+        elif unit.drained:
             actions.append(Drain(unit.name, unit.incarnation))
         return actions
 
@@ -195,7 +198,7 @@ class Controller:
             if not self._up:
                 return [GiveUp(f"{unit.name}: {cause}")]
             actions += [Note(unit.name, cause), *self._end(unit, cause, now, at_once=True)]
-        unit.deadline = float("inf")
+        unit.deadline = now + KILL_EVERY
         return [*actions, Kill(unit.name, unit.incarnation)]
 
     def _can_start(self, unit: Unit) -> bool:
@@ -215,5 +218,10 @@ class Controller:
         unit.alive = set(unit.processes)
         unit.move(Phase.STARTING, now, now + START_WITHIN)
 
-    def _is_drained(self, unit: Unit) -> bool:
-        return unit.drained and unit.phase is Phase.RUNNING
+    def _settled(self, unit: Unit) -> bool:
+        """A worker of which nothing is wanted that is not told to each router anyway."""
+        return unit.kind is Kind.WORKER and unit.phase is Phase.RUNNING and not self._operations.moves(unit)
+
+    def _standing(self, worker: Unit) -> Action:
+        """What a new router is told, which believes the worker, which may not have heard of the last change."""
+        return (Drain if worker.drained else Undrain)(worker.name, worker.incarnation)

@@ -74,6 +74,11 @@ class Operations:
     def deadline(self) -> float:
         return NEVER if self._rollout is None else self._rollout.deadline
 
+    def moves(self, unit: Unit) -> bool:
+        """Whether it is being drained or flipped now."""
+        rollout = self._rollout
+        return unit.name in self._under or (rollout is not None and rollout.current is unit and rollout.draining)
+
     # Asked for
 
     def restart(self, wanted: RestartWanted, _now: float) -> list[Action]:
@@ -129,6 +134,7 @@ class Operations:
         if under is not None:
             del self._under[unit.name]
             if event.problem:
+                unit.drained = False
                 return [Note(unit.name, event.problem), Done(under.ticket, f"{unit.name}: {event.problem}")]
             unit.role = under.role
             return [Note(unit.name, under.what), Done(under.ticket, "")]

@@ -46,6 +46,10 @@ class Refused(ValueError):
     """What was asked for cannot be; the text says why."""
 
 
+class Unknown(Refused):
+    """The worker is not there, or not yet: a new router has to hear of it first."""
+
+
 def moves(view: WorkerView, report: Report, ledger: Ledger, has_room: Callable[[int], bool], now: float) -> list[Send]:
     """Whom to ask to go on elsewhere now. ``has_room``: whether there is a worker with room for so many tokens."""
     view.moving = {

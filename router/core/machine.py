@@ -39,7 +39,7 @@ from messages.router_to_worker import Adopt, GatewayBack, GatewayLost, PeerLost,
 from messages.seals import Sealed, genuine, seal
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
 from router.core.admission import expected_tokens, has_room
-from router.core.drains import Drain, Flip, Refused, Undrain, moves
+from router.core.drains import Drain, Flip, Refused, Undrain, Unknown, moves
 from router.core.gateways import Gateways
 from router.core.ledger import Entry, Ledger
 from router.core.line import Line
@@ -203,7 +203,7 @@ class Router:
         nothing is."""
         view = self._members.get(worker)
         if view is None:
-            raise Refused(f"no worker {worker!r} has ever registered")
+            raise Unknown(f"no worker {worker!r} has ever registered")
         return structs.asdict(view.state()) | {"becoming": view.becoming}
 
     def check_integrity(self) -> None:
@@ -670,7 +670,7 @@ class Router:
         view = self._members.get(worker)
         if view is None or not view.alive:
             live = ", ".join(sorted(view.worker for view in self._members.live())) or "none"
-            raise Refused(f"there is no live worker {worker!r}; live are {live}")
+            raise Unknown(f"there is no live worker {worker!r}; live are {live}")
         return view
 
     def _check_spare(self, view: WorkerView) -> None:

@@ -100,7 +100,7 @@ class Memory:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """``ok`` unless something was lost, repeated, leaked or wrong."""
+    """``ok`` unless something was lost, repeated, leaked or wrong, or nothing was tried."""
 
     topology: str
     seed: int
@@ -126,7 +126,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not self.leaked and not any(self.count(each) for each in Verdict if each is not Verdict.SAME)
+        wrong = self.leaked or self.violations or any(self.count(each) for each in Verdict if each is not Verdict.SAME)
+        return not wrong and bool(self.strikes) and self.count(Verdict.SAME) > 0
 
     @property
     def faults(self) -> dict[str, int]:
