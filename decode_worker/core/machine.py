@@ -136,9 +136,9 @@ class DecodeMachine:
         """Stop running ``request`` and give its sequence away, blocks and all, for the prefill half to go on with: if
         there is one, and ``generation`` begins as it does."""
         run = self._runs.get(request)
-        tokens = np.concatenate([unpack_tokens(generation.prompt), unpack_tokens(generation.generated)])
         if run is None or run.seq.salt != generation.cache_salt:
             return None
+        tokens = np.concatenate([unpack_tokens(generation.prompt), unpack_tokens(generation.generated)])
         if not np.array_equal(run.seq.token_ids[: len(tokens)], tokens):
             return None
         del self._runs[request]

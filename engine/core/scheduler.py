@@ -379,9 +379,10 @@ class Scheduler:
         return True
 
     def _preempt_waiting(self, but: Sequence) -> bool:
-        """Take the blocks of the last in line that has some, landed or forked; False where there is none."""
+        """Take the blocks of the last in line that has some, landed, forked or moved; False where there is none. Nobody
+        reads those of a sequence that is to be handed over before it runs."""
         for seq in reversed(self._waiting):
-            if seq is not but and seq.num_blocks and not seq.hand_over:
+            if seq is not but and seq.num_blocks:
                 self._give_up(seq)
                 return True
         return False

@@ -218,6 +218,7 @@ class Session:
         self._computed: Computed | None = None  # by the last prefill worker that is not to blame for a failed attempt
         self._placed_tokens = 0  # of this attempt's prompt, what was generated before counted in
         self._mailboxes: dict[WorkerId, Address] = {}  # of all attempts' workers
+        self._moves = False  # whether this attempt takes a running one over from a worker that is drained
         self._decode_streams = False  # whether decode has sent tokens of this attempt: prefill is done
         self._attempt_kv_bytes = 0
         self._logprobs: list[Logprobs] = []  # one entry a chunk of what was generated
@@ -372,6 +373,7 @@ class Session:
         moves = self.status is Status.STREAMING and self._asked != self.attempt
         if placed.attempt != self._asked or not (moves or self.status is Status.PLACING):
             return []
+        self._moves = moves
         self._move(Status.STARTING)
         self.attempt = self._asked
         self._change_workers(placed)
@@ -448,6 +450,8 @@ class Session:
 
     def _retry(self, blamed: list[WorkerId], now: float, cost: float = FAILURE) -> list[Action]:
         actions = self._abort()
+        if self._moves and not self._decode_streams:
+            blamed, cost = [], MISHAP  # it ran where it was
         self._spent += cost
         if self._spent >= self._max_attempts:
             message = f"all {self.attempt} attempts to run the request failed"

@@ -50,7 +50,7 @@ class Ledger:
     def __init__(self, changed: Callable[[WorkerView], None]) -> None:
         self._changed = changed
         self._entries: dict[RequestId, Entry] = {}
-        self._closed: OrderedDict[RequestId, tuple[WorkerId, Epoch]] = OrderedDict()  # which decode worker they were on
+        self._closed: OrderedDict[RequestId, list[tuple[WorkerId, Epoch]]] = OrderedDict()  # which workers they were on
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -62,8 +62,7 @@ class Ledger:
         """Workers that may have something of a request that is placed, or was not long ago; None: not known."""
         entry = self._entries.get(request)
         if entry is None:
-            closed = self._closed.get(request)
-            return None if closed is None else [closed]
+            return self._closed.get(request)
         return [(view.worker, view.epoch) for view in (entry.decode, entry.prefill) if view is not None]
 
     def place(
@@ -114,8 +113,8 @@ class Ledger:
         """The request is over, or gets another placement; harmless for one that is not in the ledger."""
         entry = self._entries.pop(request, None)
         if entry is not None:
-            decode = entry.placed.decode
-            self._closed[request] = (decode.worker, decode.epoch)
+            workers = (entry.placed.decode, entry.placed.prefill)
+            self._closed[request] = [(each.worker, each.epoch) for each in workers if each is not None]
             self._closed.move_to_end(request)
             if len(self._closed) > REMEMBERED:
                 self._closed.popitem(last=False)

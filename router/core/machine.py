@@ -457,7 +457,8 @@ class Router:
         return [*actions, *(Send(event.gateway, message) for message in lost)]
 
     def _adoption_wanted(self, event: AdoptionWanted, now: float) -> list[Action]:
-        """Where it is not known who has the request, everyone is asked, if an earlier router may have placed it."""
+        """Where it is not known who has the request, everyone is asked, if an earlier router may have placed it. A
+        router that has only begun does not say whom it asked, for more may register: the gateway asks again."""
         assert self._knows_all_at is not None
         where = self._ledger.where(event.request)
         if where is not None:
@@ -469,7 +470,7 @@ class Router:
         asked = AdoptionAsked(request=event.request, workers=tuple(view.worker for view in views))
         return [
             *self._heard(event.gateway, now),
-            Send(event.gateway, asked),
+            *([] if where is None and self._settling else [Send(event.gateway, asked)]),
             *(Send(view.address.mailbox, adopt) for view in views),
         ]
 

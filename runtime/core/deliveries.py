@@ -146,7 +146,7 @@ class Deliveries:
         return self._superseded(request, stream) if stream.before is not None and stream.before[1] == attempt else []
 
     def adopt(self, request: RequestId, gateway: Address, now: float) -> Adopted | None:
-        """``gateway`` goes on with the stream, as a newer attempt than the one it was; None where none can. What was
+        """``gateway`` goes on with the stream, as the attempt after the next; None where none can. What was
         sent so far, or is to be sent, it gets with this."""
         stream = self._streams.get(request)
         if stream is None or stream.generation is None:
@@ -155,7 +155,8 @@ class Deliveries:
         if stream.gateway != gateway:
             stream.before = (stream.gateway, stream.attempt)
             sends = [] if request in self._kept else self._superseded(request, stream)
-            stream.gateway, stream.attempt = gateway, Attempt(stream.attempt + 1)
+            # The next attempt may be on its way to the former gateway, as a move: it shall not be taken for this one.
+            stream.gateway, stream.attempt = gateway, Attempt(stream.attempt + 2)
         stream.sent = len(stream.tokens)
         self._dirty.pop(request, None)
         if stream.finish is not None:

@@ -43,13 +43,15 @@ def test_those_are_asked_on_whom_the_request_is_placed(pair: World) -> None:
     assert [send.to for send in told] == [decode.mailbox, prefill.mailbox]
 
 
-def test_for_a_request_that_has_ended_lately_the_worker_is_asked_that_ran_it(pair: World) -> None:
-    decode = pair.place("one").decode
+def test_for_a_request_that_has_ended_lately_the_workers_are_asked_that_ran_it(pair: World) -> None:
+    """Its last token may have been its first, which the prefill worker keeps."""
+    placed = pair.place("one")
+    assert placed.prefill is not None
     pair.handle(prefilled("one"))
     pair.handle(finished("one"))
-    assert ask(pair, "one")[0] == [decode.worker]
-    pair.handle(register(decode.worker, Role.DECODE, epoch=2))
-    assert ask(pair, "one") == ([], []), "what it had is gone with it"
+    assert ask(pair, "one")[0] == [placed.decode.worker, placed.prefill.worker]
+    pair.handle(register(placed.decode.worker, Role.DECODE, epoch=2))
+    assert ask(pair, "one")[0] == [placed.prefill.worker], "what it had is gone with it"
 
 
 def test_what_nobody_has_is_said_at_once(pair: World) -> None:

@@ -267,21 +267,22 @@ def test_a_running_request_goes_on_for_the_gateway_that_adopts_it(decode: Worker
     over, adopted = decode.handle(ADOPT, 0.0)
     assert over == Send(GATEWAY, Superseded(REQUEST, ATTEMPT, DECODE.worker))
     assert adopted.to == ELSEWHERE
-    assert (adopted.message.attempt, adopted.message.running, adopted.message.generation) == (2, True, DESCRIBED)
+    assert (adopted.message.attempt, adopted.message.running, adopted.message.generation) == (3, True, DESCRIBED)
     assert unpack_tokens(adopted.message.tokens.tokens).tolist() == [7, 8]
     # A gateway that has not heard of it can neither stop nor take anything.
     assert decode.handle(Abort(REQUEST, ATTEMPT), 0.0) == []
+    assert decode.handle(Abort(REQUEST, Attempt(2)), 0.0) == []  # which was to move it when it was adopted
     assert decode.handle(TokensWanted(REQUEST, ATTEMPT, 0), 0.0) == [over]
     (batch,) = steps(decode, [9])
-    assert batch.to == ELSEWHERE and [chunk.attempt for chunk in batch.message.chunks] == [2]
-    assert decode.handle(ADOPT, 0.0)[0].message.attempt == 2  # asked again: the answer was lost
+    assert batch.to == ELSEWHERE and [chunk.attempt for chunk in batch.message.chunks] == [3]
+    assert decode.handle(ADOPT, 0.0)[0].message.attempt == 3  # asked again: the answer was lost
     steps(decode, [10, 11])
-    decode.handle(EndAck(REQUEST, Attempt(2), keep=True), 0.0)
+    decode.handle(EndAck(REQUEST, Attempt(3), keep=True), 0.0)
     assert decode.inspect()["deliveries"] == decode.inspect()["runs"] == decode.inspect()["held"] == 0
     (kept,) = decode.handle(seal(KEY, Adopt(request=REQUEST, gateway=GATEWAY)), 9.0)
     assert unpack_tokens(kept.message.tokens.tokens).tolist() == [7, 8, 9, 10, 11]
-    assert (kept.message.attempt, kept.message.tokens.finish) == (3, "length")
-    decode.handle(EndAck(REQUEST, Attempt(3), keep=True), 9.0)
+    assert (kept.message.attempt, kept.message.tokens.finish) == (5, "length")
+    decode.handle(EndAck(REQUEST, Attempt(5), keep=True), 9.0)
     decode.tick(19.1)
     assert sent(decode.handle(ADOPT, 19.1)) == [NotHere(REQUEST, DECODE.worker)]
 
