@@ -46,7 +46,3 @@ class Clock:
                 self.events += 1
                 alarm.call()
         self.now = max(self.now, until)
-
-    def stand_still(self, seconds: float) -> None:
-        """So much time is over in which nothing happened: whatever was due is late."""
-        self.now += seconds

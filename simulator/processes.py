@@ -39,6 +39,8 @@ BLOCK_COPY = 0.0003
 DIES_SLOWLY = 0.3
 """Seconds for which the other ranks of a worker whose rank 0 was killed go on."""
 NEVER = float("inf")
+SLACK = 1e-9
+"""Seconds by which everything comes late, so that nothing comes early by the rounding between two clocks."""
 
 
 class Surface(Protocol):
@@ -79,7 +81,7 @@ class Process:
 
     def after(self, delay: float, call: Call) -> Alarm:
         clock = self.world.clock
-        return clock.at(clock.now + delay, partial(self._happen, call))
+        return clock.at(clock.now + delay + SLACK, partial(self._happen, call))
 
     def _happen(self, call: Call) -> None:
         if self.frozen:
@@ -90,8 +92,6 @@ class Process:
     def wake_at(self, time: float, call: Call) -> None:
         """Have ``call`` happen at ``time`` of its own clock; what was asked for before is forgotten."""
         if self._wake is not None:
-            if self._wake.time == time - self._origin and self._wake.call is not None:
-                return
             self._wake.off()
         self._wake = None if time == NEVER else self.after(time - self.now, call)
 

@@ -409,8 +409,7 @@ class World:
         while self._held() and self.clock.now < until:
             self.clock.run(self.clock.now + LOOK_EVERY)
         if self._held() and self.plan.misfortunes:
-            self.clock.stand_still(LONGEST_LEASE)
-            self.clock.run(self.clock.now + LETS_GO)
+            self.clock.run(self.clock.now + LONGEST_LEASE)
         self.tell(Idle(self.clock.now))
         self._look()
         for process in self._there():
