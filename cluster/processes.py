@@ -25,6 +25,7 @@ from cluster.core.events import (
     Kill,
     Moved,
     Ready,
+    Retire,
     Start,
     Stop,
     TellDied,
@@ -49,6 +50,8 @@ HEAD, ROUTER_NAME = "ray", "router"
 PLACE_WITHIN = 10.0
 NAME_WITHIN = 10.0
 """Seconds in which Ray lets go of the name of an actor that is dead."""
+RETIRE_WITHIN = 600.0
+"""Seconds that the streams of a gateway that is replaced get to finish."""
 STOP_WITHIN = 20.0
 """Seconds that actors get to end in good order before they are killed."""
 POLL = 0.2
@@ -125,6 +128,8 @@ class Processes:
         self._deaths = Deaths()
         self._lock = threading.Lock()
         self._incarnations: dict[str, Incarnation] = {}
+        self._former: dict[tuple[str, int], Incarnation] = {}
+        """Gateways that are replaced, and not gone yet."""
         self._groups: dict[str, Any] = {}
         self._router: Future[str] = Future()
         """Its address, the same for every router to come."""
@@ -135,6 +140,7 @@ class Processes:
         self._performers: dict[type[Any], Callable[..., None]] = {
             Start: self.start,
             Stop: self.stop,
+            Retire: self.retire,
             Kill: self.kill,
             TellDied: self.tell_died,
             Drain: self.drain,
@@ -155,13 +161,21 @@ class Processes:
             return
         incarnation = Incarnation(unit, number, role)
         with self._lock:
+            former = self._incarnations.get(unit)
             self._incarnations[unit] = incarnation
+            if former is not None and any(process.alive for process in former.processes.values()):
+                self._former[unit, former.number] = former
         self._in_background(f"start {unit}", lambda: self._start(incarnation))
 
     def stop(self, unit: str, number: int) -> None:
         incarnation = self._incarnations[unit]
         assert incarnation.number == number, f"{unit} is not what it was"
         self._in_background(f"stop {unit}", lambda: self._stop(incarnation))
+
+    def retire(self, unit: str, number: int) -> None:
+        former = self._former.get((unit, number))
+        if former is not None:
+            self._in_background(f"retire {unit}", lambda: self._retire(former))
 
     def kill(self, unit: str, number: int) -> None:
         incarnation = self._incarnations.get(unit)
@@ -246,6 +260,9 @@ class Processes:
         router = [process for process in every if process.name == ROUTER_NAME]
         for group in (gateways, workers, ranks, router):  # rank 0 dismisses the others
             self._stop_together([process for process in group if process.alive])
+        with self._lock:
+            for former in self._former.values():
+                every += former.processes.values()
         for process in every:
             self._end(process)
         for thread in list(self._threads):
@@ -292,11 +309,11 @@ class Processes:
         name, cpus = incarnation.unit, self._plan.topology.gateway.cpus
         process = self._create(incarnation, name, GATEWAY, {"num_cpus": cpus, "resources": self._here})
         config = self._plan.gateway_config(self._router_address(incarnation), self._plan.gateways.index(name))
-        port = urlsplit(self.urls[name]).port if name in self.urls else None
-        if port is not None:
-            config = replace(config, port=port)
-        started = self._configure(incarnation, {process: config}, "loading")[name]
-        self.urls[name] = started["http_url"]
+        if name in self.urls:
+            port = urlsplit(self.urls[name]).port
+            assert port is not None
+            config = replace(config, port=port, reuse_port=True)  # the former one may listen still
+        self.urls[name] = self._configure(incarnation, {process: config}, "loading")[name]["http_url"]
 
     def _start_worker(self, incarnation: Incarnation) -> None:
         planned = [each for each in self._plan.workers("") if each.config.worker == incarnation.unit]
@@ -339,13 +356,15 @@ class Processes:
         self, incarnation: Incarnation, name: str, target: str, options: Mapping[str, Any], worker: str = ""
     ) -> Process:
         """An actor that imports its code; by ``_watch`` its death is heard of."""
-        former = self.newest.get(name)
-        if former is not None:  # Ray has to see its end too; and this process's Ray keeps the name until it kills it
+        former, actor = self.newest.get(name), name
+        if former is not None and former.alive:  # it is to be replaced without a gap, and has the name
+            actor = f"{name}.{incarnation.number}"
+        elif former is not None:  # Ray has to see its end too; and this process's Ray keeps the name until it kills it
             self._session.ray.wait([former.watch], timeout=NAME_WITHIN)
             self._session.ray.kill(former.handle)
         try:
             # Calls run beside each other: `watch` waits all the time, and a status is asked for while a model loads.
-            handle = self._host.options(name=name, max_restarts=0, max_concurrency=8, **options).remote(target)
+            handle = self._host.options(name=actor, max_restarts=0, max_concurrency=8, **options).remote(target)
         except ValueError as error:  # the name is taken
             raise LaunchError(f"a cluster {self._plan.topology.name!r} runs on this Ray already: {error}") from error
         process = Process(name, handle, handle.watch.remote(), worker)
@@ -439,6 +458,26 @@ class Processes:
         self._stop_together([leader])  # it dismisses the others
         self._stop_together(others)
         self._kill(incarnation)
+
+    def _retire(self, former: Incarnation) -> None:
+        """In a thread of its own."""
+        from ray.exceptions import RayError
+
+        (process,) = former.processes.values()
+        self._progress(process.name, "the former one lets its streams finish")
+        try:
+            finished = self._session.ray.get(process.handle.call.remote("drain", RETIRE_WITHIN))
+            self._progress(
+                process.name, f"the former one has {'ended' if finished else 'streams left, and is stopped'}"
+            )
+        except RayError as error:
+            self._progress(process.name, f"the former one has died: {_first_line(error)}")
+        if process.alive:
+            self._stop_together([process])
+        self._kill(former)
+        self.newest[ROUTER_NAME].handle.call.remote("gateway_died", process.address, "it was replaced")
+        with self._lock:
+            del self._former[former.unit, former.number]
 
     def _kill(self, incarnation: Incarnation) -> None:
         """In a thread of its own."""

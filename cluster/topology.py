@@ -270,6 +270,8 @@ class Topology(Section):
             here: Loc = ("pools", index)
             if pool.name in seen:
                 yield (*here, "name"), f"pool {pool.name!r} is there twice; give each pool a name of its own"
+            if pool.name == "gateway" and self.gateway.replicas > 1:
+                yield (*here, "name"), "the gateways are called gateway-0, gateway-1 ...; give the pool another name"
             seen.add(pool.name)
             if pool.prefill_chunk > pool.max_num_batched_tokens:
                 text = f"prefill_chunk {pool.prefill_chunk} can never fit max_num_batched_tokens"

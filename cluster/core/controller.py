@@ -27,6 +27,7 @@ from cluster.core.events import (
     Note,
     Ready,
     RestartWanted,
+    Retire,
     Start,
     TellDied,
     Tick,
@@ -35,11 +36,9 @@ from cluster.core.events import (
     Up,
 )
 from cluster.core.operations import Operations
-from cluster.core.units import Kind, Phase, Status, Unit
+from cluster.core.units import START_WITHIN, Kind, Phase, Status, Unit
 from runtime.core.actions import WakeAt
 
-START_WITHIN = 600.0
-"""Seconds for loading a model."""
 KILL_EVERY = 5.0
 """Seconds from one attempt to kill what has to go to the next."""
 END_WITHIN = 2.0
@@ -93,7 +92,7 @@ class Controller:
     def _begin(self, _event: Begin, now: float) -> list[Action]:
         for unit in self._units.values():
             if unit.kind is Kind.HEAD:
-                self._started(unit, now)
+                unit.begin(now)
                 unit.move(Phase.RUNNING, now)
         return []
 
@@ -107,6 +106,9 @@ class Controller:
             return []
         unit.move(Phase.RUNNING, now)
         actions: list[Action] = [Note(unit.name, "ready")]
+        if unit.former is not None:
+            actions.append(Retire(unit.name, unit.former))
+            unit.former = None
         if unit.kind is Kind.ROUTER:
             actions += self._untold
             self._untold.clear()
@@ -206,7 +208,7 @@ class Controller:
         return unit.kind is Kind.HEAD or all(head.phase is Phase.RUNNING for head in heads)
 
     def _start(self, unit: Unit, now: float) -> list[Action]:
-        self._started(unit, now)
+        unit.begin(now)
         again: list[Action] = []
         if unit.incarnation > 1:
             unit.restarts += 1

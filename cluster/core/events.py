@@ -109,6 +109,13 @@ class Stop(NamedTuple):
     incarnation: int
 
 
+class Retire(NamedTuple):
+    """Have a gateway whose replacement listens already take nothing new, let its streams finish, and end it."""
+
+    unit: str
+    incarnation: int
+
+
 class Kill(NamedTuple):
     """End what is left of it at once, and say ``Gone``."""
 
@@ -164,5 +171,5 @@ class GiveUp(NamedTuple):
     cause: str
 
 
-ToProcesses = Start | Stop | Kill | TellDied | Drain | Undrain | Flip
+ToProcesses = Start | Stop | Retire | Kill | TellDied | Drain | Undrain | Flip
 Action = ToProcesses | Note | Done | GiveUp | WakeAt

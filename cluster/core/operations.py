@@ -1,8 +1,8 @@
 """What people ask the controller for: draining, flipping and restarting, one rolling restart at a time.
 
 A rolling restart takes one unit after the other. A worker's turn comes when another one of its role takes work; it is
-drained, stopped, and started anew, and the next one's turn comes when it is ready. The router and the gateways are
-restarted without that: nothing is lost with them that others do not know.
+drained, stopped, and started anew, and the next one's turn comes when it is ready. The router is restarted without
+that: nothing is lost with it that others do not know. A gateway's replacement listens before it stops to.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from cluster.core.events import (
     Moved,
     Note,
     RestartWanted,
+    Start,
     Stop,
     Undrain,
     UndrainWanted,
@@ -170,6 +171,11 @@ class Operations:
             undrain = [] if unit.drained else [Undrain(unit.name, unit.incarnation)]
             return [*undrain, *self._end(f"{unit.name} was not drained within {DRAIN_WITHIN:.0f} s")]
         rollout.draining, rollout.deadline = False, NEVER
+        if unit.incarnation == rollout.before and unit.phase is Phase.RUNNING and unit.kind is Kind.GATEWAY:
+            unit.former = unit.incarnation  # on the same port, so that nobody is turned away
+            unit.begin(now)
+            unit.restarts += 1
+            return [Note(unit.name, "starting another beside it"), Start(unit.name, unit.incarnation, unit.role)]
         if unit.incarnation == rollout.before and unit.phase is Phase.RUNNING:
             unit.move(Phase.STOPPING, now, now + STOP_WITHIN)
             return [Note(unit.name, "stopping"), Stop(unit.name, unit.incarnation)]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 NEVER = float("inf")
+START_WITHIN = 600.0
+"""Seconds for loading a model."""
 
 
 class Kind(enum.StrEnum):
@@ -28,7 +30,7 @@ class Phase(enum.StrEnum):
 
 _MOVES = {
     Phase.STARTING: {Phase.RUNNING, Phase.ENDING},
-    Phase.RUNNING: {Phase.STOPPING, Phase.ENDING, Phase.BACK_OFF},
+    Phase.RUNNING: {Phase.STARTING, Phase.STOPPING, Phase.ENDING},
     Phase.STOPPING: {Phase.BACK_OFF},
     Phase.ENDING: {Phase.BACK_OFF},
     Phase.BACK_OFF: {Phase.STARTING},
@@ -79,6 +81,8 @@ class Unit:
     role: str = ""
     """Of a worker: what it registers as."""
     incarnation: int = 0
+    former: int | None = None
+    """An older incarnation that serves until this one does."""
     phase: Phase = Phase.BACK_OFF
     since: float = 0.0
     deadline: float = NEVER
@@ -96,6 +100,12 @@ class Unit:
     def move(self, phase: Phase, now: float, deadline: float = NEVER) -> None:
         assert phase in _MOVES[self.phase], f"{self.name} cannot go from {self.phase} to {phase}; last: {self.cause}"
         self.phase, self.since, self.deadline = phase, now, deadline
+
+    def begin(self, now: float) -> None:
+        """The next incarnation."""
+        self.incarnation += 1
+        self.alive = set(self.processes)
+        self.move(Phase.STARTING, now, now + START_WITHIN)
 
     def count_death(self, now: float, cause: str) -> None:
         """One that nobody asked for; ``retry_at`` is set by it."""

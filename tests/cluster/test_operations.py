@@ -15,6 +15,7 @@ from cluster.core.events import (
     Moved,
     Ready,
     RestartWanted,
+    Retire,
     Start,
     Stop,
     Undrain,
@@ -39,6 +40,11 @@ def test_a_rolling_restart_takes_the_workers_one_by_one_then_the_router_then_the
         if "-" in name:
             assert Drain(name, 1) in actions and shell.phase(name) is Phase.RUNNING
             actions = shell.handle(Moved(name, 1), after=5.0)
+        if name == "gateway":
+            assert Start(name, 2, "") in actions and Stop(name, 1) not in actions, "both listen for a while"
+            actions = shell.handle(Ready(name, 2), after=5.0)
+            assert Retire(name, 1) in actions
+            break
         assert Stop(name, 1) in actions and shell.phase(name) is Phase.STOPPING
         assert all(shell.phase(other) is Phase.RUNNING for other in NAMES if other != name), "one at a time"
         actions = shell.handle(Gone(name, 1), after=1.0)
@@ -48,6 +54,21 @@ def test_a_rolling_restart_takes_the_workers_one_by_one_then_the_router_then_the
     assert Done(TICKET, "") in actions
     assert [shell.status(name).restarts for name in order] == [1] * len(order)
     assert [shell.status(name).cause for name in order] == [""] * len(order), "no death"
+
+
+def test_a_gateway_whose_replacement_does_not_start_serves_on_until_one_does(shell: Shell) -> None:
+    shell.handle(RestartWanted(TICKET, ("gateway",)))
+    actions = shell.handle(Failed("gateway", 2, "no port"))
+    assert Kill("gateway", 2) in actions and not any(isinstance(action, Retire) for action in actions)
+    assert any(isinstance(action, Done) and "no port" in action.problem for action in actions)
+    assert Start("gateway", 3, "") in shell.handle(Gone("gateway", 2))
+    assert Retire("gateway", 1) in shell.handle(Ready("gateway", 3))
+
+
+def test_a_gateway_that_dies_while_its_replacement_starts_is_nothing_new(shell: Shell) -> None:
+    shell.handle(RestartWanted(TICKET, ("gateway",)))
+    assert shell.handle(Died("gateway", 1, "gateway", "killed")) == []
+    assert Done(TICKET, "") in shell.handle(Ready("gateway", 2))
 
 
 def test_one_worker_is_restarted_and_no_other(shell: Shell) -> None:

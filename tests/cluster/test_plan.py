@@ -330,3 +330,14 @@ def test_a_model_that_only_transformers_knows_is_planned_by_its_config(tmp_path:
     assert not plan.model_config.native
     layout = plan.layout(plan.topology.pools[0])
     assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (3, 4, 16)
+
+
+def test_each_gateway_has_a_name_and_a_port_of_its_own() -> None:
+    def gateways(port: int, replicas: int) -> list[tuple[str, int]]:
+        topology = Topology.load(ROOT / "configs/topologies/local.yaml")
+        plan = make_plan(topology.with_overrides({"gateway.port": port, "gateway.replicas": replicas}))
+        return [(name, plan.gateway_config("r", index).port) for index, name in enumerate(plan.gateways)]
+
+    assert gateways(8000, 1) == [("gateway", 8000)]
+    assert gateways(8000, 3) == [("gateway-0", 8000), ("gateway-1", 8001), ("gateway-2", 8002)]
+    assert gateways(0, 2) == [("gateway-0", 0), ("gateway-1", 0)]
