@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from cluster.core.controller import Controller
-from cluster.core.events import Action, Begin, Died, Done, Event, Failed, GiveUp, Note, Tick, Up, Wanted
+from cluster.core.events import Action, Begin, Done, Event, GiveUp, Note, Tick, Up, Wanted
 from cluster.core.operations import Refused
 from cluster.core.units import NEVER, BackOff, Kind, Phase, Status
 from cluster.errors import ClusterError, LaunchError
@@ -207,7 +207,8 @@ class Cluster:
         if self._processes is not None:
             self._processes.close()
             self._processes = None
-        logs = self._keep_logs() if self._failed else None
+        died = any(status.cause for status in self.status())
+        logs = self._keep_logs() if self._failed or died else None
         return Remains(self._session.stop(), logs)
 
     # Up
@@ -254,7 +255,6 @@ class Cluster:
                 if isinstance(event, Asked):
                     self._ask(processes, event)
                 else:
-                    self._failed = self._failed or isinstance(event, Died | Failed)
                     self._handle(processes, event)
         except BaseException as error:
             self._error = error

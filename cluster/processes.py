@@ -219,9 +219,6 @@ class Processes:
         or does not know the worker yet, is told again. ``post`` what became of it."""
         process = self.newest[worker]
 
-        def ask(method: str, *arguments: str) -> Any:
-            return self._session.ray.get(self.newest[ROUTER_NAME].handle.call.remote(method, worker, *arguments))
-
         def move() -> None:
             from ray.exceptions import RayActorError, RayTaskError
 
@@ -229,9 +226,9 @@ class Processes:
             while True:
                 try:
                     if not told:
-                        ask(method, *arguments)
+                        self._ask_router(method, worker, *arguments)
                         told = True
-                    if through(ask("standing")):
+                    if through(self._ask_router("standing", worker)):
                         if post:
                             self._post(Moved(worker, number))
                         return
@@ -247,6 +244,9 @@ class Processes:
                     return
 
         self._in_background(f"{method} {worker}", move)
+
+    def _ask_router(self, method: str, *arguments: str) -> Any:
+        return self._session.ray.get(self.newest[ROUTER_NAME].handle.call.remote(method, *arguments))
 
     def close(self) -> None:
         """Stop all processes, the gateways first, which let requests finish; what does not go is killed."""
@@ -325,6 +325,21 @@ class Processes:
             leader = self._result(processes[0].handle.prepare.remote(configs[0]), incarnation.unit)
             configs[1:] = [replace(config, leader=leader) for config in configs[1:]]
         self._configure(incarnation, dict(zip(processes, configs, strict=True)), "loading")
+        self._wait_until_known(processes[0])
+
+    def _wait_until_known(self, leader: Process) -> None:
+        """Until the router counts on it: whoever is stopped after it is ready may leave everything to it."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        while True:
+            try:
+                standing = self._ask_router("standing", leader.worker)
+                if standing["alive"] and standing["epoch"] == leader.epoch:
+                    return
+            except (RayTaskError, RayActorError):  # it knows nothing of it yet, or there is no router now
+                pass
+            if leader.gone.wait(POLL):
+                raise LaunchError(f"{leader.name}: its process ended before the router knew it")
 
     def _place(self, worker: str, planned: list[PlannedWorker]) -> Any:
         """The room that Ray keeps for a worker's ranks, from their first start to the end of the cluster."""

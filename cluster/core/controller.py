@@ -129,7 +129,8 @@ class Controller:
         unit = self._units[event.unit]
         if event.incarnation != unit.incarnation or event.process not in unit.alive:
             return []
-        note = Note(event.process, f"died: {event.cause}")
+        wanted = unit.phase is Phase.STOPPING
+        note = Note(event.process, "has ended" if wanted else f"died: {event.cause}")
         if not self._up:
             return [note, GiveUp(f"{event.process} died: {event.cause}")]
         unit.alive.remove(event.process)
