@@ -142,9 +142,9 @@ def restart(
     For example: `baton restart decode-0`, or `baton restart --rolling` for all workers, then the router, then the
     gateway
 
-    A worker is drained first, and the router is found again where it was: no client notices. A gateway gives its
-    streams a few seconds to finish; the clients of others read on with `GET /v1/streams/ID`. One that does not come
-    back ends it, with exit code 1; those after it are left alone.
+    A worker is drained first, the router is found again where it was, and a gateway stops to listen when another one
+    does in its place, and lets its streams finish: no client notices. One that does not come back ends it, with exit
+    code 1; those after it are left alone.
     """
     from cluster import commands
 

@@ -372,7 +372,7 @@ class Processes:
     ) -> Process:
         """An actor that imports its code; by ``_watch`` its death is heard of."""
         former, actor = self.newest.get(name), name
-        if former is not None and former.alive:  # it is to be replaced without a gap, and has the name
+        if former is not None and not worker:  # a former gateway may be there still, and have the name
             actor = f"{name}.{incarnation.number}"
         elif former is not None:  # Ray has to see its end too; and this process's Ray keeps the name until it kills it
             self._session.ray.wait([former.watch], timeout=NAME_WITHIN)

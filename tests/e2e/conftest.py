@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from cluster import state
+from cluster.core.events import Done, RestartWanted
 from cluster.core.units import Status
 from cluster.doctor import examine_started
 from cluster.launch import Cluster
@@ -71,6 +72,11 @@ class Running:
         """Of its gateways."""
         return list(self._ask("urls"))
 
+    def restart(self, *units: str) -> str:
+        """Have them restarted one after the other; what went wrong, or nothing."""
+        problem: str = self._ask(" ".join(["restart", *units]))
+        return problem
+
     def examine(self) -> dict[str, Any]:
         """What ``baton doctor --json`` says."""
         return self._ask("examine")
@@ -96,23 +102,31 @@ def launch(kind: str, tests: Connection) -> None:
     topology = Topology.load(CONFIGS / file).with_overrides({**overrides, "cluster.name": f"test-{kind}"})
     cluster = Cluster(check(topology))
     cluster.start()
-    answers: dict[str, Callable[[], Any]] = {
+    answers: dict[str, Callable[..., Any]] = {
         "inspect": cluster.inspect,
         "status": cluster.status,
         "pids": lambda: {name: process.pid for name, process in cluster.processes.items()} | {"ray": cluster.head_pid},
         "urls": lambda: cluster.urls,
+        "restart": lambda *units: restart(cluster, units),
         "examine": lambda: examine_started(cluster).to_json(),
     }
     try:
         tests.send(cluster.url)
         while (wanted := tests.recv()) != "stop":
             try:
-                tests.send(answers[wanted]())
+                what, *arguments = wanted.split()
+                tests.send(answers[what](*arguments))
             except AssertionError as error:
                 tests.send(error)
     finally:
         left = cluster.stop()
     tests.send(left.items)
+
+
+def restart(cluster: Cluster, units: tuple[str, ...]) -> str:
+    *_, done = cluster.operate(RestartWanted(0, units))
+    assert isinstance(done, Done)
+    return done.problem
 
 
 @pytest.fixture(scope="package")

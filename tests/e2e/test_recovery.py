@@ -76,8 +76,18 @@ def test_what_is_killed_comes_back_and_no_stream_notices(cluster: Running, name:
     wait_until_back(cluster, name, before + 1, within=60)
     assert f"(pid {pid})" in cluster.status()[name].cause
     wait_until(lambda: cluster.inspect()["router"]["workers"] == 4, 10, "the router knows all")
+    wait_until_idle(cluster, within=10)
+
+
+def test_what_is_to_be_restarted_gives_away_what_it_runs_before_and_no_stream_notices(cluster: Running) -> None:
+    before, pids = cluster.status(), cluster.pids()
     with streams(cluster):
-        pass
+        assert cluster.restart("decode-0", "gateway-0") == ""
+    after = cluster.status()
+    for name in ("decode-0", "gateway-0"):
+        assert after[name].restarts == before[name].restarts + 1
+        assert after[name].cause == before[name].cause, "that is no death"
+        assert cluster.pids()[name] != pids[name]
     wait_until_idle(cluster, within=10)
 
 
