@@ -83,6 +83,8 @@ class OwnCluster:
     def losses(self, since: float) -> list[tuple[float, str, int]]:
         from ray.exceptions import GetTimeoutError, RayActorError
 
+        if ROUTER_NAME not in self.lives():  # another one is starting
+            return []
         try:
             found: list[tuple[float, str, int]] = self.call("router", "losses", since, within=5.0)
             return found
