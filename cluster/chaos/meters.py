@@ -76,12 +76,17 @@ def shared_memory() -> set[str]:
 
 
 def _kind(link: Path) -> str:
-    """``sockets``, ``anon_inode:[eventfd]``, or the file's name."""
+    """What is open: another incarnation has other names for the same."""
     try:
         name = os.readlink(link)
     except FileNotFoundError:  # closed meanwhile
         return "closed"
-    return "sockets" if name.startswith("socket:") else name.partition(":[0-9")[0]
+    if name.startswith("/memfd:"):
+        return "shared memory"
+    if name.startswith("/"):
+        return "files"
+    kind, _, number = name.partition(":")
+    return number.strip("[]") if kind == "anon_inode" else f"{kind}s"
 
 
 def _is_shared(line: str) -> bool:

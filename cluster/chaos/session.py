@@ -156,7 +156,10 @@ class Session:
         senders = [victim.name for victim in self._processes.victims() if victim.sends]
         await asyncio.to_thread(self._set_links, senders, NEARLY_SOUND)
         await self._load.confirm(self._learned)
-        await asyncio.to_thread(self._set_links, senders, SOUND)
+        for sender in senders:
+            await asyncio.to_thread(self._set_links, [sender], LINKS[Kind.CUT])
+            await self._load.once(self._load.cases[: self._settings.concurrency])
+            await asyncio.to_thread(self._set_links, [sender], SOUND)
         workers = sorted(
             victim.name for victim in self._processes.victims() if victim.usable and victim.role == "decode"
         )
