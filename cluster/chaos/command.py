@@ -157,6 +157,7 @@ def figures(found: Report) -> list[tuple[str, str]]:
             faults + (f" ({found.skipped} left out for want of others to do the work)" if found.skipped else ""),
         ),
         ("streams", f"{told['streams']}, {told['tokens']} tokens in {found.seconds:.0f} s"),
+        ("left out", "; ".join(found.left_out) or "none"),
         ("resumes", f"{told['resumes']} further attempts"),
     ]
     for kind in (Kind.KILL, Kind.STOP):

@@ -143,6 +143,7 @@ class Session:
             tokens=self._load.tokens,
             tokens_per_second=self._rates,
             leaked=leaked,
+            left_out=self._load.unstable,
             violations=[str(violation) for violation in judged.violations],
             memory=[
                 Memory(life.name, life.pid, [at - self._began for at in series.times], series.bytes)

@@ -139,7 +139,7 @@ def report(*verdicts: Verdict, leaked: tuple[str, ...] = ()) -> Report:
     return Report(
         topology="local", seed=0, every=5.0, concurrency=8, began=0.0, seconds=60.0, strikes=[strike(Kind.KILL, 4.0)],
         skipped=0, tally=tally, tokens=100, tokens_per_second=[(0.5, 10.0), (1.0, 20.0)],
-        leaked=[*leaked], violations=[],
+        leaked=[*leaked], left_out=[], violations=[],
         memory=memory,
     )  # fmt: skip
 

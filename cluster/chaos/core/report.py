@@ -117,6 +117,8 @@ class Report:
     tokens_per_second: list[tuple[float, float]]
     leaked: list[str]
     """What is still held, or open, when everything is over."""
+    left_out: list[str]
+    """Requests whose answers differ even without a fault."""
     violations: list[str]
     """What the checker says of the history."""
     memory: list[Memory]
@@ -158,6 +160,7 @@ class Report:
             "resumes": self.tally.resumes,
             "refusals": self.tally.refusals,
             "leaked": self.leaked,
+            "left_out": self.left_out,
             "violations": self.violations,
             "bad": self.tally.bad,
             "detect_seconds": {kind.value: _spread(self.detections(kind)) for kind in (Kind.KILL, Kind.STOP)},
