@@ -157,10 +157,12 @@ class Session:
         senders = [victim.name for victim in self._processes.victims() if victim.sends]
         await asyncio.to_thread(self._set_links, senders, NEARLY_SOUND)
         await self._load.confirm(self._learned)
+        few = self._load.cases[: self._settings.concurrency]
         for sender in senders:
             await asyncio.to_thread(self._set_links, [sender], LINKS[Kind.CUT])
-            await self._load.once(self._load.cases[: self._settings.concurrency])
+            await self._load.once(few)
             await asyncio.to_thread(self._set_links, [sender], SOUND)
+            await self._load.once(few)  # over the way that a failed one is avoided by
         workers = sorted(
             victim.name for victim in self._processes.victims() if victim.usable and victim.role == "decode"
         )
