@@ -69,7 +69,7 @@ def test_the_first_hand_over_measures_what_decides_on_the_next(tiny_llama: Path)
 
 def place(relay: Relay, wanted: PlacementWanted) -> Placed:
     """What a router says that knows the workers of ``relay``."""
-    router = Router(RouterSettings(cluster_key=KEY))
+    router = Router(RouterSettings(cluster_key=KEY, settle=0.0))
     for name, address in relay.addresses.items():
         if name in relay.workers:
             role = Role(name.split("-")[0])
