@@ -7,16 +7,20 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test chaos check format bench clean
 
 demo: .venv/installed
 	$(BIN)/baton demo
 
 # Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed.
-ALONE := tests/e2e tests/chaos tests/gateway
+ALONE := tests/e2e tests/gateway
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) tests/chaos)
 	$(BIN)/pytest $(ALONE)
+
+# Apart from the others as long as those take nearly all the time that there is.
+chaos: .venv/installed
+	$(BIN)/pytest tests/chaos
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
