@@ -1,7 +1,8 @@
 """From logits to tokens, for all rows of a step at once.
 
 Order as in vLLM: penalties, logit bias, temperature, min-p, top-k, top-p. One number a token is drawn, from a generator
-keyed by (seed, position), and looked up in the cumulated probabilities: a row's token depends on its own logits only.
+keyed by (seed, position), and looked up in the probabilities cumulated in the vocabulary's order: a row's token depends
+on its own logits only, and hardly ever on their rounding.
 """
 
 from collections.abc import Callable
@@ -95,7 +96,9 @@ def _draw_truncated(logits: torch.Tensor, sequences: list[Sequence], width: int 
     # A token is kept when those before it have not reached top_p; so the likeliest always is.
     before = kept.cumsum(-1) - kept
     kept = torch.where((before < top_p * total) | (top_p == 1) | (places == 0), kept, 0.0)
-    tokens = order.gather(-1, _pick(kept, sequences)).squeeze(-1)
+    # Drawn in the vocabulary's order: by likelihood, two tokens that are all but equal would change places by rounding.
+    order, places = order.sort(-1)
+    tokens = order.gather(-1, _pick(kept.gather(-1, places), sequences)).squeeze(-1)
     enough = whole | ((min_p == 0) & (top_k == 0) & (top_p <= mass))
     lacking = (~enough.squeeze(-1)).nonzero().squeeze(-1)
     if len(lacking):

@@ -145,9 +145,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def sample_row(logits: torch.Tensor, number: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
-    """One row's token, as ``engine.sampler`` draws it: ``number`` is looked up in the cumulated probabilities, in order
-    of the vocabulary, or from the likeliest down where top-k (0: off) or top-p (1: off) cut some away. -1 where the
-    logits are not numbers."""
+    """One row's token, as ``engine.sampler`` draws it: ``number`` is looked up in the probabilities that top-k (0: off)
+    and top-p (1: off) leave, cumulated in order of the vocabulary. -1 where the logits are not numbers."""
     best = logits.max()
     if not bool(best.isfinite()):
         return -1
@@ -155,15 +154,15 @@ def sample_row(logits: torch.Tensor, number: float, temperature: float, top_k: i
         return int(logits.argmax())
     probabilities = torch.softmax((logits.float() / temperature).double(), -1)
     probabilities = torch.where(probabilities < min_p * probabilities.max(), 0.0, probabilities)
-    order = torch.arange(len(logits), device=logits.device)
-    if top_k or top_p < 1:
-        probabilities, order = probabilities.sort(descending=True, stable=True)
-        if top_k:
-            probabilities[top_k:] = 0
-        before = probabilities.cumsum(-1) - probabilities
-        keep = before < top_p * probabilities.sum()
+    likeliest, order = probabilities.sort(descending=True, stable=True)
+    if top_k:
+        likeliest[top_k:] = 0
+    if top_p < 1:
+        before = likeliest.cumsum(-1) - likeliest
+        keep = before < top_p * likeliest.sum()
         keep[0] = True
-        probabilities = torch.where(keep, probabilities, 0.0)
-    cumulated = probabilities.cumsum(-1)
+        likeliest = torch.where(keep, likeliest, 0.0)
+    kept = torch.zeros_like(likeliest).scatter(-1, order, likeliest)
+    cumulated = kept.cumsum(-1)
     place = int(torch.searchsorted(cumulated, (number * cumulated[-1])[None], right=True))
-    return int(order[min(place, int(probabilities.nonzero().max()))])
+    return min(place, int(kept.nonzero().max()))

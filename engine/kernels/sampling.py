@@ -1,14 +1,15 @@
 """From logits to tokens on the device: min-p, top-k, top-p and the draw, as ``engine.sampler`` does them.
 
-Nothing is sorted. Going down from a row's likeliest token, its probabilities cumulate; what is looked for is always the
-token at which the cumulated count or mass reaches a goal:
+Nothing is sorted. Going down from a row's likeliest token, its probabilities cumulate; what is looked for is the token
+at which the cumulated count or mass reaches a goal:
 
 1. top-k: the k-th token. What is down to it is the mass that top-p takes its share of.
-2. top-p: the first token at which that share is reached. The mass down to it is M.
-3. the draw: the first token at which the mass is above ``number * M``.
+2. top-p: the first token at which that share is reached.
 
 Each is a bisection over the logits' values that reads the row once a step and snaps to values that occur, so it ends.
-Tokens of equal logits come in order of the vocabulary. One program a row: no row's token depends on another row.
+Tokens of equal logits come in order of the vocabulary. Of the tokens that are left, with mass M, the one drawn is the
+first in the vocabulary's order at which the mass is above ``number * M``: by likelihood, two that are all but equal
+would change places by rounding. One program a row: no row's token depends on another row.
 """
 
 import torch
@@ -48,11 +49,9 @@ def _down_to(logits, vocab, temperature, best, floor, value, TILE: tl.constexpr)
 
 
 @triton.jit
-def _search(
-    logits, vocab, temperature, best, floor, low, goal, COUNTS: tl.constexpr, STRICT: tl.constexpr, TILE: tl.constexpr
-):
-    """The largest value down to which the count (``COUNTS``) or mass reaches ``goal`` (is above it: ``STRICT``), given
-    that it does so down to ``low``, a value that occurs. -> (value, mass above it, tokens at it, count above it)."""
+def _search(logits, vocab, temperature, best, floor, low, goal, COUNTS: tl.constexpr, TILE: tl.constexpr):
+    """The largest value down to which the count (``COUNTS``) or mass reaches ``goal``, given that it does so down to
+    ``low``, a value that occurs. -> (value, mass above it, tokens at it, count above it)."""
     top = 0.0  # the likeliest's value; invariant: the goal is reached down to low, and not above top
     while low < top:
         middle = low + (top - low) * 0.5
@@ -62,10 +61,7 @@ def _search(
         measure = mass
         if COUNTS:
             measure = count.to(tl.float64)
-        reached = measure >= goal
-        if STRICT:
-            reached = measure > goal
-        if reached:
+        if measure >= goal:
             low = above
         else:
             top = below
@@ -104,45 +100,36 @@ def sample_kernel(
     top_k, top_p, floor = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
     best = tl.div_rn(best, temperature)
     count, total, _ties, low, _below = _down_to(logits, vocab, temperature, best, floor, -float("inf"), TILE)
-    if (top_k > 0) | (top_p < 1):
-        if (top_k > 0) & (top_k < count):
-            low, above, ties, before = _search(
-                logits, vocab, temperature, best, floor, low, top_k.to(tl.float64), True, False, TILE
-            )
-            total = above + (top_k - before) * tl.exp(low).to(tl.float64)
-        if top_p < 1:
-            goal = top_p * total
-            low, above, ties, before = _search(logits, vocab, temperature, best, floor, low, goal, False, False, TILE)
-            each = tl.exp(low).to(tl.float64)
-            # The first of the tokens at this value with which the goal is reached, and no more than top-k leaves.
-            needed = tl.maximum(tl.minimum(tl.ceil((goal - above) / each), ties), 1.0)
-            total = tl.minimum(above + needed * each, total)
-        goal = number * total
-        low, above, ties, before = _search(logits, vocab, temperature, best, floor, low, goal, False, True, TILE)
-        rank = tl.floor((goal - above) / tl.exp(low).to(tl.float64)) + 1
-        rank = tl.maximum(tl.minimum(rank, ties), 1.0).to(tl.int32)
-        seen = 0
-        found = tl.full((TILE,), vocab, tl.int32)
-        for at in range(0, vocab, TILE):
-            index, z, e = _load(logits, at, vocab, temperature, best, TILE)
-            hits = (z == low).to(tl.int32)
-            found = tl.minimum(found, tl.where((hits > 0) & (seen + tl.cumsum(hits, 0) == rank), index, vocab))
-            seen += tl.sum(hits, 0)
-        tl.store(tokens + row, tl.min(found, 0))
-    else:
-        goal = number * total
-        mass = tl.zeros((), tl.float64)
-        last = tl.full((TILE,), 0, tl.int32)
-        found = tl.full((TILE,), vocab, tl.int32)
-        for at in range(0, vocab, TILE):
-            index, z, e = _load(logits, at, vocab, temperature, best, TILE)
-            alive = (e > 0) & (e >= floor)
-            kept = tl.where(alive, e, 0.0).to(tl.float64)
-            found = tl.minimum(found, tl.where(alive & (mass + tl.cumsum(kept, 0) > goal), index, vocab))
-            last = tl.maximum(last, tl.where(alive, index, 0))
-            mass += tl.sum(kept, 0)
-        # A number just below 1 may lose to the rounding of the sum.
-        tl.store(tokens + row, tl.minimum(tl.min(found, 0), tl.max(last, 0)))
+    equals = count  # of the tokens at low, the smallest value that stays, so many stay
+    if (top_k > 0) & (top_k < count):
+        goal = top_k.to(tl.float64)
+        low, above, ties, before = _search(logits, vocab, temperature, best, floor, low, goal, True, TILE)
+        equals = top_k - before
+        total = above + equals * tl.exp(low).to(tl.float64)
+    if top_p < 1:
+        goal, smallest = top_p * total, low
+        low, above, ties, _before = _search(logits, vocab, temperature, best, floor, low, goal, False, TILE)
+        each = tl.exp(low).to(tl.float64)
+        # The first of the tokens at this value with which the goal is reached, and no more than top-k leaves.
+        needed = tl.maximum(tl.minimum(tl.ceil((goal - above) / each), ties), 1.0).to(tl.int32)
+        equals = tl.where(low == smallest, tl.minimum(needed, equals), needed)
+        total = above + equals * each
+    goal = number * total
+    mass = tl.zeros((), tl.float64)
+    seen = 0
+    last = tl.full((TILE,), 0, tl.int32)
+    found = tl.full((TILE,), vocab, tl.int32)
+    for at in range(0, vocab, TILE):
+        index, z, e = _load(logits, at, vocab, temperature, best, TILE)
+        ties = ((z == low) & (e >= floor)).to(tl.int32)
+        stays = (e > 0) & (e >= floor) & ((z > low) | ((ties > 0) & (seen + tl.cumsum(ties, 0) <= equals)))
+        kept = tl.where(stays, e, 0.0).to(tl.float64)
+        found = tl.minimum(found, tl.where(stays & (mass + tl.cumsum(kept, 0) > goal), index, vocab))
+        last = tl.maximum(last, tl.where(stays, index, 0))
+        mass += tl.sum(kept, 0)
+        seen += tl.sum(ties, 0)
+    # A number just below 1 may lose to the rounding of the sum.
+    tl.store(tokens + row, tl.minimum(tl.min(found, 0), tl.max(last, 0)))
 
 
 def sample(
