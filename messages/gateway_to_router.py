@@ -9,6 +9,8 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 
 MAX_HELD = 256
 """Attempts in one ``Holding``."""
+MAX_CUT = 256
+"""Pairs that one ``PlacementWanted`` names."""
 
 
 class Computed(Part, frozen=True):
@@ -29,6 +31,9 @@ class PlacementWanted(AttemptMessage, frozen=True):
     max_new_tokens: Count
     avoid: tuple[WorkerId, ...] = ()
     """Workers that failed earlier attempts; used only where no other is left."""
+    cut: Annotated[tuple[tuple[WorkerId, WorkerId], ...], Meta(max_length=MAX_CUT)] = ()
+    """Prefill and decode workers between which the KV of earlier attempts did not get through. Where no other pair is
+    left, decode computes the prompt."""
     computed: Computed | None = None
     moving: bool = False
     """The last attempt runs on until this one begins: it is placed only where there is room now, and answered by

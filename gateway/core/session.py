@@ -215,6 +215,7 @@ class Session:
         self._max_attempts = max_attempts
         self._spent = 0.0  # of max_attempts
         self._avoid: dict[WorkerId, None] = {}
+        self._cut: dict[tuple[WorkerId, WorkerId], None] = {}  # between which KV did not get through
         self._computed: Computed | None = None  # by the last prefill worker that is not to blame for a failed attempt
         self._placed_tokens = 0  # of this attempt's prompt, what was generated before counted in
         self._mailboxes: dict[WorkerId, Address] = {}  # of all attempts' workers
@@ -352,6 +353,7 @@ class Session:
             num_tokens=count_tokens(self.prompt) + self.num_generated,
             max_new_tokens=max(0, self.sampling.max_tokens - self.num_generated),
             avoid=tuple(self._avoid),
+            cut=tuple(self._cut),
             computed=computed,
             moving=moving,
         )
@@ -371,6 +373,8 @@ class Session:
 
     def _on_placed(self, placed: Placed, now: float) -> list[Action]:
         moves = self.status is Status.STREAMING and self._asked != self.attempt
+        if placed.attempt == self.attempt and self.status is Status.STREAMING:
+            return [self._prefilled()]  # the router has missed it
         if placed.attempt != self._asked or not (moves or self.status is Status.PLACING):
             return []
         self._moves = moves
@@ -383,6 +387,9 @@ class Session:
         self._give_up_at = now + self._timeouts.first_token
         self._ask_from(now, self._timeouts.ask_again)
         return [self._start_message(placed)]
+
+    def _prefilled(self) -> Send:
+        return Send(self._router, Prefilled(request=self.request, attempt=self.attempt))
 
     def _change_workers(self, placed: Placed | None) -> None:
         self.placed = placed
@@ -425,6 +432,8 @@ class Session:
             return []  # the prefill worker has done its part, whatever became of it since
         if not event.reason.retryable:
             return self._fail(InvalidRequest("the request does not fit: " + event.detail, code="capacity_exceeded"))
+        if event.reason in (FailReason.REFUSED, FailReason.TRANSFER) and self.placed.prefill is not None:
+            self._cut[self.placed.prefill.worker, decode] = None
         match event.reason:
             case FailReason.REFUSED | FailReason.PEER_LOST:
                 blamed = [decode]
@@ -514,7 +523,7 @@ class Session:
         actions: list[Action] = []
         if self.status is Status.STARTING:
             self._move(Status.STREAMING)
-            actions.append(Send(self._router, Prefilled(request=self.request, attempt=self.attempt)))
+            actions.append(self._prefilled())
         self.kv_bytes += max(0, chunk.kv_bytes - self._attempt_kv_bytes)
         self._attempt_kv_bytes = max(self._attempt_kv_bytes, chunk.kv_bytes)
         self._give_up_at = now + self._timeouts.progress

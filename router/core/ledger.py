@@ -2,8 +2,9 @@
 
 Tokens are counted on the prefill worker from ``Placed`` to ``Prefilled``, on the decode worker from ``Placed`` to
 ``Finished``; prompts that a decode worker computes itself also apart, up to ``Prefilled``. A newer attempt of a request
-takes the place of the older one. What nobody will ever finish, because a message was lost or a gateway died, is found
-when the gateway is lost, by the worker's reports, and at last by its age.
+takes the place of the older one. Where such a word was lost, the worker's reports show it: it has fewer requests than
+are counted on it. Which of them are over its gateway knows, and is asked. What nobody will ever finish, because the
+gateway died, is found when that is lost, and at last by its age.
 """
 
 from collections import OrderedDict
@@ -15,6 +16,12 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import Placed, WorkerLost
 from router.core.views import WorkerView
 
+DOUBT_AFTER = 1.0
+"""Seconds after its placement in which a request reaches its worker, and its worker's report the router."""
+ASK_AGAIN = 1.0
+"""Seconds between two questions about a request."""
+ASKED_AT_ONCE = 16
+"""Requests of a worker that one of its reports brings into doubt."""
 REMEMBERED = 16_384
 """Closed requests of which is known where they were."""
 
@@ -38,6 +45,8 @@ class Entry:
     """Set when one of the workers left before its part was over."""
     begun: bool = False
     """Its first token is there."""
+    asked: float = 0.0
+    """When its gateway was last asked whether it goes on."""
 
     def to_begin(self, worker: WorkerView) -> bool:
         """Whether the first token is still to come, from ``worker``, which hands over."""
@@ -175,24 +184,29 @@ class Ledger:
             self.close(request)
         return len(old)
 
-    def forget_absent(self, worker: WorkerView, present: int, before: float) -> int:
-        """``worker`` says that it has ``present`` requests: of those that it was to decode, placed before ``before``,
-        close the oldest in excess of that. Returns how many.
+    def doubtful(self, worker: WorkerView, present: int, now: float) -> list[Entry]:
+        """``worker`` says that it has ``present`` requests: where more than those must have reached it by now, some are
+        over, and which ones their gateways shall say. Each comes once in ``ASK_AGAIN``, oldest first.
 
-        By then every one must have reached it, so as many are over as are in excess. Which ones is a guess; a wrong one
-        costs no more than a place too many on the worker.
+        Until its first token a request is in its prefill worker's queue, from then on in its decode worker's batch. Of
+        a worker that is draining, all are asked about whose first token is not known to be there.
         """
-        old = []
+        old: list[Entry] = []
+        unbegun: list[Entry] = []
         for request in worker.requests:
             entry = self._entries[request]
-            if entry.since >= before:
-                break
-            if entry.decode is worker:
-                old.append(request)
-        excess = old[: max(0, len(old) - present)]
-        for request in excess:
-            self.close(request)
-        return len(excess)
+            if entry.since + DOUBT_AFTER > now:
+                continue
+            waits = entry.prefill is not None and not entry.begun
+            if (entry.prefill is worker) if waits else (entry.decode is worker):
+                old.append(entry)
+            if not entry.begun:
+                unbegun.append(entry)
+        doubtful = old if len(old) > present else unbegun if worker.draining else []
+        due = [entry for entry in doubtful if entry.asked + ASK_AGAIN <= now][:ASKED_AT_ONCE]
+        for entry in due:
+            entry.asked = now
+        return due
 
     def check_integrity(self, workers: Iterator[WorkerView]) -> None:
         """Every worker's load is the sum of its entries."""

@@ -7,7 +7,8 @@
    router answers the same.
 3. None live, or all full: it waits in line, first come first served, until there is one or its time is up
    (``Rejected``). A further attempt goes to the front, however long the line is: its client may be reading already.
-4. ``Prefilled`` takes it off the prefill worker's load, ``Finished`` off the ledger.
+4. ``Prefilled`` takes it off the prefill worker's load, ``Finished`` off the ledger. Where its worker's reports show
+   that one of them was lost, the gateway gets ``Placed`` once more, and says it again.
 5. A worker that is draining gets nothing more, and what runs there moves elsewhere (``drains.py``). When nothing is
    left it may take another role.
 6. If one of its workers leaves the membership, every gateway hears ``WorkerLost``, and its own asks for the next
@@ -120,8 +121,8 @@ class RouterSettings:
     """What a request that is turned away is told."""
     forget_after: float = 3600.0
     """Seconds after which a request that nobody finished is taken off the ledger: its gateway must have died."""
-    forget_absent_after: float = 150.0
-    """The same for one that its decode worker does not have; longer than a gateway waits for a first token."""
+    forget_deserted_after: float = 150.0
+    """The same for one of which no worker is left; longer than a gateway waits for a first token."""
 
 
 class Router:
@@ -318,9 +319,25 @@ class Router:
             return None
         if best is None or (best.worker in wanted.avoid and self._without_prefill):
             return Found(None, decode, expected, Reason.NO_PREFILL)
-        prefill = self._previous(wanted, best) or best
+        prefill = self._not_cut(wanted, self._previous(wanted, best) or best, decode)
+        if prefill is None:
+            return Found(None, decode, expected, Reason.NO_PREFILL)
         reason = self._decide(wanted, prefill, decode)
         return Found(None if reason.local else prefill, decode, expected, reason)
+
+    def _not_cut(self, wanted: PlacementWanted, first: WorkerView, decode: WorkerView) -> WorkerView | None:
+        """``first``, or else another prefill worker, whose KV may get through to ``decode`` for all that is known."""
+        length = wanted.num_tokens + wanted.max_new_tokens
+
+        def may(view: WorkerView) -> bool:
+            return (view.worker, decode.worker) not in wanted.cut
+
+        if may(first):
+            return first
+        policy = self._members.policies[Role.PREFILL]
+        return policy.choose(
+            lambda view: view.max_model_len >= length and view.worker not in wanted.avoid and may(view)
+        )
 
     def _previous(self, wanted: PlacementWanted, best: WorkerView) -> WorkerView | None:
         """The prefill worker that has the KV of an earlier attempt, if this one should go there rather than to
@@ -586,19 +603,20 @@ class Router:
             return [Send(view.address.mailbox, RegisterWanted(worker=view.worker, epoch=view.epoch))]
         if view.take(event, now):
             self._members.heard(view)
-            self._believe(view, event, now)
-            if view.draining:
-                return self._drain_on(view, event, now)
+            actions = self._believe(view, event, now)
+            return [*actions, *self._drain_on(view, event, now)] if view.draining else actions
         return []
 
-    def _believe(self, view: WorkerView, report: Report, now: float) -> None:
-        """Take over what a worker knows better: its pool, and which of its requests are over without a word."""
+    def _believe(self, view: WorkerView, report: Report, now: float) -> list[Action]:
+        """Take over what a worker knows better: its pool, and that of its requests some are over without a word. Their
+        gateways are told again where they are placed, and say what has come of them since."""
         if view.num_blocks != report.blocks.total:
             view.num_blocks = report.blocks.total
             self._load_changed(view)
         present = report.running + report.waiting
-        if view.role is not Role.PREFILL and len(view.requests) > present:
-            self._ledger.forget_absent(view, present, now - self._settings.forget_absent_after)
+        if len(view.requests) <= present and not view.draining:
+            return []
+        return [Send(entry.gateway, entry.placed) for entry in self._ledger.doubtful(view, present, now)]
 
     def _died(self, event: WorkerDied, _now: float) -> list[Action]:
         view = self._members.get(event.worker, event.epoch)
@@ -734,7 +752,7 @@ class Router:
             actions.append(self._reject(wanted, detail, self._settings.retry_after))
             self._moved = True
         self._ledger.forget_before(now - self._settings.forget_after)
-        self._ledger.forget_deserted(now - self._settings.forget_absent_after)
+        self._ledger.forget_deserted(now - self._settings.forget_deserted_after)
         return actions
 
     def _give_up_awaited(self, now: float) -> list[Action]:

@@ -64,7 +64,7 @@ class Reason(StrEnum):
     TOO_LATE = "too_late"
     """Handed over: when decode offered to compute the tail, the prefill worker had done it."""
     NO_PREFILL = "no_prefill"
-    """Local: no prefill worker lives, or all that do have failed the request."""
+    """Local: no prefill worker lives, or all that do have failed the request, or cannot reach decode."""
 
     @property
     def local(self) -> bool:

@@ -167,6 +167,23 @@ def test_a_request_goes_from_placement_to_its_last_token(play: Play) -> None:
     assert play.delivered_right and len(play.tokens) == MAX_TOKENS
 
 
+def test_placed_once_more_it_says_again_that_the_first_token_is_there(play: Play) -> None:
+    play.place()
+    assert play.place() == []
+    play.chunk(0, 1, by="p0")
+    assert play.sent_to(ROUTER, Prefilled)
+    play.place()
+    assert play.sent_to(ROUTER, Prefilled)
+
+
+def test_the_next_attempt_names_the_pair_between_which_kv_did_not_get_through(play: Play) -> None:
+    for attempt, (reason, prefill) in enumerate([(FailReason.TRANSFER, "p0"), (FailReason.REFUSED, "p1")], 1):
+        play.place(prefill=prefill)
+        play.fail(reason, by=prefill)
+        *_, asked = play.sent_to(ROUTER, PlacementWanted)
+        assert asked.cut == (("p0", "d0"), ("p1", "d0"))[:attempt]
+
+
 def test_without_a_prefill_worker_decode_runs_the_whole_sequence(play: Play) -> None:
     play.place(prefill=None)
     assert play.sent_to("d0-mailbox", Generate)

@@ -160,22 +160,40 @@ def test_when_the_head_gives_up_those_behind_it_get_what_was_kept_for_it() -> No
 
 
 @pytest.mark.parametrize("known", [0, 1])
-def test_requests_that_their_worker_does_not_have_give_up_their_places_in_time(known: int) -> None:
-    """Their gateway died, or ``Finished`` was lost; the worker's reports show it."""
-    world = colocated(4, wait_timeout=600.0, forget_absent_after=10.0)
+def test_where_a_worker_has_fewer_requests_than_are_counted_on_it_their_gateways_say_which_are_over(known: int) -> None:
+    """``Finished`` was lost; the worker's reports show it within a second."""
+    world = colocated(4, wait_timeout=600.0)
     for request in "abcd":
         world.place(request)
     assert world.handle(wanted("e")) == []
-    world.now += 9.0
+    world.now += 0.9
     assert world.handle(report("c0", 1, running=known)) == []  # they may be on their way
-    world.now += 2.0
-    sends = world.handle(report("c0", 2, running=known))  # and two wait there
-    assert placed_in(sends) == [("e", "c0")]
-    assert world.state().workers[0].assigned == 2 + known + 1
+    world.now += 0.2
+    asked = world.handle(report("c0", 2, running=known))  # and two wait there
+    assert [request for request, _ in placed_in(asked)] == ["a", "b", "c", "d"]
+    assert world.handle(report("c0", 3, running=known)) == [], "nobody is asked ten times a second"
+    assert placed_in(world.handle(finished("c"))) == [("e", "c0")]
+    world.now += 1.1
+    asked = world.handle(report("c0", 4, running=known))
+    assert [request for request, _ in placed_in(asked)] == ["a", "b", "d", "e"], "the answer may have been lost too"
+    assert world.handle(report("c0", 5, running=4)) == []
+
+
+def test_a_prompt_that_waits_in_a_prefill_queue_brings_nobody_into_doubt() -> None:
+    world = World()
+    world.handle(register("p0", Role.PREFILL))
+    world.handle(register("d0", Role.DECODE))
+    for request in "abcd":
+        world.place(request)
+    world.handle(prefilled("a"))
+    world.now += 30.0
+    assert world.handle(report("p0", 1, running=1)) == []  # and two wait there
+    assert world.handle(report("d0", 1, running=0)) == []
+    assert [send.message.request for send in world.handle(report("p0", 2, running=0))] == ["b", "c", "d"]
 
 
 def test_a_request_whose_worker_is_gone_is_forgotten_in_time_where_finished_was_lost() -> None:
-    world = colocated(4, 4, forget_absent_after=10.0)
+    world = colocated(4, 4, forget_deserted_after=10.0)
     world.place("a")
     world.handle(WorkerDied(worker=WorkerId("c0"), epoch=None, detail="killed"))
     world.handle(report("c1", 1))

@@ -16,6 +16,7 @@ from messages.seals import genuine, seal
 from messages.worker_to_router import Leaving, WorkerDied
 from router.core.machine import Messages, Tick
 from runtime.core.actions import Send
+from runtime.core.disaggregation import Disaggregation, Policy
 from runtime.core.membership import REGISTER_EVERY, REPORT_EVERY, Membership
 from tests.router.world import GATEWAY, KEY, World, finished, prefilled, register, report, wanted
 
@@ -81,6 +82,22 @@ def test_workers_to_avoid_are_used_only_where_no_other_is_left(pair: World) -> N
     for request in "abc":
         assert workers_of(pair.place(request, avoid=("p0", "d1"))) == ("p1", "d0")
     assert workers_of(pair.place("d", avoid=("p0", "p1", "d0"))) == ("p0", "d1")
+
+
+@pytest.mark.parametrize("policy", [Policy.ALWAYS, Policy.AUTO])
+def test_where_kv_does_not_get_through_another_pair_is_taken_and_without_one_decode_computes(policy: Policy) -> None:
+    world = World(disaggregation=Disaggregation(policy=policy))
+    for worker, role in (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE)):
+        world.handle(register(worker, role))
+    second = world.place("r", 2, cut=[("p0", "d0")])
+    assert second.prefill is not None and second.prefill.worker == "p1"
+    third = world.place("r", 3, cut=[("p0", "d0"), ("p1", "d0")])
+    assert third.prefill is None and third.decode.worker == "d0"
+    fourth = world.place("r", 4, avoid=("p0", "p1", "d0"), cut=[("p0", "d0"), ("p1", "d0")])
+    assert fourth.prefill is None and fourth.decode.worker == "d0"
+    world.handle(register("d1", Role.DECODE))
+    fifth = world.place("r", 5, avoid=("d0",), cut=[("p0", "d0"), ("p1", "d0")])
+    assert fifth.prefill is not None and fifth.decode.worker == "d1"
 
 
 def test_a_colocated_pool_places_without_prefill_and_ticket() -> None:

@@ -1,7 +1,7 @@
 """A router without a network, a clock that tests turn, and the messages it takes."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -43,10 +43,11 @@ def report(worker: str, number: int, epoch: int = 1, *, blocks: int = BLOCKS, ru
 
 
 def wanted(request: str, attempt: int = 1, tokens: int = 10, *, avoid: tuple[str, ...] = (), gateway: Address = GATEWAY,
-           max_new_tokens: int = 20) -> PlacementWanted:  # fmt: skip
+           max_new_tokens: int = 20, cut: Iterable[tuple[str, str]] = ()) -> PlacementWanted:  # fmt: skip
     return PlacementWanted(
         request=RequestId(request), attempt=Attempt(attempt), gateway=gateway, tenant="t", num_tokens=tokens,
         max_new_tokens=max_new_tokens, avoid=tuple(map(WorkerId, avoid)),
+        cut=tuple((WorkerId(prefill), WorkerId(decode)) for prefill, decode in cut),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 from messages.common import Role
 from runtime.core.disaggregation import Policy
 from simulator.faults import Kind
-from simulator.history import Dropped, Healed, Idle, Killed, Offered, Started
+from simulator.history import Dropped, Ended, Healed, Idle, Killed, Offered, Started
 from tests.simulator.rows import LONG, Story, first_pair, kill, link, topology, wish
 
 WAYS = pytest.mark.parametrize("one_sided", [True, False], ids=["one-sided", "two-sided"])
@@ -26,6 +26,26 @@ def test_d1_where_prefill_cannot_reach_decode_the_request_goes_another_way(
     cuts = [link(Kind.CUT, *way, 60.0, moment) for way in ways]
     story = Story([wish()], cuts, of).clean()
     assert story.ended() == 1
+
+
+@WAYS
+@pytest.mark.parametrize("policy", [Policy.ALWAYS, Policy.AUTO])
+@pytest.mark.parametrize("decode", [1, 2])
+def test_d1_where_no_prefill_worker_can_reach_decode_it_computes_the_prompts(
+    decode: int, policy: Policy, one_sided: bool
+) -> None:
+    of = topology(1, decode, one_sided=one_sided, policy=policy)
+    cuts = [replace(link(Kind.CUT, "prefill-0", name, 60.0), at=1.0) for name in of.of(Role.DECODE)]
+    story = Story([wish(n, at=1.5 + n / 10) for n in range(3)], cuts, of).clean()
+    assert story.ended() == 3 and not story.failures()
+
+
+def test_where_it_was_lost_that_requests_are_over_their_places_are_free_two_seconds_later() -> None:
+    cut = replace(link(Kind.CUT, "gateway-0", "router", 1.0), at=1.52)
+    story = Story(
+        [wish(n, at=1.5, tokens=2) for n in range(4)] + [wish(n, at=2.5) for n in range(4, 8)], [cut], topology(1, 1)
+    ).clean()  # fmt: skip
+    assert story.ended() == 8 and max(record.at for record in story.all(Ended)) < 5.0
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held back", "dropped"])
