@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -54,12 +56,45 @@ def request(number: int, prompt: str) -> str:
     return json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body})
 
 
-def test_up_status_submit_chat_down(tmp_path: Path) -> None:
-    shown = baton("up", "--detach", COLOCATED, "--port", "0")
-    url = re.search(r"http://127\.0\.0\.1:\d+", shown)
-    assert url is not None and "ready" in shown
-    assert httpx.get(url[0] + "/ready").status_code == 200
+@contextmanager
+def foreground() -> Iterator[subprocess.Popen[str]]:
+    """A launcher that is waited for; one that a test gives up is told to end."""
+    command = [BATON, "up", COLOCATED, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        try:
+            yield launcher
+        finally:
+            launcher.terminate()
 
+
+def said_until(launcher: subprocess.Popen[str], words: str) -> str:
+    """What it has printed when it prints these words, which it must."""
+    assert launcher.stdout is not None
+    said = ""
+    for line in launcher.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(f"never said {words!r}: {said}")
+
+
+def test_up_status_submit_chat_down(tmp_path: Path) -> None:
+    with foreground() as launcher:
+        shown = said_until(launcher, "Ctrl-C")
+        url = re.search(r"http://127\.0\.0\.1:\d+", shown)
+        assert url is not None and "ready" in shown
+        use(url[0], tmp_path)
+        with ThreadPoolExecutor(1) as threads:
+            down = threads.submit(baton, "down")
+            assert launcher.wait(60) == 0, "in good order: down sends SIGTERM, and kills who does not listen"
+            assert "is stopped" in down.result()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url[0] + "/health")
+
+
+def use(url: str, tmp_path: Path) -> None:
+    """What can be done with a cluster that is up."""
+    assert httpx.get(url + "/ready").status_code == 200
     assert "runs already" in baton("up", "--detach", COLOCATED, "--port", "0", code=1)
     status = baton("status")
     assert "worker-0" in status and "worker-1" in status and "2048" in status
@@ -77,9 +112,6 @@ def test_up_status_submit_chat_down(tmp_path: Path) -> None:
     assert results.read_bytes() == first
 
     assert baton("chat", "--max-tokens", "8", stdin="Tell me a story.\n").strip()
-    assert "is stopped" in baton("down")
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(url[0] + "/health")
 
 
 def test_down_cleans_up_after_a_launcher_that_was_killed(tmp_path: Path) -> None:
@@ -93,23 +125,10 @@ def test_down_cleans_up_after_a_launcher_that_was_killed(tmp_path: Path) -> None
     assert "no cluster runs" in baton("down", code=1)
 
 
-def test_up_in_the_foreground_ends_in_good_order_on_sigterm() -> None:
-    command = [BATON, "up", COLOCATED, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
-        assert launcher.stdout is not None
-        for line in launcher.stdout:
-            if "Ctrl-C" in line:
-                launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(60) == 0
-
-
 def test_up_interrupted_while_it_starts_leaves_nothing() -> None:
-    command = [BATON, "up", COLOCATED, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
-        assert launcher.stdout is not None
-        for line in launcher.stdout:
-            if "worker-1: starting" in line:
-                launcher.send_signal(signal.SIGINT)
+    with foreground() as launcher:
+        said_until(launcher, "worker-1: starting")
+        launcher.send_signal(signal.SIGINT)
         assert launcher.wait(60) == 130
 
 
@@ -144,10 +163,10 @@ def test_up_joins_a_ray_that_is_there_and_gives_everything_back(tmp_path: Path, 
     topology.write_text(f"{text}\ncluster: {{address: '{somebodys_ray}'}}\ndebug: {{record: journals}}\n")
     shown = baton("up", "--detach", str(topology), "--port", "0")
     url = re.search(r"http://127\.0\.0\.1:\d+", shown)
-    assert url is not None
+    assert url is not None and "ready" in shown
     body = {"model": "tiny-llama", "prompt": "Once", "max_tokens": 4}
     assert httpx.post(url[0] + "/v1/completions", json=body, timeout=30).status_code == 200
-    baton("down")
+    assert "is stopped" in baton("down")
     look = (
         f"import ray; ray.init('{somebodys_ray}', logging_level='ERROR', log_to_driver=False)\n"
         "from ray.util import list_named_actors, placement_group_table\n"
