@@ -30,7 +30,7 @@ VIOLATIONS = 20
 """Of the checker's that are told of."""
 EVERY_LINE = 10.0
 """Seconds between two lines where there is no terminal."""
-OVERRIDES = {"dtype": "float32", "gateway.port": 0, "cluster.chaos": True}
+OVERRIDES = {"dtype": "float32", "gateway.port": 0, "gateway.replicas": 2, "cluster.chaos": True}
 """The same answer whatever else is in a step, a port of its own, and links that can be made bad."""
 
 
@@ -167,6 +167,7 @@ def figures(found: Report) -> list[tuple[str, str]]:
         ("restarts", _times(told["restart_seconds"])),
         ("longest pauses", _times(told["pause_seconds"])),
         ("refused, asked again", str(told["refusals"])),
+        ("went on elsewhere", str(told["attached"])),
         *((each.value, str(found.count(each))) for each in Verdict if each is not Verdict.SAME),
         ("leaked", str(len(found.leaked))),
         ("the checker's", f"{len(found.violations)} violations"),

@@ -213,6 +213,8 @@ class Load:
                 self.tokens += got.num_tokens - before
         except (httpx.TransportError, Broken) as error:
             broken = error if isinstance(error, Broken) else Broken(_told(error))
+            if not stream.event_id and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+                broken = Refused(str(broken), after=ATTACH_AGAIN)  # nothing has come: whoever asks anew repeats nothing
             recorder.fail(time.monotonic(), number, case, broken.status, broken.code, broken.after, str(broken))
             return broken
         recorder.end(stream.last, number, got)

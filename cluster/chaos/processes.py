@@ -57,7 +57,7 @@ class OwnCluster:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self.urls = [cluster.url]
+        self.urls = cluster.urls
         self._configs = {each.config.process: each.config for each in cluster.plan.workers(router="")}
 
     def lives(self) -> dict[str, Life]:
@@ -100,7 +100,10 @@ class OwnCluster:
             Victim(name, config.role.value, usable=name in alive, restarts=True, sends=config.role is Role.PREFILL)
             for name, config in self._configs.items()
         ]
-        return [*workers, Victim(ROUTER_NAME, ROUTER_NAME, usable=ROUTER_NAME in alive, restarts=True)]
+        others = [(ROUTER_NAME, "router")]
+        if len(self._cluster.plan.gateways) > 1:  # its clients go on at another one
+            others += [(name, "gateway") for name in self._cluster.plan.gateways]
+        return [*workers, *(Victim(name, role, usable=name in alive, restarts=True) for name, role in others)]
 
 
 class Gone(Exception):

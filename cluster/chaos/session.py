@@ -186,6 +186,7 @@ class Session:
         resumed = resumes_of(stream.pauses, stream.attempts, self.now.strikes)
         story = f"{stream.case} ({stream.request}, {stream.attempts} attempts): {stream.detail}"
         self.now.tally.add(stream.verdict, stream.attempts, stream.refusals, stream.longest_pause, story, resumed)
+        self.now.tally.attached += stream.attached
         if stream.verdict is not Verdict.SAME:
             self._note(f"{stream.verdict.value}: {story}")
 

@@ -101,10 +101,8 @@ def _may_hit(kind: Kind, victim: Victim, known: Sequence[Victim]) -> bool:
         return True
     if victim.role == "router":
         return victim.restarts  # streams do without it for a while
-    if victim.role == "gateway":
-        return (
-            kind is Kind.KILL and victim.restarts
-        )  # one that stands still holds its clients up, and nobody is to blame
+    if victim.role == "gateway" and kind is not Kind.KILL:
+        return False  # one that stands still holds its clients up, and nobody else could know
     return any(other.role == victim.role and other.usable and other is not victim for other in known)
 
 

@@ -55,6 +55,8 @@ class Tally:
     verdicts: Counter[Verdict] = field(default_factory=Counter)
     resumes: int = 0
     refusals: int = 0
+    attached: int = 0
+    """How often a client went on with its stream after its connection had broken."""
     pauses: list[float] = field(default_factory=list)
     """The longest of each stream."""
     resumed: list[Resume] = field(default_factory=list)
@@ -159,6 +161,7 @@ class Report:
             "tokens": self.tokens,
             "resumes": self.tally.resumes,
             "refusals": self.tally.refusals,
+            "attached": self.tally.attached,
             "leaked": self.leaked,
             "left_out": self.left_out,
             "violations": self.violations,
