@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from messages.codec import decoder_for
 from messages.ids import Address
 from runtime.mailbox import AsyncMailbox
 from runtime.recorder import Recorder
+from runtime.threads import thread_pool
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class GatewayServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         mailbox = AsyncMailbox(self._config.mailbox_host, decoder_for(*Messages))
         recorder = Recorder(Path(self._config.record), "gateway") if self._config.record else None
-        with ThreadPoolExecutor(PLANNERS, "gateway-planner") as executor:
+        with thread_pool(PLANNERS, "gateway-planner") as executor:
             try:
                 metrics = Metrics()
                 self._hub = hub = self._make_hub(mailbox, metrics, recorder)

@@ -1,7 +1,7 @@
 """A rank's KV pool and its ways in and out of the process, and what rank 0 makes of those of all ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +27,7 @@ from kv_transfer.core.ways import KINDS
 from kv_transfer.transports.base import Pool, Receiver, Sender
 from kv_transfer.transports.records import LaneCopy
 from messages.common import KVEndpoint, KVRank, KVShard, WorkerAddress
+from runtime.threads import thread_pool
 
 DIGEST_BYTES_AT_ONCE = 1 << 20
 """Of a lane that has to be packed to be hashed."""
@@ -80,7 +81,7 @@ class RankPort:
         self._layers = layers
         self._post = post
         self._hasher = LaneHasher(pool, kv.shard)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
+        self._thread = thread_pool(1, "kv-digest")
 
     def perform(self, action: RankAction) -> RankEvent | None:
         """Returns at once, with the answer if there is one already; later ones come through ``post``."""

@@ -101,6 +101,9 @@ class ZmqSender(BackgroundSender[LaneCopy]):
         self._pool = pool
         self._stalled_after = stalled_after
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # libzmq starts its threads with the first socket. Not when another transport has failed, which is no time to
+        # find that there is no room for them.
+        self._context.socket(zmq.PUSH).close(linger=0)
         self._wake = _Wake()
         self._links: dict[str, _Link] = {}
         self._cancelling: Counter[TransferKey] = Counter()
