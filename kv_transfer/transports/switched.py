@@ -8,7 +8,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
@@ -59,8 +59,24 @@ class Links:
     """The links out of one process. ``state`` may be set from any thread; it is the schedule of a ``FaultySender``."""
 
     def __init__(self, rng: Random | None = None) -> None:
-        self.state = SOUND
         self.rng = Random() if rng is None else rng
+        self._state = SOUND
+        self._on_sound: list[Callable[[], None]] = []
+
+    @property
+    def state(self) -> LinkState:
+        return self._state
+
+    @state.setter
+    def state(self, state: LinkState) -> None:
+        self._state = state
+        if state.sound:
+            for call in self._on_sound:
+                call()
+
+    def on_sound(self, call: Callable[[], None]) -> None:
+        """Have it called, in the thread that sets it, whenever ``state`` is sound again."""
+        self._on_sound.append(call)
 
     def __iter__(self) -> Iterator[Fault]:
         return self
@@ -85,6 +101,7 @@ class SwitchedSender:
         self._links = links
         self._on_event = on_event
         self._late = LateReports(on_event)
+        links.on_sound(self._late.hurry)
         self._plain = make(pool=pool, on_event=on_event)
         self._faulty = FaultySender(
             pool,
@@ -151,6 +168,16 @@ class LateReports:
         with self._changed:
             self._free_at = max(self._free_at, time.monotonic()) + num_bytes / state.bytes_per_second
             heapq.heappush(self._waiting, (self._free_at + state.latency, next(self._numbers), event))
+            self._changed.notify()
+
+    def hurry(self) -> None:
+        """The link is fast again: what was slow is there at once. What was lost is still found out in its time."""
+        with self._changed:
+            self._free_at = 0.0
+            self._waiting = [
+                (0.0 if isinstance(event, Pushed) else due, number, event) for due, number, event in self._waiting
+            ]
+            heapq.heapify(self._waiting)
             self._changed.notify()
 
     def drop(self, key: TransferKey) -> None:

@@ -106,6 +106,16 @@ def test_a_slow_link_takes_its_latency_and_the_time_of_the_bytes() -> None:
         assert time.monotonic() - begun >= 0.25
 
 
+def test_what_a_slow_link_still_has_is_there_as_soon_as_it_is_fast_again() -> None:
+    with World() as world:
+        world.links.state = LinkState(latency=60.0)
+        world.push()
+        world.received.until(Landed)
+        assert world.sent.empty
+        world.links.state = SOUND
+        assert world.sent.next() == PUSHED
+
+
 def test_without_chaos_a_worker_has_plain_senders() -> None:
     memory = PrivateMemory(4, BLOCK)
     senders = make_senders("zmq", memory, SHARD, Events().put)
