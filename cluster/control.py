@@ -55,6 +55,8 @@ class Told(msgspec.Struct, tag="note", frozen=True):
 
 class Statuses(msgspec.Struct, tag="statuses", frozen=True):
     units: tuple[Status, ...]
+    urls: tuple[str, ...]
+    """Of all gateways."""
 
 
 class Ended(msgspec.Struct, tag="ended", frozen=True):
@@ -72,6 +74,8 @@ _answers = msgspec.json.Decoder(Answer)
 class Controlled(Protocol):
     """What can be asked of a ``Cluster``."""
 
+    @property
+    def urls(self) -> list[str]: ...
     def status(self) -> list[Status]: ...
     def operate(self, wanted: Wanted) -> Iterator[Note | Done]: ...
 
@@ -126,7 +130,7 @@ class ControlServer:
 
     def _answer(self, question: Question) -> Iterator[Answer]:
         if isinstance(question, StatusAsked):
-            yield Statuses(tuple(self._cluster.status()))
+            yield Statuses(tuple(self._cluster.status()), tuple(self._cluster.urls))
             return
         try:
             for heard in self._cluster.operate(self._event(question)):

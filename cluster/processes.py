@@ -55,6 +55,8 @@ RETIRE_WITHIN = 600.0
 STOP_WITHIN = 20.0
 """Seconds that actors get to end in good order before they are killed."""
 POLL = 0.2
+GONE_WITHIN = 10.0
+"""Seconds from SIGKILL to a process's end, after which people are told that it is stuck."""
 
 Needs = dict[str, float]
 """Ray's name of a resource -> how much of it."""
@@ -501,7 +503,8 @@ class Processes:
         for process in processes:
             self._end(process)
         for process in processes:
-            process.gone.wait()
+            while not process.gone.wait(GONE_WITHIN):  # its memory and devices are not free before
+                self._progress(process.name, f"still there {GONE_WITHIN:.0f} s after SIGKILL: stuck in the kernel?")
         self._post(Gone(incarnation.unit, incarnation.number))
 
     def _stop_together(self, processes: Iterable[Process]) -> None:

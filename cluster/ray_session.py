@@ -80,7 +80,7 @@ class RaySession:
         with _own_signal_handlers():
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
-            except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+            except Exception as error:  # a node that does not start in time is no more than that for Ray
                 raise LaunchError(self._cannot(error)) from error
         if self.folder is not None:
             (self.folder / ADDRESS).write_text(ray.get_runtime_context().gcs_address)
@@ -162,7 +162,8 @@ class RaySession:
     def _cannot(self, error: Exception) -> str:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if self.folder is not None:
-            return f"Ray did not start: {first}"
+            advice = "this machine may be too busy or short of memory: look at `uptime` and `free`, and try again"
+            return f"Ray did not start: {first}; {advice}"
         return f"there is no Ray to join at {self._address!r}: {first}; start one, or write `address: local`"
 
 

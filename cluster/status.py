@@ -32,18 +32,23 @@ def show_status(console: Console, name: str | None) -> None:
                 console.print(_table(get(file.url, "/status")))
             except ClusterError as error:
                 console.print(f"  [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
-            _show_troubles(console, file.name)
+            _show_launcher(console, file)
 
 
-def _show_troubles(console: Console, name: str) -> None:
-    """What has died, and what does not run now, as its launcher knows it."""
+def _show_launcher(console: Console, file: state.ClusterFile) -> None:
+    """What its launcher knows: further gateways, what has died, and what does not run now."""
     try:
-        answers = list(ask(name, StatusAsked()))
+        answers = list(ask(file.name, StatusAsked()))
     except ClusterError as error:
         console.print(f"  [red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
         return
     for answer in answers:
-        for unit in answer.units if isinstance(answer, Statuses) else ():
+        if not isinstance(answer, Statuses):
+            continue
+        further = [url for url in answer.urls if url != file.url]
+        if further:
+            console.print(f"  also at {', '.join(further)}", highlight=False, soft_wrap=True)
+        for unit in answer.units:
             trouble = ", ".join(_troubles(unit))
             if trouble:
                 colour = "yellow" if unit.phase is Phase.RUNNING else "red"

@@ -1,5 +1,6 @@
 """Promise: the launcher can be asked by its own user only, answers as things happen, and outlives every question."""
 
+import io
 import os
 import socket
 import stat
@@ -16,7 +17,7 @@ from cluster.core.events import Done, DrainWanted, FlipWanted, Note, RestartWant
 from cluster.core.operations import Refused
 from cluster.core.units import Kind, Phase, Status
 from cluster.errors import ClusterError
-from cluster.status import _troubles
+from cluster.status import _show_launcher, _troubles
 
 RUNNING = Status(
     name="decode-0", kind=Kind.WORKER, phase=Phase.BACK_OFF, seconds=2.0, restarts=3, retry_in=1.5,
@@ -24,11 +25,15 @@ RUNNING = Status(
 )  # fmt: skip
 
 
+URLS = ("http://127.0.0.1:1", "http://127.0.0.1:2")
+
+
 class Cluster:
     """Says what it is asked for, and then that it is done, unless it is told another end."""
 
     def __init__(self) -> None:
         self.problem = ""
+        self.urls = list(URLS)
 
     def status(self) -> list[Status]:
         return [RUNNING]
@@ -57,7 +62,7 @@ def test_only_its_user_may_ask(cluster: Cluster) -> None:
 
 
 def test_the_status_arrives_as_it_is(cluster: Cluster) -> None:
-    assert list(ask("local", StatusAsked())) == [Statuses((RUNNING,))]
+    assert list(ask("local", StatusAsked())) == [Statuses((RUNNING,), URLS)]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,16 @@ def test_every_question_becomes_what_it_says_and_its_notes_and_end_come_back(
     assert list(ask("local", question)) == [Told("asked", repr(wanted)), Ended("")]
 
 
+def test_people_are_shown_every_gateway_and_what_is_wrong(cluster: Cluster) -> None:
+    file = state.ClusterFile(name="local", pid=os.getpid(), started=0, url=URLS[0], topology="t.yaml")
+    console = Console(record=True, width=200, file=io.StringIO())
+    _show_launcher(console, file)
+    assert console.export_text().splitlines() == [
+        f"  also at {URLS[1]}",
+        "  decode-0: back-off, starts again in 2 s, 3 restarts, last death: its process (pid 7) ended",
+    ]
+
+
 def test_a_refusal_is_an_end_with_the_reason(cluster: Cluster) -> None:
     assert list(ask("local", FlipAsked("decode-0"))) == [Ended("it is the last of its role")]
 
@@ -88,7 +103,7 @@ def test_what_is_no_question_is_told_so_and_harms_nobody(cluster: Cluster, line:
         connection.sendall(line)
         connection.shutdown(socket.SHUT_WR)
         assert b"no question that is understood" in connection.makefile("rb").read()
-    assert list(ask("local", StatusAsked())) == [Statuses((RUNNING,))]
+    assert list(ask("local", StatusAsked())) == [Statuses((RUNNING,), URLS)]
 
 
 def test_a_socket_that_a_killed_launcher_left_is_replaced(cluster: Cluster) -> None:
