@@ -299,12 +299,13 @@ def replay(
 def chaos(
     topology: TopologyFile,
     faults: Annotated[
-        str, typer.Option(metavar="KINDS", help="Of kill, stop, cut, slow, corrupt.")
+        str, typer.Option(metavar="KINDS", help="Of kill, stop, cut, slow, corrupt, head.")
     ] = "kill,stop,cut,slow,corrupt",
     duration: Annotated[str, typer.Option(metavar="TIME", help="Of the load, such as 60s or 10m.")] = "60s",
     every: Annotated[str, typer.Option(metavar="TIME", help="From one fault to the next.")] = "5s",
     seed: Annotated[int, typer.Option(help="Of the requests and of the faults.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at a time.")] = 8,
+    longest: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of an answer, at most.")] = 240,
     report: Annotated[
         Path | None, typer.Option(metavar="PAGE.HTML", help="Write what happened when; as a picture: *.svg.")
     ] = None,
@@ -322,7 +323,7 @@ def chaos(
     from cluster.chaos.options import kinds, seconds
     from cluster.chaos.session import Settings
 
-    settings = Settings(str(topology), kinds(faults), seconds(duration), seconds(every), seed, concurrency)
+    settings = Settings(str(topology), kinds(faults), seconds(duration), seconds(every), seed, concurrency, longest)
     if not run_chaos(_console(), topology, settings, report=report, history=history, as_json=as_json):
         raise typer.Exit(1)
 

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from cluster import state
 from cluster.control import ControlServer
+from cluster.core.units import BackOff
 from cluster.display import StartProgress
 from cluster.errors import ClusterError, Interrupted
-from cluster.launch import Cluster, Remains
+from cluster.launch import AS_KUBERNETES, Cluster, Remains
 from cluster.topology import Topology
 from cluster.validate import check
 
@@ -59,7 +60,12 @@ class Signals:
 
 @contextlib.contextmanager
 def running(
-    topology: Topology, console: Console, *, source: Path, on_end: Callable[[Remains], None] = lambda remains: None
+    topology: Topology,
+    console: Console,
+    *,
+    source: Path,
+    on_end: Callable[[Remains], None] = lambda remains: None,
+    head_back_off: BackOff = AS_KUBERNETES,
 ) -> Iterator[tuple[Cluster, Signals]]:
     """A ready cluster, known by its state file; taken down at the end of the block. Only in the main thread.
 
@@ -76,7 +82,8 @@ def running(
                 file = state.update(file, url=None, ray_folder=cluster.ray_folder)
             progress.note(who, what)
 
-        cluster = Cluster(plan, note, keep_logs_in=state.folder() / f"{topology.name}-logs", check=signals.check)
+        logs = state.folder() / f"{topology.name}-logs"
+        cluster = Cluster(plan, note, logs, signals.check, head_back_off=head_back_off)
         try:
             with progress:
                 cluster.start()

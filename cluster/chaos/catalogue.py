@@ -5,7 +5,7 @@ what has to survive a death: penalties and seeds, stop strings, several samples,
 long prompts and answers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -45,30 +45,35 @@ class Case:
         self.body["stop"] = [text[middle : middle + 12] or " "]
 
 
-Make = Callable[[Random], tuple[str, dict[str, Any]]]
+FEW = 16
+"""An answer of less tokens is short."""
+Make = Callable[[Random, str], tuple[str, dict[str, Any]]]
 
 
 def catalogue(model: str, seed: int, count: int, longest: int = 240) -> list[Case]:
-    """``count`` requests to ``model``, of every sort in turn. ``longest``: tokens of an answer."""
+    """``count`` requests to ``model``, of every sort in turn. ``longest``: tokens of an answer; where they are few, so
+    are those of the prompt."""
     cases = []
     for number in range(count):
         rng = Random(f"{seed}/{number}")
         name, make = _SORTS[number % len(_SORTS)]
-        path, body = make(rng)
+        path, body = make(rng, _prompt(rng, (8,) if longest < FEW else (8, 40, 40, 200, 400)))
         # A handful of short answers, for what happens at their ends.
-        length = rng.randrange(2, 16) if number % 5 == 4 else rng.randrange(longest // 4, longest)
+        short = number % 5 == 4 or longest < FEW
+        length = rng.randrange(2, min(16, longest + 1)) if short else rng.randrange(longest // 4, longest)
         body |= {"model": model, "max_tokens": length}
         cases.append(Case(f"{number} {name}", path, body, stops=name == "stop"))
     return cases
 
 
-def _prompt(rng: Random) -> str:
-    longest = rng.choice((8, 40, 40, 200, 400))
+def _prompt(rng: Random, lengths: Sequence[int]) -> str:
+    """``lengths``: of its most words, one is drawn."""
+    longest = rng.choice(lengths)
     return " ".join(rng.choice(_WORDS) for _ in range(rng.randrange(longest // 4, longest)))
 
 
-def _greedy(rng: Random) -> tuple[str, dict[str, Any]]:
-    return COMPLETIONS, {"prompt": _prompt(rng), "temperature": 0, "ignore_eos": True}
+def _greedy(_rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"prompt": prompt, "temperature": 0, "ignore_eos": True}
 
 
 def _sampled(rng: Random) -> dict[str, Any]:
@@ -77,29 +82,29 @@ def _sampled(rng: Random) -> dict[str, Any]:
     return {"temperature": rng.choice((0.7, 1.0)), "top_k": rng.choice((4, 8)), "seed": rng.randrange(1 << 31)}
 
 
-def _seeded(rng: Random) -> tuple[str, dict[str, Any]]:
-    return COMPLETIONS, {"prompt": _prompt(rng), **_sampled(rng), "ignore_eos": True}
+def _seeded(rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"prompt": prompt, **_sampled(rng), "ignore_eos": True}
 
 
-def _several(rng: Random) -> tuple[str, dict[str, Any]]:
-    return COMPLETIONS, {"prompt": _prompt(rng), **_sampled(rng), "n": rng.choice((2, 3))}
+def _several(rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"prompt": prompt, **_sampled(rng), "n": rng.choice((2, 3))}
 
 
-def _scored(rng: Random) -> tuple[str, dict[str, Any]]:
-    return COMPLETIONS, {"prompt": _prompt(rng), **_sampled(rng), "logprobs": 3, "ignore_eos": True}
+def _scored(rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"prompt": prompt, **_sampled(rng), "logprobs": 3, "ignore_eos": True}
 
 
-def _echoed(rng: Random) -> tuple[str, dict[str, Any]]:
-    return COMPLETIONS, {"prompt": _prompt(rng), "temperature": 0, "logprobs": 1, "echo": True, "ignore_eos": True}
+def _echoed(rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True, "ignore_eos": True}
 
 
-def _punished(rng: Random) -> tuple[str, dict[str, Any]]:
+def _punished(rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
     penalties = {"presence_penalty": 0.6, "frequency_penalty": 0.4, "repetition_penalty": 1.1}
-    return COMPLETIONS, {"prompt": _prompt(rng), **_sampled(rng), **penalties, "ignore_eos": True}
+    return COMPLETIONS, {"prompt": prompt, **_sampled(rng), **penalties, "ignore_eos": True}
 
 
-def _chat(rng: Random) -> tuple[str, dict[str, Any]]:
-    messages = [{"role": "user", "content": _prompt(rng)}]
+def _chat(rng: Random, prompt: str) -> tuple[str, dict[str, Any]]:
+    messages = [{"role": "user", "content": prompt}]
     return CHAT, {"messages": messages, **_sampled(rng), "logprobs": True, "top_logprobs": 2}
 
 

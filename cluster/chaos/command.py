@@ -1,7 +1,6 @@
 """`baton chaos` on a terminal: starts the topology, shows the run, tells what it found."""
 
 import asyncio
-import math
 import threading
 import time
 from pathlib import Path
@@ -15,19 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.chaos.core.answers import Verdict
-from cluster.chaos.core.faults import Kind
-from cluster.chaos.core.report import Report
-from cluster.chaos.page import page, picture
+from cluster.chaos.core.faults import HEAD_SECONDS, Kind
+from cluster.chaos.core.report import LEAST_SPAN, MOST_GROWTH, Report
+from cluster.chaos.page import VIOLATIONS, page, picture
 from cluster.chaos.processes import OwnCluster
 from cluster.chaos.recorder import Recorder
 from cluster.chaos.session import Now, Session, Settings
+from cluster.core.units import BackOff
 from cluster.errors import ClusterError, Interrupted
 from cluster.launch import Cluster
 from cluster.running import Signals, running
 from cluster.topology import Topology
 
-VIOLATIONS = 20
-"""Of the checker's that are told of."""
 EVERY_LINE = 10.0
 """Seconds between two lines where there is no terminal."""
 OVERRIDES = {"dtype": "float32", "gateway.port": 0, "gateway.replicas": 2, "cluster.chaos": True}
@@ -44,7 +42,9 @@ def chaos(
     quiet = Console(stderr=True, quiet=as_json and not console.is_terminal)
     topology = Topology.load(source)
     topology = topology.with_overrides({**OVERRIDES, "cluster.name": f"{topology.name}-chaos"[:40]})
-    with Recorder(history) as recorder, running(topology, quiet, source=source.resolve()) as (cluster, signals):
+    head = BackOff(at_once=HEAD_SECONDS, first=HEAD_SECONDS)
+    up = running(topology, quiet, source=source.resolve(), head_back_off=head)
+    with Recorder(history) as recorder, up as (cluster, signals):
         signals.only_note()
         found = _run(quiet, cluster, signals, settings, recorder)
     if report is not None:
@@ -139,11 +139,13 @@ def show(console: Console, found: Report) -> None:
     for row, text in figures(found):
         table.add_row(row, escape(text))
     console.print(table)
-    for problem in [*found.leaked, *found.tally.bad]:
+    for problem in found.problems:
         console.print(f"[red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
     for violation in found.violations[:VIOLATIONS]:
         console.print(f"[yellow]{escape(violation)}[/]", highlight=False, soft_wrap=True)
-    verdict = "[green]OK[/]  nothing lost, repeated, leaked or wrong" if found.ok else "[red]FAILED[/]"
+    verdict = (
+        "[green]OK[/]  nothing lost, repeated, leaked or wrong, and no memory grows" if found.ok else "[red]FAILED[/]"
+    )
     console.print(verdict, highlight=False)
 
 
@@ -168,8 +170,10 @@ def figures(found: Report) -> list[tuple[str, str]]:
         ("longest pauses", _times(told["pause_seconds"])),
         ("refused, asked again", str(told["refusals"])),
         ("went on elsewhere", str(told["attached"])),
+        ("while Ray's head was gone", f"{told['headless']} streams"),
         *((each.value, str(found.count(each))) for each in Verdict if each is not Verdict.SAME),
         ("leaked", str(len(found.leaked))),
+        ("growing", str(len(found.growing))),
         ("the checker's", f"{len(found.violations)} violations"),
         ("memory", _growths(found)),
     ]
@@ -183,8 +187,11 @@ def _times(spread: dict[str, float]) -> str:
 
 
 def _growths(found: Report) -> str:
-    growths = [(each.growth, each.name) for each in found.memory if not math.isnan(each.growth)]
-    if not growths:
-        return "not watched for long enough"
-    growth, name = max(growths)
-    return f"{name} grows most: {growth:+.2f} MB/min"
+    if not found.judged:
+        return f"no process was watched for {LEAST_SPAN:.0f} s after its warm-up"
+    most, growth = max(found.judged, key=lambda pair: pair[1])
+    others = len(found.memory) - len(found.judged)
+    return (
+        f"{most.name} grows most: {growth:+.2f} MB/min ({MOST_GROWTH} are too many), of {len(found.judged)} processes "
+        f"that were watched for {LEAST_SPAN:.0f} s or more after their warm-up; {others} lived too shortly"
+    )

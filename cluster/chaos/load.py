@@ -5,6 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 from secrets import token_hex
@@ -214,7 +215,9 @@ class Load:
         except (httpx.TransportError, Broken) as error:
             broken = error if isinstance(error, Broken) else Broken(_told(error))
             if not stream.event_id and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
-                broken = Refused(str(broken), after=ATTACH_AGAIN)  # nothing has come: whoever asks anew repeats nothing
+                recorder.leave(time.monotonic(), number, case)
+                # Nothing has come, not even the request's id: whoever asks anew repeats nothing.
+                return Refused(str(broken), after=ATTACH_AGAIN)
             recorder.fail(time.monotonic(), number, case, broken.status, broken.code, broken.after, str(broken))
             return broken
         recorder.end(stream.last, number, got)
@@ -226,10 +229,9 @@ class Load:
         """The chunks of one answer, up to its end; notes in ``stream`` when they came. Where the connection breaks
         after ``got`` it goes on with the rest at whichever gateway has it first."""
         stream.event_id = ""
-        gateway = self.urls[next(self._turns) % len(self.urls)]
         body = case.wants_everything | ({"cache_salt": salt} if salt else {})
         try:
-            async with client.stream("POST", gateway + case.path, json=body, headers=TRACE) as response:
+            async with self._asked(client, case.path, body) as response:
                 stream.request = response.headers.get("x-request-id", "")
                 async for event in self._read(response, stream):
                     yield event
@@ -239,6 +241,24 @@ class Load:
                 raise
         async for event in self._go_on(client, stream, number, got):
             yield event
+
+    @asynccontextmanager
+    async def _asked(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        """The response of the gateway whose turn it is, or of the next that takes a connection: one that takes none has
+        heard of nothing."""
+        turn, count = next(self._turns), len(self.urls)
+        for further in range(count):
+            url = self.urls[(turn + further) % count] + path
+            try:
+                response = await client.send(client.build_request("POST", url, json=body, headers=TRACE), stream=True)
+                break
+            except httpx.ConnectError:
+                if further == count - 1:
+                    raise
+        try:
+            yield response
+        finally:
+            await response.aclose()
 
     async def _go_on(
         self, client: httpx.AsyncClient, stream: Stream, number: int, got: Answer

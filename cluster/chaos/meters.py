@@ -1,12 +1,19 @@
 """What the processes of a cluster take from their machine: memory, files, sockets, threads, shared memory."""
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.chaos.processes import Life
+
+GRPC_POOLS = {"event_engine": min(max(os.cpu_count() or 1, 4), 16), "grpc_global_tim": 3}
+"""Threads that gRPC, which Ray speaks by, keeps in pools of its own: the name they give themselves, and how many a pool
+may have at rest. They come and go with the calls that are under way, so a process that has just made fewer calls than
+another has fewer; more than this many are a leak. (``WorkStealingThreadPool`` reserves one for each processor, within 4
+and 16; the timers' manager has one that waits, one that works, and one that is about to end.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +25,16 @@ class Uses:
 
     def beyond(self, other: "Uses") -> dict[str, int]:
         """What is more here than in ``other``."""
-        return dict(self.counts - other.counts)
+        at_rest = Counter({_threads_of(pool): most for pool, most in GRPC_POOLS.items()})
+        return dict(self.counts - (other.counts | at_rest))
 
 
 @dataclass(slots=True)
 class Series:
     """The private memory of one process over time: what it allocated, without its KV pool where that is shared."""
 
-    times: list[float] = field(default_factory=list)
-    bytes: list[int] = field(default_factory=list)
+    times: "array[float]" = field(default_factory=lambda: array("d"))
+    bytes: "array[int]" = field(default_factory=lambda: array("q"))
 
 
 class Meters:
@@ -62,7 +70,7 @@ def uses(pid: int) -> Uses | None:
     folder = Path(f"/proc/{pid}")
     try:
         counts = Counter(_kind(folder / "fd" / number) for number in os.listdir(folder / "fd"))
-        counts["threads"] = len(os.listdir(folder / "task"))
+        counts += Counter(_thread(folder / "task" / number) for number in os.listdir(folder / "task"))
         mapped = {line.split()[4] for line in (folder / "maps").read_text().splitlines() if _is_shared(line)}
     except OSError:
         return None
@@ -87,6 +95,19 @@ def _kind(link: Path) -> str:
         return "files"
     kind, _, number = name.partition(":")
     return number.strip("[]") if kind == "anon_inode" else f"{kind}s"
+
+
+def _thread(folder: Path) -> str:
+    """Whose it is: most have the name of what they do at this moment, so they are one kind."""
+    try:
+        name = (folder / "comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        return "closed"
+    return _threads_of(name) if name in GRPC_POOLS else "threads"
+
+
+def _threads_of(pool: str) -> str:
+    return f"threads of {pool}"
 
 
 def _is_shared(line: str) -> bool:

@@ -9,6 +9,8 @@ from cluster.chaos.core.answers import Verdict
 from cluster.chaos.core.faults import Kind
 from cluster.chaos.core.report import Memory, Report
 
+VIOLATIONS = 20
+"""Of the checker's that are told of."""
 WIDTH, HEIGHT, LEFT, TOP = 1000, 200, 56, 14
 LANE = 13
 """Height of a kind of fault's own line below the tokens."""
@@ -20,6 +22,7 @@ COLOURS = {
     Kind.CUT: "#8250df",
     Kind.SLOW: "#1a7f37",
     Kind.CORRUPT: "#bf3989",
+    Kind.HEAD: "#0a7ea4",
 }
 LINES = ("#0969da", "#1a7f37", "#bf6a02", "#8250df", "#bf3989", "#57606a", "#d1242f", "#116329")
 
@@ -55,10 +58,10 @@ def page(found: Report, rows: Sequence[tuple[str, str]] = ()) -> str:
     counts = [("streams", sum(found.tally.verdicts.values()), False), ("faults", len(found.strikes), False)]
     counts += [("resumes", found.tally.resumes, False)]
     counts += [(each.value, found.count(each), True) for each in Verdict if each is not Verdict.SAME]
-    counts += [("leaked", len(found.leaked), True)]
+    counts += [("leaked", len(found.leaked), True), ("growing", len(found.growing), True)]
     tiles = "".join(_tile(name, count, judged=judged) for name, count, judged in counts)
     table = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in rows)
-    problems = "".join(f"<li>{html.escape(text)}</li>" for text in [*found.leaked, *found.tally.bad])
+    problems = "".join(f"<li>{html.escape(text)}</li>" for text in [*found.problems, *found.violations[:VIOLATIONS]])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>baton chaos: {html.escape(found.topology)}</title>
 <style>{_STYLE}</style></head><body>
@@ -73,6 +76,7 @@ every stream compared with its failure-free run</p>
 {_resumes(found)}
 <h2>Private memory of each process, MB</h2>
 {_memory(found)}
+{_growths(found)}
 <h2>Figures</h2>
 <table>{table}</table>
 </body></html>
@@ -181,6 +185,16 @@ def _memory(found: Report) -> str:
     lines = "".join(_memory_line(plane, each, colours[each.name]) for each in found.memory)
     key = "".join(f'<i style="background:{colours[name]}"></i>{html.escape(name)}' for name in names)
     return f'<p class="key">{key}</p>' + plane.svg(lines, "private memory of each process over time")
+
+
+def _growths(found: Report) -> str:
+    """A table: every process that was watched for long enough, the fastest growing first."""
+    rows = "".join(
+        f"<tr><td>{html.escape(each.name)} ({each.pid})</td><td>{growth:+.3f} MB/min</td>"
+        f"<td>from {each.times[0]:.0f} s to {each.times[-1]:.0f} s</td></tr>"
+        for each, growth in sorted(found.judged, key=lambda pair: -pair[1])
+    )
+    return f"<table>{rows}</table>"
 
 
 def _memory_line(plane: _Plane, memory: Memory, colour: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from cluster.chaos.core.faults import Victim
 from cluster.core.units import Phase
 from cluster.launch import Cluster
-from cluster.processes import ROUTER_NAME
+from cluster.processes import HEAD, ROUTER_NAME
 from cluster.state import started_at
 from kv_transfer.transports.switched import LinkState
 from messages.common import Role
@@ -50,6 +50,9 @@ class Processes(Protocol):
 
     def victims(self) -> list[Victim]:
         """Who may be hit."""
+
+    def head(self) -> int | None:
+        """The pid of Ray's own head; None while it does not run."""
 
 
 class OwnCluster:
@@ -103,7 +106,13 @@ class OwnCluster:
         others = [(ROUTER_NAME, "router")]
         if len(self._cluster.plan.gateways) > 1:  # its clients go on at another one
             others += [(name, "gateway") for name in self._cluster.plan.gateways]
+        if self._cluster.head_pid is not None:
+            workers.append(Victim(HEAD, "head", usable=self.head() is not None, restarts=True))
         return [*workers, *(Victim(name, role, usable=name in alive, restarts=True) for name, role in others)]
+
+    def head(self) -> int | None:
+        (status,) = (each for each in self._cluster.status() if each.name == HEAD)
+        return self._cluster.head_pid if status.phase is Phase.RUNNING else None
 
 
 class Gone(Exception):

@@ -27,6 +27,8 @@ class Recorder:
         assert self._path is not None
         self._file = h.HistoryFile(self._path)
         self._answers: dict[RequestId, verdict.Answer] = {}
+        self._known: dict[tuple[str, int], verdict.Answer] = {}
+        """The answers to each sample of a case: many requests share one, or the memory of this process would grow."""
         self._asked = 0
 
     def write(self, *records: h.Anything) -> None:
@@ -41,9 +43,13 @@ class Recorder:
             request = request_id(self._asked, index)
             params = SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"])
             self.write(h.Asked(at, request, tuple(case.prompt), params))
-            logprobs = None if body.get("echo") or not sample.logprobs else _values(sample.logprobs)
-            reason = None if sample.finish is None else FinishReason(sample.finish)
-            self._answers[request] = verdict.Answer(tuple(sample.tokens), reason, logprobs, sample.text)
+            answer = self._known.get((case.name, index))
+            if answer is None:
+                logprobs = None if body.get("echo") or not sample.logprobs else _values(sample.logprobs)
+                reason = None if sample.finish is None else FinishReason(sample.finish)
+                answer = verdict.Answer(tuple(sample.tokens), reason, logprobs, sample.text)
+                self._known[case.name, index] = answer
+            self._answers[request] = answer
         return self._asked
 
     def get(self, at: float, number: int, case: Case, before: Answer, chunk: dict[str, Any]) -> None:
@@ -69,6 +75,11 @@ class Recorder:
         for index, sample in answer.samples.items():
             if sample.finish is not None:
                 self.write(h.Ended(at, request_id(number, index), FinishReason(sample.finish), prompt, completion))
+
+    def leave(self, at: float, number: int, case: Case) -> None:
+        """The client gave up what it had asked for, and asks anew."""
+        for index in case.expected.samples:
+            self.write(h.Left(at, request_id(number, index)))
 
     def fail(self, at: float, number: int, case: Case, status: int, code: str, after: float | None, why: str) -> None:
         """The client got an error, or (``status`` 0) nothing more."""

@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import httpx
 
 from cluster.chaos.catalogue import catalogue
 from cluster.chaos.core.answers import Verdict
-from cluster.chaos.core.faults import Kind, Planner, Victim
+from cluster.chaos.core.faults import HEAD_SECONDS, Kind, Planner, Victim
 from cluster.chaos.core.report import Memory, Report, Strike, Tally, held, resumes_of
 from cluster.chaos.load import Load, Stream
 from cluster.chaos.meters import Meters, Uses, shared_memory, uses
@@ -29,6 +30,7 @@ from cluster.errors import ClusterError
 from kv_transfer.transports.faulty import Fault as LinkFault
 from kv_transfer.transports.switched import SOUND, LinkState
 from kv_transfer.transports.zmq import STALLED_AFTER
+from runtime.threads import thread_pool
 from simulator import history as h
 
 LINKS = {
@@ -44,13 +46,17 @@ NEARLY_SOUND = LinkState(latency=1e-6)
 """All goes through what makes faults, and none is made."""
 REHEARSAL_SECONDS = 4.0
 """For which a process stands still once before the run: long enough to be taken for lost."""
+LAUNCHER = Life("launcher", os.getpid(), os.getpid())
+"""This process, which also makes the load."""
+CALLERS = 4
+"""Threads that call the cluster's processes."""
 SAMPLE_EVERY = 0.5
 LOOK_EVERY = 0.1
 """Seconds between two looks at what changes by itself, such as a process that is started anew."""
 SETTLE_WITHIN = 100.0
 """Seconds in which everything must be given back; sockets to a process that is gone are kept for 60."""
-BACK_WITHIN = 90.0
-"""Seconds in which a process that was hit must serve again."""
+BACK_WITHIN = 90.0 + HEAD_SECONDS
+"""Seconds in which a process that was hit must serve again, also if it has to wait for Ray's head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,8 @@ class Settings:
     every: float
     seed: int
     concurrency: int
+    longest: int = 240
+    """Most tokens of an answer."""
     num_cases: int = 48
 
 
@@ -100,14 +108,16 @@ class Session:
         self._rates: list[tuple[float, float]] = []
         self._began = 0.0
         self._known: set[h.Incarnation] = set()
-        cases = catalogue(only_model(processes.urls[0]), settings.seed, settings.num_cases)
+        cases = catalogue(only_model(processes.urls[0]), settings.seed, settings.num_cases, settings.longest)
         self._load = Load(processes.urls, cases, settings.concurrency, settings.seed, recorder, self._ended)
 
     async def run(self) -> Report:
         """``ClusterError`` where the cluster does not do what it should even without faults."""
         settings = self._settings
+        asyncio.get_running_loop().set_default_executor(thread_pool(CALLERS, "chaos-calls"))
         await self._load.learn(self._learned)
         await self._rehearse()
+        self.now.phase = "waiting until nothing is held"
         await self._settle(self._held_now, within=SETTLE_WITHIN)
         before, shared = self._uses(), shared_memory()
         stopping = asyncio.Event()
@@ -154,6 +164,7 @@ class Session:
     async def _rehearse(self) -> None:
         """Have every way used once that faults make use of, so that whatever is open then stays open; and ask once more
         meanwhile."""
+        self.now.phase = "rehearsing"
         senders = [victim.name for victim in self._processes.victims() if victim.sends]
         await asyncio.to_thread(self._set_links, senders, NEARLY_SOUND)
         await self._load.confirm(self._learned)
@@ -167,7 +178,6 @@ class Session:
             victim.name for victim in self._processes.victims() if victim.usable and victim.role == "decode"
         )
         if Kind.STOP in self._settings.kinds or Kind.KILL in self._settings.kinds:
-            self.now.phase = "rehearsing"
             wake = stop(self._life(workers[0]).pid)
             await asyncio.sleep(REHEARSAL_SECONDS)
             wake()
@@ -187,6 +197,10 @@ class Session:
         story = f"{stream.case} ({stream.request}, {stream.attempts} attempts): {stream.detail}"
         self.now.tally.add(stream.verdict, stream.attempts, stream.refusals, stream.longest_pause, story, resumed)
         self.now.tally.attached += stream.attached
+        outages = (strike for strike in self.now.strikes if strike.fault.kind is Kind.HEAD)
+        self.now.tally.headless += any(
+            each.began < stream.last and (each.ended is None or stream.begun < each.ended) for each in outages
+        )
         if stream.verdict is not Verdict.SAME:
             self._note(f"{stream.verdict.value}: {story}")
 
@@ -202,7 +216,7 @@ class Session:
             self.now.tokens_per_second = rate
             self.now.in_flight = len(self._load.in_flight)
             self.now.progress = (min(now - self._began, self._settings.duration), self._settings.duration)
-            self._meters.sample(self._processes.lives().values(), now)
+            self._meters.sample(self._measured().values(), now)
             self._know()
 
     def _know(self) -> None:
@@ -252,6 +266,8 @@ class Session:
                 await self._kill(strike)
             elif fault.kind is Kind.STOP:
                 await self._stop(strike)
+            elif fault.kind is Kind.HEAD:
+                await self._kill_head(strike)
             else:
                 await self._spoil(strike)
         except Gone:
@@ -277,6 +293,15 @@ class Session:
         self._recorder.write(h.Killed(strike.began, incarnation(life)))
         await self._wait(lambda: self._processes.lives().get(name, life) != life, f"{name} was not started anew")
         await self._serves(name, strike.role)
+        strike.restarted = time.monotonic()
+
+    async def _kill_head(self, strike: Strike) -> None:
+        pid = self._processes.head()
+        if pid is None:
+            raise Gone(strike.fault.victim)
+        kill(pid)
+        self._struck(strike)
+        await self._wait(lambda: self._processes.head() not in (None, pid), "Ray's head was not started anew")
         strike.restarted = time.monotonic()
 
     async def _stop(self, strike: Strike) -> None:
@@ -368,8 +393,11 @@ class Session:
     def _held_now(self) -> list[str]:
         return held(self._processes.inspect())
 
+    def _measured(self) -> dict[str, Life]:
+        return {**self._processes.lives(), LAUNCHER.name: LAUNCHER}
+
     def _uses(self) -> dict[str, Uses]:
-        found = {name: uses(life.pid) for name, life in self._processes.lives().items()}
+        found = {name: uses(life.pid) for name, life in self._measured().items()}
         return {name: each for name, each in found.items() if each is not None}
 
     def _leaked(self, before: dict[str, Uses], shared: set[str]) -> list[str]:

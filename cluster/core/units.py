@@ -42,14 +42,17 @@ class BackOff:
     """When what died is started again, as Kubernetes does it (CrashLoopBackOff): at once after its first death, then
     after a delay that doubles with each further one, until it was healthy for a while."""
 
+    at_once: float = 0.0
+    """Seconds after the first death."""
     first: float = 0.5
+    """Seconds after the second."""
     most: float = 60.0
     reset_after: float = 60.0
     """Seconds of health after which a death counts as the first."""
 
     def delay(self, deaths: int) -> float:
         """Seconds from the ``deaths``-th death in a row to the next start."""
-        return 0.0 if deaths <= 1 else min(self.most, self.first * 2.0 ** min(deaths - 2, 64))
+        return self.at_once if deaths <= 1 else min(self.most, self.first * 2.0 ** min(deaths - 2, 64))
 
 
 class Status(NamedTuple):

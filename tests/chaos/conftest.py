@@ -65,6 +65,9 @@ class Running:
     def victims(self) -> list[Victim]:
         return self._ask("victims")
 
+    def head(self) -> int | None:
+        return self._ask("head")
+
     def stop(self) -> list[str]:
         left = self._ask("stop")
         self._recorder.close()

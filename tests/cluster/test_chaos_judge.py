@@ -1,6 +1,9 @@
 """Promise: a stream is the same as its failure-free one, or it is said what of it was lost, repeated or wrong."""
 
 import math
+import os
+from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -11,6 +14,7 @@ from cluster.chaos.core.answers import Answer, Comparison, Verdict
 from cluster.chaos.core.faults import Fault, Kind
 from cluster.chaos.core.figures import percentile, slope
 from cluster.chaos.core.report import Memory, Report, Resume, Strike, Tally, held, resumes_of
+from cluster.chaos.meters import GRPC_POOLS, Uses, uses
 from cluster.chaos.page import page
 from cluster.chaos.recorder import Recorder
 
@@ -128,7 +132,9 @@ def test_memory_is_judged_after_its_warm_up_and_by_its_own_pace() -> None:
     times = [float(at) for at in range(300)]
     grows = Memory("decode-0", 1, times, [int(1e6 * min(at, 60)) for at in times])
     assert grows.growth == 0
-    assert math.isnan(Memory("decode-0", 1, times[:90], [0] * 90).growth)
+    assert math.isnan(Memory("decode-0", 1, times[:170], [0] * 170).growth)
+    late = Memory("decode-0", 1, [at + 200 for at in times], [int(1e6 * min(at, 60)) for at in times])
+    assert late.growth == 0, "a process that is started later warms up too"
 
 
 def report(*verdicts: Verdict, leaked: tuple[str, ...] = ()) -> Report:
@@ -149,6 +155,25 @@ def test_a_run_is_good_unless_something_was_lost_repeated_leaked_or_wrong() -> N
     assert not report(Verdict.SAME, leaked=("decode-0: held 1",)).ok
     for bad in (Verdict.LOST, Verdict.REPEATED, Verdict.WRONG):
         assert not report(Verdict.SAME, bad).ok
+
+
+@pytest.mark.parametrize(("mb_per_minute", "fine"), [(0.4, True), (0.6, False), (-3.0, True)])
+def test_memory_that_grows_fails_a_run(mb_per_minute: float, fine: bool) -> None:
+    times = [float(at) for at in range(300)]
+    sizes = [int(1e8 + mb_per_minute * 1e6 * at / 60) for at in times]
+    found = replace(report(Verdict.SAME), memory=[Memory("router", 7, times, sizes)])
+    assert found.ok is fine and bool(found.growing) is not fine
+    assert f"{mb_per_minute:+.3f} MB/min" in page(found)
+
+
+def test_a_thread_beyond_those_that_a_pool_keeps_is_left_over() -> None:
+    before = Uses(Counter({"threads": 30, "threads of event_engine": 2, "sockets": 20}))
+    assert before.beyond(before) == {}
+    busy = Uses(Counter({"threads": 30, "threads of event_engine": GRPC_POOLS["event_engine"], "sockets": 19}))
+    assert busy.beyond(before) == {}
+    leaking = Uses(Counter({"threads": 31, "threads of event_engine": 99, "sockets": 21}))
+    assert leaking.beyond(before).keys() == {"threads", "threads of event_engine", "sockets"}
+    assert "threads of event_engine" not in uses(os.getpid()).counts, "this process speaks no gRPC"  # type: ignore[union-attr]
 
 
 def recorded(events: list[Event], *, fails: bool = False) -> list[str]:

@@ -1,6 +1,7 @@
 """Promise: one seed is one sequence of faults, and none leaves nobody to do the work."""
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,7 +11,7 @@ from cluster.chaos.catalogue import catalogue
 from cluster.chaos.core.faults import Fault, Kind, Planner, Victim
 from cluster.chaos.options import kinds, seconds
 
-ALL = tuple(Kind)
+ALL = (Kind.KILL, Kind.STOP, Kind.CUT, Kind.SLOW, Kind.CORRUPT)
 
 
 def planner(seed: int, *wanted: Kind) -> Planner:
@@ -37,7 +38,7 @@ def test_the_same_seed_gives_the_same_faults_and_another_one_others() -> None:
 
 def test_every_kind_has_its_turn() -> None:
     drawn = Counter(fault.kind for fault in faults(3, 50, two_by_two()) if fault is not None)
-    assert drawn == dict.fromkeys(Kind, 10)
+    assert drawn == dict.fromkeys(ALL, 10)
 
 
 def test_links_are_bad_only_where_kv_leaves() -> None:
@@ -59,6 +60,22 @@ def test_the_one_router_is_hit_only_where_it_comes_back() -> None:
     assert planner(0, Kind.KILL).next([Victim("router", "router", usable=True)]) is None
     fault = planner(0, Kind.KILL).next([Victim("router", "router", usable=True, restarts=True)])
     assert fault is not None and fault.victim == "router"
+
+
+def test_rays_head_is_hit_by_its_own_kind_alone_and_others_go_on_while_it_is_gone() -> None:
+    plan = planner(0, Kind.HEAD, Kind.KILL)
+    head = Victim("ray", "head", usable=True, restarts=True)
+    drawn = [plan.next([*two_by_two(), head]) for _ in range(10)]
+    assert {(fault.kind, fault.victim == "ray") for fault in drawn if fault} == {(Kind.HEAD, True), (Kind.KILL, False)}
+    gone = [plan.next([*two_by_two(), replace(head, usable=False)]) for _ in range(6)]
+    assert [fault and fault.kind for fault in gone] == [Kind.KILL] * 6
+
+
+def test_a_gateway_is_killed_but_not_stopped_and_only_beside_another() -> None:
+    both = [Victim(name, "gateway", usable=True, restarts=True) for name in ("gateway-0", "gateway-1")]
+    assert {planner(seed, Kind.KILL).next(both).victim for seed in range(9)} == {"gateway-0", "gateway-1"}  # type: ignore[union-attr]
+    assert planner(0, Kind.STOP).next(both) is None
+    assert planner(0, Kind.KILL).next(both[:1]) is None
 
 
 @pytest.mark.parametrize(("text", "value"), [("60s", 60), ("10m", 600), ("1.5m", 90), ("500ms", 0.5), ("7", 7)])

@@ -17,6 +17,8 @@ class Kind(StrEnum):
     """KV that a worker pushes takes long."""
     CORRUPT = "corrupt"
     """KV that a worker pushes arrives with flipped bits, swapped, twice, or not at all."""
+    HEAD = "head"
+    """SIGKILL of Ray's own head, which is not started again for a minute."""
 
     @property
     def of_links(self) -> bool:
@@ -25,6 +27,7 @@ class Kind(StrEnum):
 
 STOP_SECONDS = (1.0, 10.0)
 LINK_SECONDS = (1.0, 4.0)
+HEAD_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Victim:
 
     name: str
     role: str
-    """``prefill``, ``decode``, ``colocated``, ``router`` or ``gateway``."""
+    """``prefill``, ``decode``, ``colocated``, ``router``, ``gateway`` or ``head``."""
     usable: bool
     """It serves, and no fault holds it."""
     restarts: bool = False
@@ -80,21 +83,29 @@ class Planner:
         """A fault that leaves somebody to do the work, of a kind whose turn it is; None where there is none."""
         number, self._number = self._number, self._number + 1
         rng = self.rng(number)
-        if not self._deck:
-            self._deck = list(self.kinds)
-            rng.shuffle(self._deck)
+        fresh = list(self.kinds)
+        rng.shuffle(fresh)
         known = sorted(victims, key=lambda victim: victim.name)
-        for kind in list(self._deck):
-            possible = [victim for victim in known if _may_hit(kind, victim, known)]
-            if possible:
-                self._deck.remove(kind)
+        for kind in self._deck or fresh:
+            if possible := _victims(kind, known):
+                self._deck = [other for other in self._deck or fresh if other is not kind]
+                return _fault(number, kind, rng.choice(possible), rng)
+        for kind in fresh:  # those whose turn it is have to wait
+            if possible := _victims(kind, known):
+                self._deck = list(dict.fromkeys([*self._deck, *(other for other in fresh if other is not kind)]))
                 return _fault(number, kind, rng.choice(possible), rng)
         return None
 
 
+def _victims(kind: Kind, known: Sequence[Victim]) -> list[Victim]:
+    return [victim for victim in known if _may_hit(kind, victim, known)]
+
+
 def _may_hit(kind: Kind, victim: Victim, known: Sequence[Victim]) -> bool:
-    if not victim.usable:
+    if not victim.usable or (kind is Kind.HEAD) != (victim.role == "head"):
         return False
+    if kind is Kind.HEAD:
+        return True  # whatever is on its way does without it
     if kind.of_links and not victim.sends:
         return False
     if kind in (Kind.SLOW, Kind.CORRUPT):
@@ -107,7 +118,7 @@ def _may_hit(kind: Kind, victim: Victim, known: Sequence[Victim]) -> bool:
 
 
 def _fault(number: int, kind: Kind, victim: Victim, rng: Rng) -> Fault:
-    seconds = 0.0
-    if kind is not Kind.KILL:
+    seconds = HEAD_SECONDS if kind is Kind.HEAD else 0.0
+    if kind not in (Kind.KILL, Kind.HEAD):
         seconds = round(rng.uniform(*(STOP_SECONDS if kind is Kind.STOP else LINK_SECONDS)), 2)
     return Fault(number, kind, victim.name, seconds, silent=kind is Kind.CUT and rng.random() < 0.5)

@@ -13,9 +13,11 @@ from cluster.chaos.core.figures import percentile, slope
 REACTION = 0.3
 """Seconds after a fault in which what was under way may still come."""
 WARM_UP = 60.0
-"""Seconds of load in which caches fill up; memory is judged from then on."""
-LEAST_SPAN = 60.0
-"""Seconds that memory must have been watched for, to be judged."""
+"""Seconds of load, and of a process's life, in which caches fill up; memory is judged from then on."""
+LEAST_SPAN = 120.0
+"""Seconds that memory must have been watched for after that, to be judged."""
+MOST_GROWTH = 0.5
+"""MB a minute: a process whose memory grows faster leaks."""
 EXAMPLES = 20
 """Streams that went wrong and are told of."""
 
@@ -57,6 +59,8 @@ class Tally:
     refusals: int = 0
     attached: int = 0
     """How often a client went on with its stream after its connection had broken."""
+    headless: int = 0
+    """Streams that were under way, or began, while Ray's head was gone."""
     pauses: list[float] = field(default_factory=list)
     """The longest of each stream."""
     resumed: list[Resume] = field(default_factory=list)
@@ -93,16 +97,25 @@ class Memory:
     @property
     def growth(self) -> float:
         """MB a minute after the warm-up; NaN where it was not watched for long enough."""
-        begin = max(WARM_UP, (self.times[0] if self.times else 0.0) + WARM_UP / 2)
-        points = [(at, size) for at, size in zip(self.times, self.bytes, strict=True) if at >= begin]
-        if not points or points[-1][0] - points[0][0] < LEAST_SPAN:
+        points = self._warm()
+        if self.watched < LEAST_SPAN:
             return math.nan
         return slope([at for at, _ in points], [size for _, size in points]) * 60 / 1e6
+
+    @property
+    def watched(self) -> float:
+        """Seconds after the warm-up."""
+        points = self._warm()
+        return points[-1][0] - points[0][0] if points else 0.0
+
+    def _warm(self) -> list[tuple[float, int]]:
+        begin = WARM_UP + max(0.0, self.times[0] if self.times else 0.0)
+        return [(at, size) for at, size in zip(self.times, self.bytes, strict=True) if at >= begin]
 
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """``ok`` unless something was lost, repeated, leaked or wrong, or nothing was tried."""
+    """``ok`` unless something was lost, repeated, leaked or wrong, or memory grows, or nothing was tried."""
 
     topology: str
     seed: int
@@ -129,8 +142,33 @@ class Report:
         return self.tally.verdicts[verdict]
 
     @property
+    def judged(self) -> list[tuple[Memory, float]]:
+        """Those that were watched for long enough, and MB a minute."""
+        growths = [(each, each.growth) for each in self.memory]
+        return [(each, growth) for each, growth in growths if not math.isnan(growth)]
+
+    @property
+    def growing(self) -> list[str]:
+        """Whose memory grows, in words."""
+        return [
+            f"{each.name} (pid {each.pid}) grows by {growth:.2f} MB a minute, seen for {each.watched:.0f} s"
+            for each, growth in self.judged
+            if growth >= MOST_GROWTH
+        ]
+
+    @property
+    def problems(self) -> list[str]:
+        """What makes it fail, in words, but for the checker's complaints."""
+        return [*self.leaked, *self.growing, *self.tally.bad]
+
+    @property
     def ok(self) -> bool:
-        wrong = self.leaked or self.violations or any(self.count(each) for each in Verdict if each is not Verdict.SAME)
+        wrong = (
+            self.leaked
+            or self.growing
+            or self.violations
+            or any(self.count(each) for each in Verdict if each is not Verdict.SAME)
+        )
         return not wrong and bool(self.strikes) and self.count(Verdict.SAME) > 0
 
     @property
@@ -162,6 +200,7 @@ class Report:
             "resumes": self.tally.resumes,
             "refusals": self.tally.refusals,
             "attached": self.tally.attached,
+            "headless": self.tally.headless,
             "leaked": self.leaked,
             "left_out": self.left_out,
             "violations": self.violations,
@@ -170,11 +209,8 @@ class Report:
             "resume_seconds": {kind.value: _spread(self.resumes(kind)) for kind in (Kind.KILL, Kind.STOP)},
             "pause_seconds": _spread(self.tally.pauses),
             "restart_seconds": _spread([each.restarted - each.began for each in self.strikes if each.restarted]),
-            "memory_mb_per_minute": {
-                f"{each.name} ({each.pid})": round(each.growth, 3)
-                for each in self.memory
-                if not math.isnan(each.growth)
-            },
+            "growing": self.growing,
+            "memory_mb_per_minute": {f"{each.name} ({each.pid})": round(growth, 3) for each, growth in self.judged},
             "strikes": [self._strike(strike) for strike in self.strikes],
         }
 
@@ -203,7 +239,7 @@ def resumes_of(pauses: Sequence[tuple[float, float]], attempts: int, strikes: Se
     resumed = []
     for begin, length in sorted(pauses, key=lambda pause: -pause[1])[: attempts - 1]:
         for strike in strikes:
-            struck = not strike.fault.kind.of_links
+            struck = strike.fault.kind in (Kind.KILL, Kind.STOP)
             if struck and begin - REACTION <= strike.began <= begin + length:
                 resumed.append(Resume(begin + length, begin + length - strike.began, strike.fault.kind, strike.role))
                 break
