@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster import state
-from cluster.core.events import Done, RestartWanted
+from cluster.core.events import Done, DrainWanted, FlipWanted, RestartWanted, UndrainWanted, Wanted
 from cluster.core.units import Status
 from cluster.doctor import examine_started
 from cluster.launch import Cluster
@@ -74,8 +74,16 @@ class Running:
 
     def restart(self, *units: str) -> str:
         """Have them restarted one after the other; what went wrong, or nothing."""
-        problem: str = self._ask(" ".join(["restart", *units]))
-        return problem
+        return str(self._ask(" ".join(["restart", *units])))
+
+    def drain(self, worker: str) -> str:
+        return str(self._ask(f"drain {worker}"))
+
+    def undrain(self, worker: str) -> str:
+        return str(self._ask(f"undrain {worker}"))
+
+    def flip(self, worker: str) -> str:
+        return str(self._ask(f"flip {worker}"))
 
     def examine(self) -> dict[str, Any]:
         """What ``baton doctor --json`` says."""
@@ -107,7 +115,10 @@ def launch(kind: str, tests: Connection) -> None:
         "status": cluster.status,
         "pids": lambda: {name: process.pid for name, process in cluster.processes.items()} | {"ray": cluster.head_pid},
         "urls": lambda: cluster.urls,
-        "restart": lambda *units: restart(cluster, units),
+        "restart": lambda *units: operate(cluster, RestartWanted(0, units)),
+        "drain": lambda worker: operate(cluster, DrainWanted(0, worker)),
+        "undrain": lambda worker: operate(cluster, UndrainWanted(0, worker)),
+        "flip": lambda worker: operate(cluster, FlipWanted(0, worker)),
         "examine": lambda: examine_started(cluster).to_json(),
     }
     try:
@@ -123,8 +134,9 @@ def launch(kind: str, tests: Connection) -> None:
     tests.send(left.items)
 
 
-def restart(cluster: Cluster, units: tuple[str, ...]) -> str:
-    *_, done = cluster.operate(RestartWanted(0, units))
+def operate(cluster: Cluster, wanted: Wanted) -> str:
+    """Have it done; what went wrong, or nothing."""
+    *_, done = cluster.operate(wanted)
     assert isinstance(done, Done)
     return done.problem
 
