@@ -104,6 +104,7 @@ class ZmqSender(BackgroundSender[LaneCopy]):
         # libzmq starts its threads with the first socket. Not when another transport has failed, which is no time to
         # find that there is no room for them.
         self._context.socket(zmq.PUSH).close(linger=0)
+        zmq.Frame(bytes(1), copy=False)  # and so does pyzmq, its thread that lets go of what was sent uncopied
         self._wake = _Wake()
         self._links: dict[str, _Link] = {}
         self._cancelling: Counter[TransferKey] = Counter()
