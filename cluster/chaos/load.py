@@ -110,13 +110,14 @@ class Load:
             await self._each(learned, self.cases)
 
     async def confirm(self, note: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Ask every case once more, beside other neighbours, and leave those out whose answers differ: what depends on
-        rounding cannot be told from what a fault has changed. ``ClusterError`` if they are many."""
+        """Ask every case once more, beside other neighbours and with nothing of it in the prefix caches; leave those
+        out whose answers differ: what depends on rounding cannot be told from what a fault changed. ``ClusterError`` if
+        they are many."""
         async with self._client() as client:
-            done = itertools.count(1)
+            done, salt = itertools.count(1), token_hex(8)
 
             async def again(case: Case) -> None:
-                stream = await self._one(client, case, salt="")
+                stream = await self._one(client, case, salt=salt)
                 if stream.verdict is not Verdict.SAME:
                     self.unstable.append(f"{case.name}: two answers without any fault differ: {stream.detail}")
                     self.cases.remove(case)

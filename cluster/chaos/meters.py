@@ -9,11 +9,16 @@ from pathlib import Path
 
 from cluster.chaos.processes import Life
 
-GRPC_POOLS = {"event_engine": min(max(os.cpu_count() or 1, 4), 16), "grpc_global_tim": 3}
-"""Threads that gRPC, which Ray speaks by, keeps in pools of its own: the name they give themselves, and how many a pool
-may have at rest. They come and go with the calls that are under way, so a process that has just made fewer calls than
-another has fewer; more than this many are a leak. (``WorkStealingThreadPool`` reserves one for each processor, within 4
-and 16; the timers' manager has one that waits, one that works, and one that is about to end.)"""
+_CPUS = os.cpu_count() or 1
+GRPC_POOLS = {
+    "event_engine": min(max(_CPUS, 4), 16),
+    "grpc_global_tim": 3,
+    "default-executo": 2 * _CPUS,
+    "resolver-execut": 2 * _CPUS,
+}
+"""Threads that gRPC, which Ray speaks by, keeps in pools of its own: the name that they give themselves, cut off as the
+kernel does, and how many a pool may have at rest. They come with the calls that are under way at a time, and some go
+again, so a process that has just made fewer calls than another has fewer; more than this many are a leak."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,10 +162,17 @@ class Session:
         )
 
     async def _rehearse(self) -> None:
-        """Have every way used once that faults make use of, so that whatever is open then stays open; and ask once more
-        meanwhile."""
+        """Have every way used once that faults make use of, so that whatever is open then stays open; and ask twice
+        more meanwhile. What stands still comes first: who is lost is known to nobody when it is back."""
         self.now.phase = "rehearsing"
-        senders = [victim.name for victim in self._processes.victims() if victim.sends]
+        victims = self._processes.victims()
+        senders = [victim.name for victim in victims if victim.sends]
+        workers = sorted(victim.name for victim in victims if victim.usable and victim.role == "decode")
+        if workers and (Kind.STOP in self._settings.kinds or Kind.KILL in self._settings.kinds):
+            wake = stop(self._life(workers[0]).pid)
+            await asyncio.sleep(REHEARSAL_SECONDS)
+            wake()
+            await self._serves(workers[0], "decode")
         await asyncio.to_thread(self._set_links, senders, NEARLY_SOUND)
         await self._load.confirm(self._learned)
         few = self._load.cases[: self._settings.concurrency]
@@ -173,15 +180,7 @@ class Session:
             await asyncio.to_thread(self._set_links, [sender], LINKS[Kind.CUT])
             await self._load.once(few)
             await asyncio.to_thread(self._set_links, [sender], SOUND)
-            await self._load.once(few)  # over the way that a failed one is avoided by
-        workers = sorted(
-            victim.name for victim in self._processes.victims() if victim.usable and victim.role == "decode"
-        )
-        if Kind.STOP in self._settings.kinds or Kind.KILL in self._settings.kinds:
-            wake = stop(self._life(workers[0]).pid)
-            await asyncio.sleep(REHEARSAL_SECONDS)
-            wake()
-            await self._serves(workers[0], "decode")
+        await self._load.confirm(self._learned)
 
     def _set_links(self, names: Sequence[str], state: LinkState) -> None:
         for name in names:

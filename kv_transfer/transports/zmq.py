@@ -86,6 +86,9 @@ STALLED_AFTER = 2.0
 """Seconds without an answer of a peer that owes one."""
 TURN_MS = 500
 """Milliseconds between looks at the clock while something is under way."""
+KEPT_FOR = 30.0
+"""Seconds after its last push for which a link is kept at least, and twice as long at most: what another transport's
+failure has opened shall not stay open for good."""
 MESSAGES_A_TURN = 64
 IN_PLACE_FROM = 256 << 10
 """Blocks' ranges of layers that are smaller than this are packed: a part each would cost more than the copy."""
@@ -96,10 +99,18 @@ BUFFER_BYTES = 64 << 10
 class ZmqSender(BackgroundSender[LaneCopy]):
     """Reports ``Pushed`` when the receiver has taken, or dropped, the blocks."""
 
-    def __init__(self, pool: Pool, shard: KVShard, on_event: OnEvent, stalled_after: float = STALLED_AFTER) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        shard: KVShard,
+        on_event: OnEvent,
+        stalled_after: float = STALLED_AFTER,
+        kept_for: float = KEPT_FOR,
+    ) -> None:
         super().__init__(lanes_out_of(pool, shard), on_event, "kv-zmq-send")
         self._pool = pool
         self._stalled_after = stalled_after
+        self._kept_for = kept_for
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # libzmq starts its threads with the first socket. Not when another transport has failed, which is no time to
         # find that there is no room for them.
@@ -126,10 +137,11 @@ class ZmqSender(BackgroundSender[LaneCopy]):
                 now = time.monotonic()
                 for link in list(self._links.values()):
                     self._turn(link, now)
+                self._close_unused(now)
                 self._confirm_cancels()
                 for link in self._links.values():
                     poller.register(link.socket, link.interest)
-                poller.poll(TURN_MS if any(link.busy for link in self._links.values()) else None)
+                poller.poll(self._patience)
                 for link in self._links.values():
                     poller.unregister(link.socket)
                 self._wake.clear()
@@ -137,6 +149,19 @@ class ZmqSender(BackgroundSender[LaneCopy]):
             for link in self._links.values():
                 link.close()
             self._context.term()
+
+    @property
+    def _patience(self) -> int | None:
+        """Milliseconds after which something has to be looked at although nothing has come."""
+        if any(link.busy for link in self._links.values()):
+            return TURN_MS
+        return int(self._kept_for * 1e3) if self._links else None
+
+    def _close_unused(self, now: float) -> None:
+        for address, link in list(self._links.items()):
+            if link.unused and now - link.used_at > self._kept_for:
+                link.close()
+                del self._links[address]
 
     def _obey(self) -> bool:
         """Carry out the commands that wait; False at ``Stop``."""
@@ -167,7 +192,9 @@ class ZmqSender(BackgroundSender[LaneCopy]):
             address = job.to.address
             if address not in self._links:
                 self._links[address] = _Link(self._context, address, self._pool)
-            self._links[address].jobs[job] = lane
+            link = self._links[address]
+            link.jobs[job] = lane
+            link.used_at = time.monotonic()
         except TransportError as error:
             self._on_event(PushFailed(job.key, str(error)))
 
@@ -229,6 +256,8 @@ class _Link:
         self.under_way: deque[_Sent] = deque()
         self.moved_at = 0.0
         """When the peer last took something, or first had something to take."""
+        self.used_at = 0.0
+        """When something was last to go there."""
         self.idle = True
         """Whether there was nothing to take, nor to send, at the end of the last turn."""
         self._pool = pool
@@ -257,6 +286,10 @@ class _Link:
     def busy(self) -> bool:
         """Whether the peer has something to take; not where all waits for layers."""
         return bool(self.under_way) or next_job(self.jobs) is not None
+
+    @property
+    def unused(self) -> bool:
+        return not self.jobs and not self.under_way
 
     @property
     def interest(self) -> int:

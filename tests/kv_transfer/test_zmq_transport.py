@@ -3,11 +3,13 @@
 import pickle
 import random
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import zmq
 
@@ -189,6 +191,25 @@ def test_a_peer_that_takes_nothing_fails_what_is_pushed_to_it_and_nothing_else(m
     sender.shutdown()
     silent.close()
     assert events.empty
+
+
+def test_a_link_that_nothing_goes_over_any_more_is_closed_and_opened_again_when_something_does(make_pair: Any) -> None:
+    pair: Pair = make_pair("zmq", False, 64, BLOCK)
+    events, port = Events(), int(pair.to.address.rpartition(":")[2])
+    sender = ZmqSender(pair.here, SHARD, events.put, kept_for=0.1)
+    for number in (1, 2):
+        pair.open(key(number), 0, BLOCKS)
+        sender.push(key(number), pair.to, ALL, 0, BLOCKS, BLOCKS)
+        assert events.next() == Pushed(key(number), 0, 4)
+        deadline = time.monotonic() + 10
+        while connections_to(port):
+            assert time.monotonic() < deadline
+    sender.shutdown()
+
+
+def connections_to(port: int) -> list[Any]:
+    connections = psutil.Process().net_connections("tcp")
+    return [each for each in connections if each.raddr and each.raddr.port == port and each.status == "ESTABLISHED"]
 
 
 def test_a_cancel_over_a_stalled_link_is_answered_when_its_socket_is_given_up() -> None:
