@@ -106,7 +106,7 @@ class OwnCluster:
         others = [(ROUTER_NAME, "router")]
         if len(self._cluster.plan.gateways) > 1:  # its clients go on at another one
             others += [(name, "gateway") for name in self._cluster.plan.gateways]
-        if self._cluster.head_pid is not None:
+        if self._cluster.ray_folder is not None:
             workers.append(Victim(HEAD, "head", usable=self.head() is not None, restarts=True))
         return [*workers, *(Victim(name, role, usable=name in alive, restarts=True) for name, role in others)]
 

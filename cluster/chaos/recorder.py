@@ -63,9 +63,10 @@ class Recorder:
             self.write(h.Got(at, request_id(number, index), have, tuple(sample.tokens), logprobs, sample.text))
 
     def attach(self, at: float, number: int, gateway: str, got: Answer) -> None:
-        """The client goes on at ``gateway``."""
+        """The client goes on at ``gateway``, for those samples that it has not got the end of."""
         for index, sample in got.samples.items():
-            self.write(h.Attached(at, request_id(number, index), gateway, len(sample.tokens)))
+            if sample.finish is None:
+                self.write(h.Attached(at, request_id(number, index), gateway, len(sample.tokens)))
 
     def end(self, at: float, number: int, answer: Answer) -> None:
         """The client was told that all is there."""
