@@ -129,10 +129,10 @@ def test_a_slope_is_that_of_the_points_and_not_of_the_outliers() -> None:
 
 
 def test_memory_is_judged_after_its_warm_up_and_by_its_own_pace() -> None:
-    times = [float(at) for at in range(300)]
+    times = [float(at) for at in range(400)]
     grows = Memory("decode-0", 1, times, [int(1e6 * min(at, 60)) for at in times])
     assert grows.growth == 0
-    assert math.isnan(Memory("decode-0", 1, times[:170], [0] * 170).growth)
+    assert math.isnan(Memory("decode-0", 1, times[:290], [0] * 290).growth)
     late = Memory("decode-0", 1, [at + 200 for at in times], [int(1e6 * min(at, 60)) for at in times])
     assert late.growth == 0, "a process that is started later warms up too"
 
@@ -159,7 +159,7 @@ def test_a_run_is_good_unless_something_was_lost_repeated_leaked_or_wrong() -> N
 
 @pytest.mark.parametrize(("mb_per_minute", "fine"), [(0.4, True), (0.6, False), (-3.0, True)])
 def test_memory_that_grows_fails_a_run(mb_per_minute: float, fine: bool) -> None:
-    times = [float(at) for at in range(300)]
+    times = [float(at) for at in range(400)]
     sizes = [int(1e8 + mb_per_minute * 1e6 * at / 60) for at in times]
     found = replace(report(Verdict.SAME), memory=[Memory("router", 7, times, sizes)])
     assert found.ok is fine and bool(found.growing) is not fine
