@@ -217,31 +217,32 @@ class Processes:
         *arguments: str,
         post: bool = True,
     ) -> None:
-        """Tell the router, and wait until it says that it is ``through``, or the worker is dead. A router that is new,
-        or does not know the worker yet, is told again. ``post`` what became of it."""
+        """Tell the router, and wait until it says that it is ``through`` or was called off, or the worker is dead. A
+        router that is new, or does not know the worker yet, is told again. ``post`` what became of it."""
         process = self.newest[worker]
 
         def move() -> None:
             from ray.exceptions import RayActorError, RayTaskError
 
-            told = False
+            told: int | None = None  # which router
             while True:
                 try:
-                    if not told:
+                    standing = self._ask_router("standing", worker)
+                    if standing["router"] != told:
                         self._ask_router(method, worker, *arguments)
-                        told = True
-                    if through(self._ask_router("standing", worker)):
+                        told, standing = standing["router"], self._ask_router("standing", worker)
+                    if standing["called_off"] or through(standing):
                         if post:
-                            self._post(Moved(worker, number))
+                            self._post(Moved(worker, number, standing["called_off"]))
                         return
                 except RayTaskError as error:
                     if isinstance(error.cause, Refused) and not isinstance(error.cause, Unknown):
                         if post:
                             self._post(Moved(worker, number, _first_line(error.cause)))
                         return
-                    told = False  # the router starts, or has to hear of the worker first
+                    told = None  # the router starts, or has to hear of the worker first
                 except RayActorError:  # there is no router now; the next one has to be told
-                    told = False
+                    told = None
                 if process.gone.wait(POLL):
                     return
 

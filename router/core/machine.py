@@ -40,6 +40,7 @@ from messages.router_to_worker import Adopt, GatewayBack, GatewayLost, PeerLost,
 from messages.seals import Sealed, genuine, seal
 from messages.worker_to_router import Leaving, Register, Report, WorkerDied
 from router.core.admission import expected_tokens, has_room
+from router.core.awaited import Awaiting
 from router.core.drains import Drain, Flip, Refused, Undrain, Unknown, moves
 from router.core.gateways import Gateways
 from router.core.ledger import Entry, Ledger
@@ -76,16 +77,6 @@ class Found(NamedTuple):
     """Tokens to count on ``decode``."""
     reason: Reason | None
     """Why it is handed over, or not; None in a colocated pool."""
-
-
-@dataclass(slots=True)
-class Awaited:
-    """An attempt that a gateway holds."""
-
-    held: Held
-    gateway: Address
-    until: float
-    """When its workers are taken for lost that have not registered."""
 
 
 Action = Send | WakeAt | Forget
@@ -150,8 +141,7 @@ class Router:
         self._finished = Fences()
         self._line = Line(settings.wait_timeout, settings.deserted_timeout)
         self._gateways = Gateways(settings.liveness_timeout, settings.adoption_grace, TELL_EVERY)
-        self._awaited: dict[RequestId, Awaited] = {}
-        """Attempts that gateways hold, on workers that have not registered here yet."""
+        self._awaiting = Awaiting()
         self._knows_all_at: float | None = None
         """When everything that an earlier router has placed is over, or known here."""
         self._settled_at: float | None = None
@@ -200,18 +190,20 @@ class Router:
         return counts | structs.asdict(self.decisions.counts())
 
     def standing(self, worker: WorkerId) -> dict[str, Any]:
-        """What is known of ``worker``: the fields of ``WorkerState``, and what it is ``becoming``; ``Refused`` where
-        nothing is."""
+        """What is known of ``worker``: the fields of ``WorkerState``; what it is ``becoming``, or why that was
+        ``called_off``; and the epoch of the ``router`` that says so. ``Refused`` where nothing is known."""
         view = self._members.get(worker)
         if view is None:
             raise Unknown(f"no worker {worker!r} has ever registered")
-        return structs.asdict(view.state()) | {"becoming": view.becoming}
+        more = {"becoming": view.becoming, "called_off": view.called_off, "router": self._epoch}
+        return structs.asdict(view.state()) | more
 
     def check_integrity(self) -> None:
         """Ledger, membership and queue are each sound and agree; ``AssertionError`` says where not."""
         self._members.check_integrity()
         self._ledger.check_integrity(iter(self._members))
         self._line.check_integrity()
+        self._awaiting.check_integrity()
         assert all(self._ledger.get(request) is None for request in self._line), "a request waits, and is placed"
         head = self._line.head()
         assert head is None or self._find(head) is None, "a request waits where there is room"
@@ -234,9 +226,7 @@ class Router:
         return [*self._heard(wanted.gateway, now), *self._answer(wanted, now)]
 
     def _answer(self, wanted: PlacementWanted, now: float) -> list[Action]:
-        awaited = self._awaited.get(wanted.request)
-        if awaited is not None and awaited.held.attempt < wanted.attempt:
-            del self._awaited[wanted.request]
+        self._awaiting.drop_older(wanted.request, wanted.attempt)
         entry = self._ledger.get(wanted.request)
         if entry is not None and wanted.attempt == entry.attempt:
             again: list[Action] = [Send(wanted.gateway, entry.placed)]
@@ -423,16 +413,12 @@ class Router:
 
     def _prefilled(self, event: Prefilled, _now: float) -> list[Action]:
         self._ledger.prefilled(event.request, event.attempt)
-        awaited = self._awaited.get(event.request)
-        if awaited is not None and awaited.held.attempt == event.attempt:
-            awaited.held = structs.replace(awaited.held, prefilled=True)
+        self._awaiting.prefilled(event.request, event.attempt)
         return []
 
     def _finish(self, event: Finished, _now: float) -> list[Action]:
         self._finished.raise_to(event.request, event.attempt)
-        awaited = self._awaited.get(event.request)
-        if awaited is not None and awaited.held.attempt <= event.attempt:
-            del self._awaited[event.request]
+        self._awaiting.drop_older(event.request, Attempt(event.attempt + 1))
         entry = self._ledger.get(event.request)
         if entry is not None and entry.attempt <= event.attempt:
             self._ledger.close(event.request)
@@ -469,7 +455,7 @@ class Router:
             entry, waiting = self._ledger.get(held.request), self._line.get(held.request)
             newest = max(entry.attempt if entry else 0, waiting.attempt if waiting else 0)
             if held.attempt > newest and self._finished.admits(held.request, held.attempt):
-                self._awaited[held.request] = Awaited(held, event.gateway, now + self._settings.liveness_timeout)
+                self._awaiting.add(held, event.gateway, now + self._settings.liveness_timeout)
                 lost |= self._take_over(held.request, now)
         return [*actions, *(Send(event.gateway, message) for message in lost)]
 
@@ -493,7 +479,8 @@ class Router:
 
     def _take_over(self, request: RequestId, now: float) -> dict[WorkerLost, None]:
         """Count an awaited attempt on its workers, if they are here; or say which of them never will be."""
-        awaited = self._awaited[request]
+        awaited = self._awaiting.get(request)
+        assert awaited is not None
         held, gateway = awaited.held, awaited.gateway
         views: list[WorkerView] = []
         lost: dict[WorkerLost, None] = {}
@@ -504,9 +491,9 @@ class Router:
             elif view is not None or self._members.get(worker) is not None:
                 lost[WorkerLost(worker=worker, epoch=epoch, detail="it left while the router was away")] = None
         if lost:
-            del self._awaited[request]
+            self._awaiting.drop(request)
         elif len(views) == len(held.workers):
-            del self._awaited[request]
+            self._awaiting.drop(request)
             self._restore(held, gateway, views, now)
         return lost
 
@@ -527,10 +514,12 @@ class Router:
         if held.prefilled:
             self._ledger.prefilled(held.request, held.attempt)
 
-    def _take_over_all(self, now: float) -> list[Action]:
-        """A worker has come."""
+    def _take_over_all(self, worker: WorkerId, now: float) -> list[Action]:
+        """``worker`` has come."""
         actions: dict[Send, None] = {}
-        for request, awaited in list(self._awaited.items()):
+        for request in self._awaiting.on(worker):
+            awaited = self._awaiting.get(request)
+            assert awaited is not None
             actions |= {Send(awaited.gateway, lost): None for lost in self._take_over(request, now)}
         return list(actions)
 
@@ -554,8 +543,8 @@ class Router:
         for gateway in self._gateways.forget(now):
             for request in self._ledger.of(gateway):
                 self._ledger.close(request)
-            for request in [request for request, awaited in self._awaited.items() if awaited.gateway == gateway]:
-                del self._awaited[request]
+            for request in self._awaiting.of(gateway):
+                self._awaiting.drop(request)
             actions.append(Forget(gateway))
         return actions
 
@@ -578,10 +567,16 @@ class Router:
                 return self._registered_again(known, event)
         elif known is not None and known.alive:
             actions += self._lose(known, "another process has taken its name", for_good=True)
-        self._members.join(WorkerView.registered(event, now, self._settings.block_size))
+        view = WorkerView.registered(event, now, self._settings.block_size)
+        again = known is not None and known.epoch == view.epoch
+        if known is not None and again:  # what was asked of it meanwhile, or called off, it may not have heard
+            view.draining, view.called_off = known.draining, known.called_off
+        self._members.join(view)
+        if again and event.draining != view.draining:
+            actions.append(self._role_wanted(view))
         self._moved = True
         self._line.note(ready=self.ready, since=now)
-        return [*actions, *self._take_over_all(now)]
+        return [*actions, *self._take_over_all(address.worker, now)]
 
     def _registered_again(self, view: WorkerView, event: Register) -> list[Action]:
         if event.role is view.becoming and view.drained:
@@ -641,10 +636,13 @@ class Router:
         self._members.leave(view)
         self._moved = True
         view.dead_for_good = for_good
+        if view.becoming is not None:
+            self._members.call_off(view, f"it was lost before that: {detail}")
         self._line.note(ready=self.ready, since=view.heard)
         lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail, dead=dead)
         gateways = dict.fromkeys([*self._ledger.lose(view, lost), *self._gateways])
         actions: list[Action] = [Send(gateway, lost) for gateway in gateways]
+        actions += self._call_off_flips()
         return [*actions, *self._tell_peers(view.address, detail, dead=dead), Forget(view.address.mailbox)]
 
     def _tell_peers(self, lost: WorkerAddress, detail: str, *, dead: bool) -> list[Action]:
@@ -658,7 +656,7 @@ class Router:
 
     def _drain(self, event: Drain, _now: float) -> list[Action]:
         view = self._live(event.worker)
-        view.becoming = None
+        view.becoming, view.called_off = None, ""
         if not view.draining:
             if not event.force:
                 self._check_spare(view)
@@ -667,6 +665,7 @@ class Router:
 
     def _undrain(self, event: Undrain, _now: float) -> list[Action]:
         view = self._live(event.worker)
+        view.called_off = ""
         if view.draining:
             self._members.undrain(view)
             self._moved = True
@@ -682,8 +681,16 @@ class Router:
         self._check_spare(view)
         if not view.draining:
             self._members.drain(view)
-        view.becoming = event.role
+        view.becoming, view.called_off = event.role, ""
         return [self._role_wanted(view)]
+
+    def _call_off_flips(self) -> list[Action]:
+        """Of workers whose role has lost its others: without them nothing could be served."""
+        needed = [view for view in self._members.live() if view.becoming is not None and self._members.is_last(view)]
+        for view in needed:
+            self._members.call_off(view, f"it is the last {view.role} worker now")
+            self._moved = True
+        return [self._role_wanted(view) for view in needed]
 
     def _live(self, worker: WorkerId) -> WorkerView:
         view = self._members.get(worker)
@@ -706,9 +713,6 @@ class Router:
     def _drain_on(self, view: WorkerView, report: Report, now: float) -> list[Action]:
         """A draining worker has reported."""
         if view.drained and view.becoming is not None:
-            if self._members.is_last(view):  # the others have been lost since
-                self._members.undrain(view)
-                self._moved = True
             return [self._role_wanted(view)]
         if view.role is Role.PREFILL:
             return []
@@ -737,8 +741,7 @@ class Router:
         if late > STOOD_STILL:  # silence meanwhile proves nothing
             self._members.stood_still(late, now)
             self._gateways.stood_still(late, now)
-            for awaited in self._awaited.values():
-                awaited.until += late
+            self._awaiting.stood_still(late)
         actions: list[Action] = []
         for view in self._members.silent(timeout, now):
             actions += self._lose(view, f"no report for {now - view.heard:.1f} s", for_good=False)
@@ -758,17 +761,18 @@ class Router:
     def _give_up_awaited(self, now: float) -> list[Action]:
         """Workers that have not registered in time: they died while no router was there."""
         actions: dict[Send, None] = {}
-        for request, awaited in list(self._awaited.items()):
-            if awaited.until <= now:
-                del self._awaited[request]
-                missing = [each for each in awaited.held.workers if self._members.get(*each) is None]
-                lost = [WorkerLost(worker=w, epoch=e, detail="the router does not know it") for w, e in missing]
-                actions |= {Send(awaited.gateway, message): None for message in lost}
+        for request in self._awaiting.late(now):
+            awaited = self._awaiting.get(request)
+            assert awaited is not None
+            self._awaiting.drop(request)
+            missing = [each for each in awaited.held.workers if self._members.get(*each) is None]
+            lost = [WorkerLost(worker=w, epoch=e, detail="the router does not know it") for w, e in missing]
+            actions |= {Send(awaited.gateway, message): None for message in lost}
         return list(actions)
 
     def _next_deadline(self, now: float) -> float:
         silent = self._members.most_silent()
-        if silent is not None or self._gateways or self._awaited or self._settling:
+        if silent is not None or self._gateways or self._awaiting or self._settling:
             self._tick_at = min(self._tick_at, now + TICK)
         lost_at = silent.heard + self._settings.liveness_timeout if silent is not None else 0.0
         deadline = min(self._tick_at, lost_at) if lost_at > now else self._tick_at

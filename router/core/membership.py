@@ -59,6 +59,13 @@ class Members:
         view.draining, view.idle_reports = True, 0
         self.policies[view.role].remove(view)
 
+    def call_off(self, view: WorkerView, detail: str) -> None:
+        """``view`` keeps its role, and is not draining any more."""
+        view.draining, view.becoming, view.called_off = False, None, detail
+        view.moving.clear()
+        if view.alive:
+            self.policies[view.role].add(view)
+
     def undrain(self, view: WorkerView) -> None:
         """Have requests placed on ``view`` again."""
         view.draining, view.becoming = False, None

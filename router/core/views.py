@@ -18,6 +18,15 @@ LONG_IDLE = 100
 NO_BLOCKS = BlockCounts(free=0, held=0, cached=0, total=0)
 
 
+@dataclass(slots=True)
+class Move:
+    """A request's gateway was asked to have it go on elsewhere."""
+
+    since: float
+    asked: float
+    """The last time."""
+
+
 @dataclass(slots=True, eq=False)
 class WorkerView:
     """One incarnation of a worker. The ledger alone writes what is placed on it."""
@@ -50,8 +59,12 @@ class WorkerView:
     draining: bool = False
     becoming: Role | None = None
     """What it is drained to become."""
-    moving: dict[RequestId, float] = field(default_factory=dict)
-    """Requests that were asked to go on elsewhere, and when."""
+    called_off: str = ""
+    """Why it does not become what was last asked for."""
+    moving: dict[RequestId, "Move"] = field(default_factory=dict)
+    """Requests that were asked to go on elsewhere."""
+    stuck: dict[RequestId, float] = field(default_factory=dict)
+    """Those that did not, and when they are asked again."""
     idle_reports: int = 0
     """How many of the last reports said that nothing is left there."""
 

@@ -4,6 +4,7 @@ nothing is left; and nothing is drained, or flipped, without which requests coul
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from messages.common import Role, TransferCounts
 from messages.gateway_to_router import Computed
@@ -11,7 +12,7 @@ from messages.ids import Epoch, RequestId, WorkerId
 from messages.router_to_gateway import MoveWanted, Placed
 from messages.router_to_worker import RoleWanted
 from messages.worker_to_router import Report
-from router.core.drains import ASK_AGAIN, MOVING_AT_ONCE, Drain, Flip, Refused, Undrain
+from router.core.drains import ASK_AGAIN, LATER, MOVE_WITHIN, MOVING_AT_ONCE, Drain, Flip, Refused, Undrain
 from tests.router.world import World, finished, prefilled, register, report, wanted
 
 D0 = WorkerId("d0")
@@ -263,13 +264,61 @@ def test_a_worker_takes_the_other_role_when_nothing_is_left_and_takes_it_back() 
     assert "d0" in {world.place(f"t{n}").decode.worker for n in range(2)}
 
 
-def test_a_role_that_lost_its_others_meanwhile_keeps_the_worker() -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_role_that_lost_its_others_meanwhile_keeps_the_worker(busy: bool) -> None:
     world = pools()
+    if busy:
+        run_on(world, "d0", 1)
     world.handle(Flip(D0, Role.PREFILL))
-    sends = world.sleep(6.0, "d0", "p0", "p1")  # d1 falls silent
+    world.handle(register("d0", Role.DECODE))  # it has not heard of that yet
+    sends = world.sleep(2.5, "d0", "p0", "p1")  # d1 falls silent
     last = told(sends, RoleWanted)[-1]
     assert (last.role, last.draining) == (Role.DECODE, False)
     assert world.place("r").decode.worker == "d0"
+    standing = world.router.standing(D0)
+    assert standing["becoming"] is None and "the last decode worker" in standing["called_off"]
+
+
+def test_a_flip_of_a_worker_that_falls_silent_is_called_off_and_when_it_is_back_it_does_what_it_did() -> None:
+    world = pools()
+    world.handle(Flip(D0, Role.PREFILL))
+    world.sleep(3.0, "d1", "p0", "p1")
+    standing = world.router.standing(D0)
+    assert standing["becoming"] is None and "no report for" in standing["called_off"]
+    back = replace(register("d0", Role.DECODE), draining=True)  # as it was told
+    (wanted_role,) = told(world.handle(back), RoleWanted)
+    assert (wanted_role.role, wanted_role.draining) == (Role.DECODE, False)
+    assert "d0" in {world.place(f"r{n}").decode.worker for n in range(2)}
+    world.handle(Flip(D0, Role.PREFILL))
+    assert not world.router.standing(D0)["called_off"]
+
+
+def test_a_drained_worker_that_was_only_silent_is_still_draining_when_it_is_back() -> None:
+    world = pools()
+    world.handle(Drain(D0))
+    world.sleep(3.0, "d1", "p0", "p1")
+    (wanted_role,) = told(world.handle(register("d0", Role.DECODE)), RoleWanted)  # which never heard of that
+    assert wanted_role.draining
+    assert {world.place(f"r{n}").decode.worker for n in range(2)} == {"d1"}
+
+
+def test_sequences_whose_gateways_do_not_answer_let_others_move_first_and_are_asked_again() -> None:
+    world = pools(max_num_seqs=32)
+    run_on(world, "d0", MOVING_AT_ONCE + 2)
+    world.handle(Drain(D0))
+    reports = Reports(world, "d0")
+    first = [each.request for each in reports(left=9) if isinstance(each, MoveWanted)]
+    asked: dict[str, list[float]] = {}
+    begun = world.now
+    while world.now < begun + MOVE_WITHIN + LATER + 1.0:
+        world.handle(report("d1", int(world.now * 100)))
+        for each in reports(left=9):
+            if isinstance(each, MoveWanted):
+                asked.setdefault(each.request, []).append(world.now - begun)
+    others = asked.keys() - set(first)
+    assert len(first) == MOVING_AT_ONCE and len(others) == 2
+    assert all(min(asked[request]) <= MOVE_WITHIN + 0.2 for request in others)
+    assert all(max(asked[request]) >= MOVE_WITHIN + LATER - 0.1 for request in first), "they have another turn"
 
 
 def test_a_router_that_was_restarted_learns_who_is_draining() -> None:

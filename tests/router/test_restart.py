@@ -13,6 +13,7 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, WorkerLost
 from messages.router_to_worker import GatewayBack, GatewayLost
 from messages.sampling import SamplingParams
+from router.core.awaited import Awaiting
 from router.core.machine import Router, RouterSettings
 from runtime.core.actions import Send
 from tests.router.relay_world import GATEWAY as RELAY_GATEWAY
@@ -306,3 +307,16 @@ def gateway_asks(router: Router) -> ClusterState:
     actions = router.handle(ClusterStateWanted(gateway=RELAY_GATEWAY), 0.0)
     (state,) = [each.message for each in actions if isinstance(each, Send) and isinstance(each.message, ClusterState)]
     return state
+
+
+def test_a_worker_that_comes_costs_only_what_is_awaited_of_it() -> None:
+    """A router that was restarted hears of all requests before it hears of the workers."""
+    awaiting = Awaiting()
+    for number in range(100):
+        awaiting.add(held(f"r{number}", prefill=number % 2 == 0, decode=f"d{number % 4}"), GATEWAY, 2.0)
+        awaiting.check_integrity()
+    assert awaiting.on(PREFILL[0]) == [f"r{number}" for number in range(0, 100, 2)]
+    for request in awaiting.on(WorkerId("d0")):
+        awaiting.drop(request)
+        awaiting.check_integrity()
+    assert len(awaiting) == 75 and awaiting.on(WorkerId("d0")) == []
