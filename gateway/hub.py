@@ -4,6 +4,7 @@ A batch of tokens costs each request in it one ``Session.handle`` and one call o
 """
 
 import asyncio
+import itertools
 import logging
 import secrets
 from collections.abc import Iterable, Sequence
@@ -157,6 +158,7 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._relays: dict[RequestId, Relay] = {}
         self._adoptions: dict[RequestId, _Search] = {}
+        self._adoption_numbers = itertools.count(1)
         self._idle = asyncio.Event()
         self._idle.set()
         self._dispatch = Dispatch(mailbox.address, router)
@@ -241,7 +243,10 @@ class Hub:
     async def _adopt(self, request: RequestId) -> Relay | None:
         if request in self._relays or request in self._adoptions:
             return None  # its client reads it here, or it is being looked for already
-        search = _Search(Adoption(request, self._mailbox.address, self._router), self._loop.create_future())
+        search = _Search(
+            Adoption(request, self._mailbox.address, self._router, next(self._adoption_numbers)),
+            self._loop.create_future(),
+        )
         self._adoptions[request] = search
         try:
             self._seek(request, search.adoption.start(self._loop.time()))

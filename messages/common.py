@@ -282,6 +282,8 @@ class FailReason(StrEnum):
     """The worker is shutting down."""
     ORPHANED = "orphaned"
     """The gateway was taken for lost, and nobody has adopted the request in time."""
+    UNKNOWN = "unknown"
+    """The worker has had it, and does not know what has become of it."""
 
     @property
     def retryable(self) -> bool:

@@ -54,6 +54,8 @@ class AdoptionWanted(Message, frozen=True):
 
     request: RequestId
     gateway: Address
+    number: Count
+    """Of this adoption among the gateway's, however often it is asked for."""
 
 
 class ClusterStateWanted(Message, frozen=True):

@@ -35,6 +35,8 @@ class EndAck(AttemptMessage, frozen=True):
 
 
 class TokensWanted(AttemptMessage, frozen=True):
-    """Send again from output token ``index``: some were lost on the way."""
+    """Send again from output token ``index``: some were lost on the way. Where the attempt is over at the worker that
+    decodes it, the answer is ``AttemptFailed``."""
 
     index: Count
+    gateway: Address

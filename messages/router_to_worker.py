@@ -1,6 +1,6 @@
 """What the router tells workers."""
 
-from messages.common import Detail, Message, Role, WorkerAddress
+from messages.common import Count, Detail, Message, Role, WorkerAddress
 from messages.ids import Address, Epoch, RequestId, WorkerId
 from messages.seals import Sealed
 
@@ -38,14 +38,16 @@ class GatewayLost(Sealed, frozen=True):
 
 
 class GatewayBack(Sealed, frozen=True):
-    """The gateway was only slow: its requests are not dropped."""
+    """The gateway was only slow: its requests are not dropped. Said again to whoever reports it as lost."""
 
     gateway: Address
 
 
 class Adopt(Sealed, frozen=True):
     """The request is this gateway's from now on, whoever began it. Answered to it by ``Adopted`` or ``NotHere``; saying
-    it twice is harmless."""
+    it twice is harmless, also when a third gateway has adopted it since."""
 
     request: RequestId
     gateway: Address
+    number: Count
+    """As in ``AdoptionWanted``."""

@@ -61,6 +61,8 @@ class Report(Message, frozen=True):
     """Of a decode worker, on the transfers opened to it."""
     gateways: Annotated[tuple[Address, ...], Meta(max_length=MAX_GATEWAYS)] = ()
     """Whose requests it has; said now and then."""
+    lost_gateways: Annotated[tuple[Address, ...], Meta(max_length=MAX_GATEWAYS)] = ()
+    """That it was told are lost, and whose requests it will drop; said as often."""
     busy_for: Seconds = 0.0
     """What the step is expected to take that runs now: no report comes before its end."""
     left: Count = 0

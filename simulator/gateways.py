@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 from msgspec import structs
@@ -159,6 +160,7 @@ class GatewayProcess(Process):
         self._dispatch = Dispatch(address, router)
         self._router, self._timeouts = router, timeouts
         self._searches: dict[RequestId, tuple[Adoption, Client]] = {}
+        self._adoption_numbers = count(1)
         self._limits = Limits()
         self.after(0.0, self._ask_for_state)
 
@@ -194,7 +196,7 @@ class GatewayProcess(Process):
 
     def _search(self, client: Client) -> None:
         request = client.wish.request
-        adoption = Adoption(request, self.address, self._router)
+        adoption = Adoption(request, self.address, self._router, next(self._adoption_numbers))
         self._searches[request] = (adoption, client)
         self._seek(request, adoption.start(self.now))
 

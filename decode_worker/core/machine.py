@@ -226,7 +226,7 @@ class DecodeMachine:
 
     def _generate(self, order: Generate, now: float) -> list[Action]:
         if not self._shared.fences.admits(order.request, order.attempt):
-            return []
+            return self._shared.failed_before(order.request, order.attempt)  # asked again, or late
         actions = self._succeed(order, now)
         reason = self._shared.misfit(order.generation)
         if reason:

@@ -37,8 +37,9 @@ Action = Send | WakeAt | Found | Missing
 class Adoption:
     """Of one sequence. Nothing is to be handled after ``Found`` or ``Missing``."""
 
-    def __init__(self, request: RequestId, gateway: Address, router: Address) -> None:
-        self._wanted = Send(router, AdoptionWanted(request=request, gateway=gateway))
+    def __init__(self, request: RequestId, gateway: Address, router: Address, number: int) -> None:
+        """``number``: of this one among the gateway's."""
+        self._wanted = Send(router, AdoptionWanted(request=request, gateway=gateway, number=number))
         self._silent: set[WorkerId] | None = None  # asked, and not answered yet; None: not known who was asked
         self._not_here: set[WorkerId] = set()
         self._give_up_at = float("inf")

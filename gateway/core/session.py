@@ -288,6 +288,7 @@ class Session:
         self.placed = Placed(request=self.request, attempt=self.attempt, prefill=None, decode=worker, ticket=None)
         self._placed_tokens = work.num_tokens
         if not adopted.running:
+            self._asked = Attempt(self.attempt + 1)  # the gateway before may have asked for that
             return self._with_wake(self._retry([], now, MISHAP))
         self._move(Status.STREAMING)
         self._decode_streams = True
@@ -315,9 +316,8 @@ class Session:
                 return self._fail(_rejection(event))
             case AttemptFailed():
                 return self._on_attempt_failed(event, now)
-            case Superseded() if event.attempt >= self.attempt:
-                self._move(Status.FAILED)
-                return [Failed(StreamTaken("another gateway goes on with this stream"))]
+            case Superseded() if event.attempt + 1 >= self.attempt:
+                return self._taken(event)
             case WorkerLost():
                 return self._on_worker_lost(event, now)
             case MoveWanted():
@@ -441,7 +441,7 @@ class Session:
                 blamed = [event.worker, decode]
             case FailReason.STOPPING:
                 return self._retry([event.worker], now, MISHAP)
-            case FailReason.ORPHANED:
+            case FailReason.ORPHANED | FailReason.UNKNOWN:
                 return self._retry([], now, MISHAP)
             case _:
                 blamed = [event.worker]
@@ -485,13 +485,19 @@ class Session:
         if now >= self._again_at:
             self._again_after = min(2 * self._again_after, self._timeouts.ask_again_most)
             self._again_at = now + self._again_after
-            return [self._ask_again()]
+            return self._ask_again()
         return []
 
-    def _ask_again(self) -> Send:
-        if self.placed is None:
-            return self._placement_wanted(self._computed)
-        return self._start_message(self.placed) if self.status is Status.STARTING else self._tokens_wanted(self.placed)
+    def _ask_again(self) -> list[Action]:
+        """Whoever owes an answer. Until decode has sent a token it may be that the hand-over has failed, which the
+        prefill worker says once more if it gets its order once more."""
+        placed = self.placed
+        if placed is None:
+            return [self._placement_wanted(self._computed)]
+        if self.status is Status.STARTING:
+            return [self._start_message(placed)]
+        again = placed.prefill is not None and not self._decode_streams
+        return [*([self._start_message(placed)] if again else []), self._tokens_wanted(placed)]
 
     # Tokens
 
@@ -570,10 +576,21 @@ class Session:
         return [self._tokens_wanted(self.placed)]
 
     def _tokens_wanted(self, placed: Placed) -> Send:
-        wanted = TokensWanted(request=self.request, attempt=self.attempt, index=self.num_generated)
+        wanted = TokensWanted(
+            request=self.request, attempt=self.attempt, index=self.num_generated, gateway=self._gateway
+        )
         return Send(placed.decode.mailbox, wanted)
 
     # Ends
+
+    def _taken(self, event: Superseded) -> list[Action]:
+        """Another gateway goes on with what ran as ``event.attempt``, two attempts on: a move of it, or what was placed
+        in its stead, is older than that, and not known there."""
+        error = StreamTaken("another gateway goes on with this stream")
+        if event.attempt < self.attempt:
+            return self._fail(error)
+        self._move(Status.FAILED)
+        return [Failed(error)]
 
     def _fail(self, error: GatewayError) -> list[Action]:
         return [*self._abort(), *self._end(Status.FAILED, error)]

@@ -269,7 +269,7 @@ class PrefillMachine:
             return []  # nor is anything sent to where it says that it comes from
         self._shared.peers.add(order.decode.mailbox)
         if not self._shared.fences.admits(order.request, order.attempt):
-            return []  # asked again, or late
+            return self._shared.failed_before(order.request, order.attempt)  # asked again, or late
         detail = "a newer attempt has come"
         reason = self._shared.misfit(order.generation)
         if reason:

@@ -33,6 +33,7 @@ class Gateways:
         self._tell_every = tell_every
         self._heard: OrderedDict[Address, float] = OrderedDict()  # the most silent one first
         self._holdings: set[Address] = set()
+        self._named: set[Address] = set()  # by workers only
         self._lost: dict[Address, Lost] = {}
 
     def __len__(self) -> int:
@@ -46,14 +47,22 @@ class Gateways:
         """Something has come from ``gateway``; whether it was lost before."""
         self._heard[gateway] = now
         self._heard.move_to_end(gateway)
+        self._named.discard(gateway)
         if len(self._heard) > MAX_GATEWAYS:
-            self._holdings.discard(self._heard.popitem(last=False)[0])
+            most_silent, _ = self._heard.popitem(last=False)
+            self._holdings.discard(most_silent)
+            self._named.discard(most_silent)
         return self._lost.pop(gateway, None) is not None
 
     def named(self, gateway: Address, now: float) -> None:
         """A worker has requests of it. That shows no life; but one that this router has never heard may be dead."""
         if gateway not in self._heard and gateway not in self._lost:
             self.heard(gateway, now)
+            self._named.add(gateway)
+
+    def lives(self, gateway: Address) -> bool:
+        """Whether something has come from it, and not too long ago."""
+        return gateway in self._heard and gateway not in self._named
 
     def holds(self, gateway: Address) -> None:
         """It has said all that it holds."""
@@ -70,6 +79,7 @@ class Gateways:
     def lose(self, gateway: Address, now: float) -> None:
         """It is silent, or dead; harmless twice."""
         self._heard.pop(gateway, None)
+        self._named.discard(gateway)
         self._holdings.discard(gateway)
         if gateway not in self._lost:
             self._lost[gateway] = Lost(now + self._grace, now)

@@ -469,7 +469,9 @@ class Router:
             views = [view for view in known if view is not None and view.alive]
         else:
             views = list(self._members.live()) if now < self._knows_all_at else []
-        adopt = seal(self._settings.cluster_key, Adopt(request=event.request, gateway=event.gateway))
+        adopt = seal(
+            self._settings.cluster_key, Adopt(request=event.request, gateway=event.gateway, number=event.number)
+        )
         asked = AdoptionAsked(request=event.request, workers=tuple(view.worker for view in views))
         return [
             *self._heard(event.gateway, now),
@@ -598,7 +600,11 @@ class Router:
             return [Send(view.address.mailbox, RegisterWanted(worker=view.worker, epoch=view.epoch))]
         if view.take(event, now):
             self._members.heard(view)
-            actions = self._believe(view, event, now)
+            back = [GatewayBack(gateway=each) for each in event.lost_gateways if self._gateways.lives(each)]
+            actions: list[Action] = [
+                Send(view.address.mailbox, seal(self._settings.cluster_key, each)) for each in back
+            ]
+            actions += self._believe(view, event, now)
             return [*actions, *self._drain_on(view, event, now)] if view.draining else actions
         return []
 

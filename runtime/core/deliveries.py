@@ -54,6 +54,8 @@ class _Stream:
     """What is told to a gateway that adopts it; None where none can."""
     before: tuple[Address, Attempt] | None = None
     """Who had it before, and as which attempt."""
+    adoptions: dict[tuple[Address, int], None] = field(default_factory=dict)
+    """That were granted, by gateway and the gateway's number of it: a late repetition takes it from nobody."""
     sent: int = 0
     handed_over: bool = False
     resend_at: float = float("inf")
@@ -69,6 +71,9 @@ class Deliveries:
         self._dirty: dict[RequestId, None] = {}  # in the order in which they got tokens
         self._ended: dict[RequestId, None] = {}  # finished, not acked
         self._kept: OrderedDict[RequestId, None] = OrderedDict()  # nobody waits for them; in the order of forget_at
+
+    def __contains__(self, request: RequestId) -> bool:
+        return request in self._streams
 
     def __len__(self) -> int:
         """Streams that somebody waits for."""
@@ -145,12 +150,15 @@ class Deliveries:
             return [self._send(request, stream, max(0, index - stream.start))]
         return self._superseded(request, stream) if stream.before is not None and stream.before[1] == attempt else []
 
-    def adopt(self, request: RequestId, gateway: Address, now: float) -> Adopted | None:
-        """``gateway`` goes on with the stream, as the attempt after the next; None where none can. What was
-        sent so far, or is to be sent, it gets with this."""
+    def adopt(self, request: RequestId, gateway: Address, number: int, now: float) -> Adopted | None:
+        """``gateway`` goes on with the stream, as the attempt after the next; None where none can, or where another one
+        has adopted it since. What was sent so far, or is to be sent, it gets with this. ``number``: of the adoption."""
         stream = self._streams.get(request)
         if stream is None or stream.generation is None:
             return None
+        if stream.gateway != gateway and (gateway, number) in stream.adoptions:
+            return None
+        stream.adoptions[gateway, number] = None
         sends = []
         if stream.gateway != gateway:
             stream.before = (stream.gateway, stream.attempt)

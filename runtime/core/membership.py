@@ -89,9 +89,10 @@ class Membership:
         waiting: int,
         left: int,
         gateways: Callable[[], Iterable[Address]] = tuple,
+        lost_gateways: Iterable[Address] = (),
         now: float,
     ) -> list[Send]:
-        """A report, if one is due. ``gateways``: whose requests are here."""
+        """A report, if one is due. ``gateways``: whose requests are here; ``lost_gateways``: said to be lost."""
         if now < self.report_at:
             return []
         self.report_at = now + REPORT_EVERY
@@ -116,6 +117,7 @@ class Membership:
             transfer_rate=transfer.rate,
             decisions=self.decisions.counts(),
             gateways=tuple(dict.fromkeys(gateways()))[:MAX_GATEWAYS] if registers else (),
+            lost_gateways=tuple(lost_gateways)[:MAX_GATEWAYS] if registers else (),
             left=left,
         )
         self._last = report

@@ -1,5 +1,7 @@
 """Requests whose gateway is gone: kept for a while, for another gateway to adopt or for their own to come back."""
 
+from collections.abc import Iterator
+
 from messages.ids import Address
 from messages.router_to_worker import GatewayBack, GatewayLost
 
@@ -18,6 +20,10 @@ class Orphans:
 
     def __len__(self) -> int:
         return len(self._until)
+
+    def __iter__(self) -> Iterator[Address]:
+        """Gateways whose requests will be dropped."""
+        return iter(self._until)
 
     def heard(self, event: GatewayLost | GatewayBack, now: float) -> None:
         """Said again, it changes nothing."""

@@ -5,6 +5,7 @@ One half computes prompts and hands their KV over (``prefill_worker.core``), the
 only a matter of what the worker is sent.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from runtime.core.fences import Fences
 from runtime.core.membership import Membership
 from runtime.core.work import misfit
 
+REMEMBERED = 4096
+"""Requests of which is known that their last attempt here was given up."""
 Stop = Callable[[RequestId, Attempt, str, float], list[Any]]
 """End attempts of a request up to this one, without a word to the gateway: (request, attempt, why, now) -> actions."""
 
@@ -57,6 +60,8 @@ class Shared:
         )  # fmt: skip
         self.peers: set[Address] = set()
         """Mailboxes of workers that came with a ticket; no other is answered."""
+        self._failures: OrderedDict[RequestId, tuple[Address, AttemptFailed]] = OrderedDict()
+        """The last attempts that were given up: the word of it may be lost, and who asks hears it again."""
         self.forged = 0
         """Messages without a proof that they are who they say; dropped."""
         self.stops: list[Stop] = []
@@ -76,4 +81,13 @@ class Shared:
         failed = AttemptFailed(
             request=request, attempt=attempt, worker=self.settings.address.worker, reason=reason, detail=detail[:2000]
         )
+        self._failures[request] = (gateway, failed)
+        self._failures.move_to_end(request)
+        if len(self._failures) > REMEMBERED:
+            self._failures.popitem(last=False)
         return Send(gateway, failed)
+
+    def failed_before(self, request: RequestId, attempt: Attempt) -> list[Any]:
+        """Once more what its gateway was told, if just this attempt was given up here."""
+        gateway, failed = self._failures.get(request, (None, None))
+        return [] if gateway is None or failed is None or failed.attempt != attempt else [Send(gateway, failed)]

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.core.errors import AttemptsExhausted, GatewayError, InvalidRequest, Overloaded, Unavailable
+from gateway.core.errors import (
+    AttemptsExhausted,
+    GatewayError,
+    InvalidRequest,
+    Overloaded,
+    StreamTaken,
+    Unavailable,
+)
 from gateway.core.session import (
     Chunk,
     ClientGone,
@@ -23,13 +30,13 @@ from gateway.core.session import (
     answer_to_unwanted,
 )
 from messages.codec import pack_tokens, unpack_tokens
-from messages.common import FailReason, Logprobs, Ticket, WorkerAddress
+from messages.common import FailReason, Generation, Logprobs, Ticket, WorkerAddress
 from messages.gateway_to_router import Computed, Finished, PlacementWanted, Prefilled
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import MoveWanted, Placed, Rejected, WorkerLost
 from messages.sampling import FinishReason, SamplingParams
-from messages.worker_to_gateway import AttemptFailed, TokenChunk
+from messages.worker_to_gateway import Adopted, AttemptFailed, Superseded, TokenChunk
 from router.core.machine import RouterSettings
 from runtime.core.actions import Send, WakeAt
 
@@ -426,7 +433,9 @@ def test_a_silent_stream_is_asked_for_and_keeps_its_attempt(play: Play, decode_s
 
 def test_the_last_tokens_before_a_silence_may_be_lost() -> None:
     play = streaming()
-    assert [send.message for send in play.sleep(5)] == [TokensWanted(request=REQUEST, attempt=Attempt(1), index=3)]
+    assert [send.message for send in play.sleep(5)] == [
+        TokensWanted(request=REQUEST, attempt=Attempt(1), index=3, gateway=GATEWAY)
+    ]
     play.chunk(3, 6)
     assert play.delivered_right and len(play.tokens) == 6
 
@@ -733,3 +742,53 @@ def test_a_move_that_fails_is_an_attempt_like_any_other(who: str) -> None:
     play.chunk(3, 4, by="p1")
     play.chunk(4, MAX_TOKENS, by="d2", finish=FinishReason.LENGTH)
     assert play.delivered_right and play.ends == [Ended(FinishReason.LENGTH)]
+
+
+@pytest.mark.parametrize("streaming_on", [False, True])
+def test_a_stream_that_another_gateway_has_taken_ends_whatever_was_placed_in_its_stead(streaming_on: bool) -> None:
+    play = streaming()
+    play.lose("d0", dead=False)
+    play.place(prefill=None, decode="d1")
+    if streaming_on:
+        play.chunk(3, 4, by="d1")
+    sends = play.handle(Superseded(request=REQUEST, attempt=Attempt(1), worker=WorkerId("d0")))
+    assert [type(send.message) for send in sends] == [Abort, Finished]
+    assert {send.message.attempt for send in sends} == {2}, "the other gateway goes on with the third"
+    assert isinstance(play.error, StreamTaken)
+
+
+def test_what_was_taken_by_an_attempt_that_this_one_has_fenced_is_this_ones() -> None:
+    play = streaming()
+    for decode in ("d1", "d2"):
+        play.lose(play.session.placed.decode.worker, dead=False)  # type: ignore[union-attr]
+        play.place(prefill=None, decode=decode)
+    assert play.handle(Superseded(request=REQUEST, attempt=Attempt(1), worker=WorkerId("d0"))) == []
+    assert not play.ends
+
+
+def test_until_decode_has_sent_a_token_a_silent_stream_asks_both_workers(play: Play) -> None:
+    play.place()
+    play.chunk(0, 1, by="p0")
+    assert [type(send.message) for send in play.sleep(5)] == [Prefill, TokensWanted]
+    play.chunk(1, 2)
+    assert [type(send.message) for send in play.sleep(5)] == [TokensWanted]
+
+
+def test_an_attempt_that_its_worker_does_not_know_any_more_costs_a_mishap() -> None:
+    play = streaming()
+    play.fail(FailReason.UNKNOWN, by="d0")
+    (asked,) = play.sent_to(ROUTER, PlacementWanted)
+    assert (asked.attempt, asked.avoid) == (2, ())
+
+
+def test_an_adopted_attempt_without_a_token_is_placed_beyond_what_the_gateway_before_may_have_asked_for() -> None:
+    work = Generation(prompt=PROMPT, sampling=SamplingParams(max_tokens=MAX_TOKENS), description=b"x")
+    adopted = Adopted(
+        request=REQUEST, attempt=Attempt(3), worker=worker("d0"), generation=work,
+        tokens=TokenChunk(REQUEST, Attempt(3), 0, b""), running=False,
+    )  # fmt: skip
+    session = Session(
+        REQUEST, PROMPT, work.sampling, gateway=GATEWAY, router=ROUTER, tenant="t", timeouts=TIMEOUTS, max_attempts=4
+    )
+    sends = [action.message for action in session.adopt(adopted, 0.0) if isinstance(action, Send)]
+    assert [(type(each), each.attempt) for each in sends] == [(Abort, 3), (PlacementWanted, 5)]  # type: ignore[attr-defined]

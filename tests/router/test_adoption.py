@@ -26,11 +26,11 @@ def pair() -> World:
 
 def ask(world: World, request: str) -> tuple[list[str], list[Send]]:
     """Who is asked, by the router's word and by its messages."""
-    asked, *told = world.handle(AdoptionWanted(request=RequestId(request), gateway=OTHER))
+    asked, *told = world.handle(AdoptionWanted(request=RequestId(request), gateway=OTHER, number=7))
     assert isinstance(asked.message, AdoptionAsked) and asked.to == OTHER
     for send in told:
         assert isinstance(send.message, Adopt) and genuine(KEY, send.message)
-        assert (send.message.request, send.message.gateway) == (request, OTHER)
+        assert (send.message.request, send.message.gateway, send.message.number) == (request, OTHER, 7)
     return list(asked.message.workers), told
 
 

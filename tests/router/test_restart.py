@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.core import session as gateway
 from gateway.core.dispatch import Dispatch, Heard
@@ -13,6 +14,7 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import ClusterState, Placed, WorkerLost
 from messages.router_to_worker import GatewayBack, GatewayLost
 from messages.sampling import SamplingParams
+from messages.seals import genuine
 from router.core.awaited import Awaiting
 from router.core.machine import Router, RouterSettings
 from runtime.core.actions import Send
@@ -257,6 +259,21 @@ def test_workers_hear_of_a_lost_gateway_again_and_again_and_of_its_return() -> N
     world.gateways[other] = None
     assert world.sleep(20.0, "c0") == []
     assert world.state().workers[0].assigned == 1
+
+
+def test_a_worker_that_takes_a_gateway_for_lost_hears_from_a_new_router_that_it_is_back() -> None:
+    """The old router has said that it is lost, and is gone."""
+    world = World()
+    world.gateways = {}
+    world.handle(register("d0", Role.DECODE))
+    unsure = replace(report("d0", 1), gateways=(GATEWAY,), lost_gateways=(GATEWAY,))
+    assert world.handle(unsure) == [], "this router has not heard of it either"
+    world.handle(ClusterStateWanted(gateway=GATEWAY))
+    for number in (2, 3):  # the first one may be lost
+        (send,) = world.handle(replace(unsure, number=number))
+        assert isinstance(send.message, GatewayBack) and genuine(KEY, send.message)
+        assert (send.to, send.message.gateway) == (register("d0", Role.DECODE).address.mailbox, GATEWAY)
+    assert world.handle(report("d0", 4)) == []
 
 
 def test_the_line_does_not_wait_for_a_lost_gateway() -> None:

@@ -19,11 +19,12 @@ from messages.decode_to_prefill import CancelTransfer, TransferAccepted
 from messages.gateway_to_worker import Abort, EndAck, Generate, Prefill, TokensWanted
 from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed
-from messages.router_to_worker import Adopt, PeerLost
+from messages.router_to_worker import Adopt, GatewayBack, GatewayLost, PeerLost
 from messages.sampling import SamplingParams
 from messages.seals import seal
 from messages.tickets import mint
-from messages.worker_to_gateway import AttemptFailed, NotHere, Superseded
+from messages.worker_to_gateway import AttemptFailed, NotHere, Superseded, TokenBatch
+from messages.worker_to_router import Report
 from prefill_worker.core.handoff import Handoffs
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.shared import WorkerSettings
@@ -247,7 +248,7 @@ def test_a_worker_that_hands_nothing_over_handles_nothing_while_a_step_runs(deco
 
 ELSEWHERE = Address("tcp://127.0.0.1:5")
 DESCRIBED = replace(GENERATION, description=b"what gateways know")
-ADOPT = seal(KEY, Adopt(request=REQUEST, gateway=ELSEWHERE))
+ADOPT = seal(KEY, Adopt(request=REQUEST, gateway=ELSEWHERE, number=1))
 
 
 def steps(machine: WorkerMachine, tokens: list[int]) -> list[Any]:
@@ -272,19 +273,76 @@ def test_a_running_request_goes_on_for_the_gateway_that_adopts_it(decode: Worker
     # A gateway that has not heard of it can neither stop nor take anything.
     assert decode.handle(Abort(REQUEST, ATTEMPT), 0.0) == []
     assert decode.handle(Abort(REQUEST, Attempt(2)), 0.0) == []  # which was to move it when it was adopted
-    assert decode.handle(TokensWanted(REQUEST, ATTEMPT, 0), 0.0) == [over]
+    assert decode.handle(TokensWanted(REQUEST, ATTEMPT, 0, GATEWAY), 0.0) == [over]
     (batch,) = steps(decode, [9])
     assert batch.to == ELSEWHERE and [chunk.attempt for chunk in batch.message.chunks] == [3]
     assert decode.handle(ADOPT, 0.0)[0].message.attempt == 3  # asked again: the answer was lost
     steps(decode, [10, 11])
     decode.handle(EndAck(REQUEST, Attempt(3), keep=True), 0.0)
     assert decode.inspect()["deliveries"] == decode.inspect()["runs"] == decode.inspect()["held"] == 0
-    (kept,) = decode.handle(seal(KEY, Adopt(request=REQUEST, gateway=GATEWAY)), 9.0)
+    (kept,) = decode.handle(seal(KEY, Adopt(request=REQUEST, gateway=GATEWAY, number=1)), 9.0)
     assert unpack_tokens(kept.message.tokens.tokens).tolist() == [7, 8, 9, 10, 11]
     assert (kept.message.attempt, kept.message.tokens.finish) == (5, "length")
     decode.handle(EndAck(REQUEST, Attempt(5), keep=True), 9.0)
     decode.tick(19.1)
     assert sent(decode.handle(ADOPT, 19.1)) == [NotHere(REQUEST, DECODE.worker)]
+
+
+def test_an_adoption_that_is_repeated_late_takes_the_stream_from_nobody(decode: WorkerMachine) -> None:
+    decode.handle(Generate(REQUEST, ATTEMPT, GATEWAY, DESCRIBED), 0.0)
+    steps(decode, [7, 8])
+    third = Address("tcp://127.0.0.1:6")
+    decode.handle(ADOPT, 0.0)
+    _, adopted = decode.handle(seal(KEY, Adopt(request=REQUEST, gateway=third, number=1)), 0.0)
+    assert (adopted.to, adopted.message.attempt) == (third, 5)
+    assert decode.handle(ADOPT, 0.0) == [Send(ELSEWHERE, NotHere(REQUEST, DECODE.worker))]
+    assert [batch.to for batch in steps(decode, [9])] == [third]
+    _, again = decode.handle(seal(KEY, replace(ADOPT, number=2)), 0.0)  # its client has come back to it
+    assert (again.to, again.message.attempt) == (ELSEWHERE, 7)
+
+
+def test_who_asks_for_tokens_of_an_attempt_that_is_over_hears_that_it_is(decode: WorkerMachine) -> None:
+    asked = TokensWanted(REQUEST, ATTEMPT, 0, GATEWAY)
+    assert decode.handle(asked, 0.0) == [], "it may be on its way"
+    decode.handle(Generate(REQUEST, ATTEMPT, GATEWAY, GENERATION), 0.0)
+    steps(decode, [7])
+    assert [type(send.message) for send in decode.handle(asked, 0.0)] == [TokenBatch]
+    plan, _ = decode.schedule(0.0)
+    assert plan is not None
+    (failed,) = decode.fail_step(plan, "out of luck", 0.0)
+    assert decode.handle(asked, 0.0) == [failed], "it was said before, and lost"
+    assert decode.handle(Generate(REQUEST, ATTEMPT, GATEWAY, GENERATION), 0.0) == [failed]
+    decode.handle(Generate(REQUEST, Attempt(2), GATEWAY, GENERATION), 0.0)
+    steps(decode, [7])
+    decode.handle(EndAck(REQUEST, Attempt(2)), 0.0)
+    decode.handle(Abort(REQUEST, Attempt(2)), 0.0)
+    (unknown,) = decode.handle(replace(asked, attempt=Attempt(2)), 0.0)
+    assert (unknown.to, unknown.message.reason, unknown.message.attempt) == (GATEWAY, FailReason.UNKNOWN, 2)
+
+
+def test_an_order_that_comes_again_for_an_attempt_that_has_failed_is_answered_as_before(prefill: WorkerMachine) -> None:
+    prefill.handle(ORDER, 0.0)
+    assert prefill.handle(ORDER, 0.0) == []
+    plan, _ = prefill.schedule(0.0)
+    assert plan is not None
+    (failed,) = [action for action in prefill.fail_step(plan, "out of luck", 0.2) if isinstance(action, Send)]
+    assert prefill.handle(ORDER, 0.3) == [failed]
+
+
+def test_a_worker_says_for_as_long_as_it_takes_a_gateway_for_lost_that_it_does(decode: WorkerMachine) -> None:
+    decode.handle(seal(KEY, GatewayLost(gateway=GATEWAY)), 0.0)
+    reports = [
+        action.message for tick in range(10) for action in decode.tick(tick / 10) if isinstance(action.message, Report)
+    ]
+    assert {each.lost_gateways for each in reports} == {(), (GATEWAY,)}
+    decode.handle(seal(KEY, GatewayBack(gateway=GATEWAY)), 1.0)
+    reports = [
+        action.message
+        for tick in range(10, 20)
+        for action in decode.tick(tick / 10)
+        if isinstance(action.message, Report)
+    ]
+    assert {each.lost_gateways for each in reports} == {()}
 
 
 def test_what_a_stop_string_has_ended_is_kept_without_its_blocks(decode: WorkerMachine) -> None:

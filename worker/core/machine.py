@@ -111,7 +111,7 @@ class WorkerMachine:
                     self._deliveries.close(event.request, event.attempt)
                 return []
             case TokensWanted():
-                return [*self._deliveries.resend(event.request, event.attempt, event.index)]
+                return self._tokens_wanted(event)
             case RegisterWanted():
                 return [*self.membership.wanted(event)]
             case PeerLost() | GatewayLost() | GatewayBack() | RoleWanted():
@@ -134,6 +134,7 @@ class WorkerMachine:
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting + self.decode.num_incoming,
             gateways=lambda: (*self._deliveries.gateways(), *self.prefill.gateways(), *self.decode.gateways()),
+            lost_gateways=self._orphans,
             left=self.prefill.num_left + self.decode.num_incoming + len(self._deliveries),
             now=now,
         )
@@ -200,6 +201,15 @@ class WorkerMachine:
         halves = self.prefill.inspect() | self.decode.inspect()
         return counts | halves | own | structs.asdict(self.membership.decisions.counts())
 
+    def _tokens_wanted(self, event: TokensWanted) -> list[Any]:
+        request, attempt = event.request, event.attempt
+        known = request in self._deliveries or self.has(TransferKey(request, attempt))
+        if known or self._shared.fences.admits(request, attempt):  # it is here, or may be on its way
+            return [*self._deliveries.resend(request, attempt, event.index)]
+        again = self._shared.failed_before(request, attempt)
+        detail = "nothing is known of it any more"
+        return again or [self._shared.failed(request, attempt, event.gateway, FailReason.UNKNOWN, detail)]
+
     def _told(self, event: PeerLost | GatewayLost | GatewayBack | RoleWanted, now: float) -> list[Any]:
         """The router's word on who is there, and as what."""
         if not genuine(self._shared.settings.cluster_key, event):
@@ -237,7 +247,7 @@ class WorkerMachine:
             return []
         request, gateway = event.request, event.gateway
         own = structs.replace(self._shared.settings.address, kv=())
-        found = self._deliveries.adopt(request, gateway, now)
+        found = self._deliveries.adopt(request, gateway, event.number, now)
         if found is not None:
             self._shared.fences.raise_to(request, found.attempt)
             self.decode.belongs_to(request, found.attempt, gateway)
