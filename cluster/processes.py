@@ -323,7 +323,8 @@ class Processes:
         group = self._place(incarnation.unit, planned)
         processes = [self._create_rank(incarnation, each, group) for each in planned]
         router = self._router_address(incarnation)
-        configs = [replace(each.config, router=router, role=Role(incarnation.role)) for each in planned]
+        role, number = Role(incarnation.role), incarnation.number
+        configs = [replace(each.config, router=router, role=role, incarnation=number) for each in planned]
         if len(configs) > 1:  # the first opens its mailbox, which the others must know
             leader = self._result(processes[0].handle.prepare.remote(configs[0]), incarnation.unit)
             configs[1:] = [replace(config, leader=leader) for config in configs[1:]]

@@ -31,6 +31,9 @@ class Register(Sealed, frozen=True):
     role: Role
     max_num_seqs: Count
     max_model_len: Count
+    incarnation: Count = 0
+    """Which process of that name it is, by its supervisor's count: a later one takes the place of an earlier one, and
+    an earlier one none."""
     draining: bool = False
     """The router, or the one before it, has said so: ``RoleWanted``."""
 

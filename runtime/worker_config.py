@@ -14,6 +14,8 @@ class WorkerConfig:
     worker: str
     """Its name in the topology, such as ``prefill-0``."""
     role: Role
+    incarnation: int = 0
+    """Counts up with each process of that name."""
     host: str
     """Address of this machine that the worker's sockets bind to."""
     router: str

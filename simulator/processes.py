@@ -193,15 +193,16 @@ class WorkerProcess(Process):
     """Rank 0 and the others; it is the ``Surroundings`` of its worker."""
 
     def __init__(
-        self, world: Surface, name: str, epoch: Epoch, address: Address, origin: float, shape: WorkerShape
+        self, world: Surface, name: str, epoch: Epoch, address: Address, origin: float, shape: WorkerShape, number: int
     ) -> None:
+        """``number``: of this process among those of its name."""
         super().__init__(world, name, epoch, address, origin)
         self.truth, self.one_sided = world.truth, world.one_sided
         self.role = shape.role
         """As it registers."""
         self.failing = 0.0
         """How likely a step is to fail now."""
-        self.worker = Worker(self, WorkerId(name), shape, epoch=epoch, mailbox=address)
+        self.worker = Worker(self, WorkerId(name), shape, epoch=epoch, mailbox=address, incarnation=number)
         self._inbox: deque[Any] = deque()
         self._turning: Alarm | None = None
         self._busy: dict[int, bool] = {}

@@ -65,8 +65,9 @@ class Worker:
     """A machine and its ranks. Its loop takes what has come, plans a step, and runs it later."""
 
     def __init__(
-        self, world: Surroundings, name: WorkerId, shape: WorkerShape, *, epoch: Epoch, mailbox: Address
-    ) -> None:
+        self, world: Surroundings, name: WorkerId, shape: WorkerShape, *, epoch: Epoch, mailbox: Address,
+        incarnation: int = 0,
+    ) -> None:  # fmt: skip
         self.world, self.name, self.shape = world, name, shape
         self.sends = shape.role is Role.PREFILL
         self.blocks = BlockPool(shape.num_blocks, BLOCK)
@@ -93,6 +94,7 @@ class Worker:
         settings = WorkerSettings(
             address=self.address, role=shape.role, router=shape.router, cluster_key=KEY, block_bytes=1,
             max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCABULARY, disaggregation=shape.rule,
+            incarnation=incarnation,
         )  # fmt: skip
         self.handoffs = Handoffs(self.address, own, self.blocks, timeouts)
         self.reservations = Reservations(mailbox, own, self.blocks, timeouts=timeouts)

@@ -85,6 +85,8 @@ class World:
         self.network.watch = self._watch if any(each.message for each in plan.misfortunes) else None
         self.processes: dict[str, Process] = {}
         self.clients: list[Client] = []
+        self._numbers: dict[str, int] = {}
+        """Of each worker's newest process, among those of its name."""
         self._epochs = Random(f"{plan.seed} epochs")
         self._ports = 1000
         self._headless_until = 0.0
@@ -149,7 +151,8 @@ class World:
             rule=Disaggregation(policy=topology.policy),
             eos=frozenset({EOS}),
         )
-        worker = WorkerProcess(self, name, self._epoch(), self._address(name), self._origin(), shape)
+        self._numbers[name] = number = self._numbers.get(name, 0) + 1
+        worker = WorkerProcess(self, name, self._epoch(), self._address(name), self._origin(), shape, number)
         self._started(worker, "worker", worker_machine.Messages)
 
     def _started(self, process: Process, kind: str, messages: tuple[Any, ...]) -> None:

@@ -38,6 +38,7 @@ class Worker(WorkerActor):
             max_model_len=config.max_model_len,
             vocab_size=runner.config.vocab_size,
             disaggregation=config.disaggregation,
+            incarnation=config.incarnation,
         )
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,

@@ -137,6 +137,8 @@ class Router:
         self._ledger = Ledger(self._load_changed)
         self.forged = 0
         """Messages without a proof that they come from the cluster; dropped."""
+        self.outdated = 0
+        """Registrations of processes whose successors had registered; dropped."""
         self.decisions = Decisions()
         self._finished = Fences()
         self._line = Line(settings.wait_timeout, settings.deserted_timeout)
@@ -186,7 +188,8 @@ class Router:
     def inspect(self) -> dict[str, int]:
         """Figures for tests and logs."""
         workers = len(list(self._members.live()))
-        counts = {"workers": workers, "placed": len(self._ledger), "waiting": len(self._line), "forged": self.forged}
+        counts = {"workers": workers, "placed": len(self._ledger), "waiting": len(self._line)}
+        counts |= {"forged": self.forged, "outdated": self.outdated}
         return counts | structs.asdict(self.decisions.counts())
 
     def standing(self, worker: WorkerId) -> dict[str, Any]:
@@ -556,9 +559,8 @@ class Router:
         address = event.address
         known = self._members.get(address.worker)
         actions: list[Action] = []
-        # Where what took its place is silent, and it speaks, a new router has heard of its predecessor last.
-        passed_over = known is not None and not (known.alive or known.dead_for_good)
-        if self._members.is_former(address.worker, address.epoch) and not passed_over:
+        if known is not None and known.epoch != address.epoch and event.incarnation <= known.incarnation:
+            self.outdated += 1
             return []
         if known is not None and known.epoch == address.epoch:
             if known.dead_for_good:

@@ -31,10 +31,6 @@ class Members:
         view = self._views.get(worker)
         return view if view is not None and epoch in (None, view.epoch) else None
 
-    def is_former(self, worker: WorkerId, epoch: Epoch) -> bool:
-        """Whether another process has taken the place of this one: whatever it still sends is late."""
-        return self.former(worker, epoch) is not None
-
     def former(self, worker: WorkerId, epoch: Epoch | None) -> WorkerAddress | None:
         """The incarnation of that epoch, if another process has taken its place."""
         return next((address for address in self._former.get(worker, ()) if address.epoch == epoch), None)

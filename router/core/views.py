@@ -40,6 +40,8 @@ class WorkerView:
     block_size: int
     num_blocks: int
     """Of its KV pool; 0 until it says so."""
+    incarnation: int = 0
+    """Which process of its name it is; a later one has a higher number."""
     token_bytes: float = 0.0
     """KV of one token, as it is handed over to this worker."""
     unreported: int = 0
@@ -77,6 +79,7 @@ class WorkerView:
             max_num_seqs=message.max_num_seqs,
             max_model_len=message.max_model_len,
             draining=message.draining,
+            incarnation=message.incarnation,
             heard=now,
             block_size=block_size,
             num_blocks=min((endpoint.num_blocks for endpoint in kv), default=0),

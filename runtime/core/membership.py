@@ -36,14 +36,19 @@ class Membership:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        incarnation: int = 0,
     ) -> None:
         self.address = address
         self._router = router
         self._cluster_key = cluster_key
-        self._register = seal(
-            cluster_key,
-            Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len),
+        register = Register(
+            address=address,
+            role=role,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            incarnation=incarnation,
         )
+        self._register = seal(cluster_key, register)
         self._leaving = seal(cluster_key, Leaving(worker=address.worker, epoch=address.epoch))
         self._number = 0
         self._last: Report | None = None

@@ -42,6 +42,8 @@ class WorkerSettings:
     max_num_seqs: int
     max_model_len: int
     vocab_size: int
+    incarnation: int = 0
+    """See ``Register``."""
     disaggregation: Disaggregation = ALWAYS
 
 
@@ -57,6 +59,7 @@ class Shared:
         self.membership = Membership(
             settings.address, settings.role, settings.router, settings.cluster_key,
             max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
+            incarnation=settings.incarnation,
         )  # fmt: skip
         self.peers: set[Address] = set()
         """Mailboxes of workers that came with a ticket; no other is answered."""

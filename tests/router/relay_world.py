@@ -127,7 +127,7 @@ class RelayWorld:
         address = WorkerAddress(WorkerId(name), Epoch(epoch), Address(mailbox), kv)
         role = Role.PREFILL if name[0] == "p" else Role.DECODE
         machine = WorkerMachine(
-            WorkerSettings(address=address, role=role, **self._common),
+            WorkerSettings(address=address, role=role, incarnation=epoch, **self._common),
             Scheduler(pool, self._limits, frozenset()), pool, Handoffs(address, kv, pool, timeouts),
             Reservations(address.mailbox, kv, pool, timeouts=timeouts),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from messages.codec import BadMessage, decoder_for, encode
 from messages.common import BlockCounts, CacheCounts, Role, TransferCounts
 from messages.gateway_to_router import ClusterStateWanted
 from messages.ids import Address, Epoch, WorkerId
-from messages.router_to_gateway import Placed, Rejected, WorkerLost
+from messages.router_to_gateway import Placed, Rejected, WorkerLost, WorkerState
 from messages.router_to_worker import PeerLost, RegisterWanted
 from messages.seals import genuine, seal
 from messages.worker_to_router import Leaving, WorkerDied
@@ -392,13 +392,26 @@ def test_requests_of_a_gateway_that_died_leave_the_ledger_in_the_end(pair: World
     assert pair.handle(ClusterStateWanted(gateway=GATEWAY))
 
 
-def test_a_new_router_that_hears_of_a_workers_processes_in_the_wrong_order_finds_the_present_one() -> None:
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1), (3, 2, 1)])
+@pytest.mark.parametrize("silent", [False, True])
+def test_of_a_workers_processes_the_last_one_keeps_the_name_in_whatever_order_they_come(
+    order: tuple[int, ...], silent: bool
+) -> None:
+    """A zombie may register with a router that was restarted, before its successor does, or after."""
     world = World()
     world.handle(register("p0", Role.PREFILL))
-    world.handle(register("d0", Role.DECODE, 2))
-    world.handle(register("d0", Role.DECODE, 1))  # it waited somewhere, and its process is gone
-    world.sleep(4.0, "p0")
-    world.handle(register("d0", Role.DECODE, 2))
-    assert world.place("r").decode.epoch == 2
-    world.handle(register("d0", Role.DECODE, 1))
-    assert [worker.epoch for worker in world.state().workers if worker.role is Role.DECODE and worker.alive] == [2]
+    for epoch in order:
+        world.handle(register("d0", Role.DECODE, epoch))
+    assert world.place("r").decode.epoch == 3
+    if silent:
+        world.sleep(4.0, "p0")
+        world.handle(register("d0", Role.DECODE, 1))
+        assert not state_of(world, "d0").alive, "it may be back, and has its name"
+        world.handle(register("d0", Role.DECODE, 3))
+    assert (state_of(world, "d0").alive, state_of(world, "d0").epoch) == (True, 3)
+    refused = sum(epoch < max(order[:place]) for place, epoch in enumerate(order) if place)
+    assert world.router.inspect()["outdated"] == refused + silent
+
+
+def state_of(world: World, worker: str) -> WorkerState:
+    return next(each for each in world.state().workers if each.worker == worker)

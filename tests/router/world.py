@@ -31,7 +31,9 @@ def register(worker: str, role: Role, epoch: int = 1, max_model_len: int = 4096,
         else (KVRank(shard_of_bytes(64), blocks, "host", (KVWay("shm", f"pool-{worker}"),)),)
     )
     address = WorkerAddress(WorkerId(worker), Epoch(epoch), Address(f"tcp://{worker}.{epoch}:1"), kv)
-    return Register(address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    return Register(
+        address=address, role=role, max_num_seqs=max_num_seqs, max_model_len=max_model_len, incarnation=epoch
+    )  # fmt: skip
 
 
 def report(worker: str, number: int, epoch: int = 1, *, blocks: int = BLOCKS, running: int = 1) -> Report:
