@@ -7,7 +7,6 @@ own status; an error after the first byte is one typed event, then the end.
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from gateway.choice import Choice
 from gateway.core.errors import GatewayError, StreamTaken
 from gateway.core.positions import DONE, USAGE, event_id
 from gateway.hub import Hub, Order, Relay
-from gateway.rendering import Renderer, done, encode, error_body, event
+from gateway.rendering import Renderer, done, encode, error_body, error_event, retry_after
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +193,7 @@ class EventStream(Answer):
             error, over = exchange.first_error(), exchange.over
             body = self._news()
             if error is not None:
-                await self._write(send, body + event(error_body(error), self._id()), last=True)
+                await self._write(send, body + error_event(error, self._id()), last=True)
                 return
             if over:
                 await self._write(send, body + self._end(), last=True)
@@ -244,9 +243,8 @@ async def send_error(error: GatewayError, send: Send) -> None:
 
 
 def error_headers(error: GatewayError) -> list[tuple[bytes, bytes]]:
-    if error.retry_after is None:
-        return []
-    return [(b"retry-after", str(max(1, math.ceil(error.retry_after))).encode())]
+    seconds = retry_after(error)
+    return [] if seconds is None else [(b"retry-after", str(seconds).encode())]
 
 
 class ErrorAnswer:

@@ -1,6 +1,7 @@
 """Answers as JSON in the shape of OpenAI's API, with vLLM's ``token_ids`` and our ``baton`` where asked for."""
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -23,6 +24,20 @@ def error_body(error: GatewayError) -> dict[str, Any]:
     return {
         "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
     }
+
+
+def retry_after(error: GatewayError) -> int | None:
+    """What the header ``Retry-After`` says: whole seconds."""
+    return None if error.retry_after is None else max(1, math.ceil(error.retry_after))
+
+
+def error_event(error: GatewayError, event_id: str) -> bytes:
+    """The error that ends a stream. Its headers are long sent, so ``retry_after`` stands in it."""
+    body = error_body(error)
+    seconds = retry_after(error)
+    if seconds is not None:
+        body["error"]["retry_after"] = seconds
+    return event(body, event_id)
 
 
 def event(body: Any, event_id: str) -> bytes:

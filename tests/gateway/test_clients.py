@@ -23,7 +23,7 @@ from messages.common import FailReason
 from messages.gateway_to_router import Finished, PlacementWanted
 from messages.gateway_to_worker import Abort, Prefill
 from messages.ids import Attempt
-from messages.router_to_gateway import WorkerLost
+from messages.router_to_gateway import Rejected, WorkerLost
 from messages.sampling import FinishReason
 from messages.worker_to_gateway import AttemptFailed, TokenBatch, TokenChunk
 from tests.gateway.conftest import MODEL, serving
@@ -241,6 +241,24 @@ def test_an_error_in_the_middle_of_a_stream_is_raised_there(
     cluster.wait_for(Abort, 2)
     cluster.wait_for(Finished)
     assert in_flight(http) == 0
+
+
+def test_an_error_in_the_middle_of_a_stream_says_when_to_come_back(
+    client: openai.OpenAI, server: GatewayServer, cluster: FakeCluster
+) -> None:
+    cluster.hold_after = 4
+    stream = client.completions.create(model=MODEL, prompt=[5], max_tokens=20, stream=True)
+    next(stream)
+    order = cluster.of(Prefill)[-1]
+    cluster.on_placement = lambda wanted: Rejected(
+        request=wanted.request, attempt=wanted.attempt, detail="no worker is there", retry_after=1.5, unavailable=True
+    )
+    cluster.send(server.address, AttemptFailed(
+        request=order.request, attempt=order.attempt, worker=DECODE, reason=FailReason.ENGINE, detail="out of luck"
+    ))  # fmt: skip
+    with pytest.raises(openai.APIError, match="no worker is there") as failed:
+        list(stream)
+    assert isinstance(failed.value.body, dict) and failed.value.body["retry_after"] == 2
 
 
 @pytest.mark.parametrize("chat", [False, True])
