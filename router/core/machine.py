@@ -46,11 +46,11 @@ from router.core.gateways import Gateways
 from router.core.ledger import Entry, Ledger
 from router.core.line import Line
 from router.core.membership import Members
+from router.core.placing import Placing
 from router.core.policies.least_load import LeastLoad, outstanding_sequences, outstanding_tokens
-from router.core.policies.take_over import stays
 from router.core.views import WorkerView
 from runtime.core.actions import Forget, Send, WakeAt
-from runtime.core.disaggregation import ALWAYS, Case, Decisions, Disaggregation, Reason, decide
+from runtime.core.disaggregation import ALWAYS, Decisions, Disaggregation
 from runtime.core.fences import Fences
 
 
@@ -65,18 +65,6 @@ STOOD_STILL = 0.25
 """Seconds that a tick may be late before it means that this process, and perhaps the whole machine, stood still."""
 TELL_EVERY = 1.0
 """Seconds between two tellings that a gateway is lost."""
-
-
-class Found(NamedTuple):
-    """Where a request can run now."""
-
-    prefill: WorkerView | None
-    """None where one worker does it all."""
-    decode: WorkerView
-    expected: int
-    """Tokens to count on ``decode``."""
-    reason: Reason | None
-    """Why it is handed over, or not; None in a colocated pool."""
 
 
 Action = Send | WakeAt | Forget
@@ -147,7 +135,8 @@ class Router:
         self._knows_all_at: float | None = None
         """When everything that an earlier router has placed is over, or known here."""
         self._settled_at: float | None = None
-        self._settling = settings.settle > 0
+        self._placing = Placing(self._members, settings.disaggregation, settings.block_size)
+        self._placing.settling = settings.settle > 0
         self._moved = False  # whether this event may have made room for the head of the line
         self._asked_wake = self._tick_at = float("inf")
         self._handlers: dict[type[Any], Any] = {
@@ -209,19 +198,7 @@ class Router:
         self._awaiting.check_integrity()
         assert all(self._ledger.get(request) is None for request in self._line), "a request waits, and is placed"
         head = self._line.head()
-        assert head is None or self._find(head) is None, "a request waits where there is room"
-
-    @property
-    def ready(self) -> bool:
-        """Whether every role that a request needs has a live worker."""
-        members = self._members
-        if members.has_live(Role.COLOCATED):
-            return True
-        return members.has_live(Role.DECODE) and (members.has_live(Role.PREFILL) or self._without_prefill)
-
-    @property
-    def _without_prefill(self) -> bool:
-        return self._settings.disaggregation.without_prefill
+        assert head is None or self._placing.find(head) is None, "a request waits where there is room"
 
     # Requests
 
@@ -254,7 +231,7 @@ class Router:
         return answer or self._wait(wanted, now)
 
     def _too_long(self, wanted: PlacementWanted) -> list[Action]:
-        longest = self._longest()
+        longest = self._placing.longest()
         if longest is None or wanted.num_tokens + wanted.max_new_tokens <= longest:
             return []
         detail = f"{wanted.num_tokens} + {wanted.max_new_tokens} tokens exceed the context of {longest}"
@@ -274,7 +251,7 @@ class Router:
 
     def _place(self, wanted: PlacementWanted, now: float) -> list[Action]:
         """The answer, or nothing where the request has to wait."""
-        found = self._find(wanted)
+        found = self._placing.find(wanted)
         if found is None:
             return []
         prefill, decode, expected, reason = found
@@ -288,7 +265,7 @@ class Router:
         if origin is None or not origin.draining:
             return []
         expected = expected_tokens(wanted, self._settings.block_size)
-        target = self._choose(origin.role, wanted, expected)
+        target = self._placing.choose(origin.role, wanted, expected)
         return [] if target is None else self._assign(wanted, origin, target, expected, now)
 
     def _assign(
@@ -297,87 +274,6 @@ class Router:
         placed = self._placed(wanted.request, wanted.attempt, prefill, decode)
         self._ledger.place(wanted, placed, prefill, decode, expected, now)
         return [Send(wanted.gateway, placed)]
-
-    def _find(self, wanted: PlacementWanted) -> Found | None:
-        """Live workers of every role it needs, the one that decodes with room."""
-        expected = expected_tokens(wanted, self._settings.block_size)
-        if self._members.has_live(Role.COLOCATED):
-            worker = self._choose(Role.COLOCATED, wanted, expected)
-            return None if worker is None else Found(None, worker, expected, None)
-        best = self._choose(Role.PREFILL, wanted)
-        if best is None and not self._without_prefill:
-            return None
-        decode = self._choose(Role.DECODE, wanted, expected)
-        if decode is None:
-            return None
-        if best is None or (best.worker in wanted.avoid and self._without_prefill):
-            return Found(None, decode, expected, Reason.NO_PREFILL)
-        prefill = self._not_cut(wanted, self._previous(wanted, best) or best, decode)
-        if prefill is None:
-            return Found(None, decode, expected, Reason.NO_PREFILL)
-        reason = self._decide(wanted, prefill, decode)
-        return Found(None if reason.local else prefill, decode, expected, reason)
-
-    def _not_cut(self, wanted: PlacementWanted, first: WorkerView, decode: WorkerView) -> WorkerView | None:
-        """``first``, or else another prefill worker, whose KV may get through to ``decode`` for all that is known."""
-        length = wanted.num_tokens + wanted.max_new_tokens
-
-        def may(view: WorkerView) -> bool:
-            return (view.worker, decode.worker) not in wanted.cut
-
-        if may(first):
-            return first
-        policy = self._members.policies[Role.PREFILL]
-        return policy.choose(
-            lambda view: view.max_model_len >= length and view.worker not in wanted.avoid and may(view)
-        )
-
-    def _previous(self, wanted: PlacementWanted, best: WorkerView) -> WorkerView | None:
-        """The prefill worker that has the KV of an earlier attempt, if this one should go there rather than to
-        ``best``."""
-        computed = wanted.computed
-        view = None if computed is None else self._members.get(computed.worker, computed.epoch)
-        if computed is None or view is None or view not in self._members.policies[Role.PREFILL]:
-            return None
-        fits = view.max_model_len >= wanted.num_tokens + wanted.max_new_tokens
-        return view if fits and view.worker not in wanted.avoid and stays(view, best, computed) else None
-
-    def _decide(self, wanted: PlacementWanted, prefill: WorkerView, decode: WorkerView) -> Reason:
-        """Whether ``decode`` computes the prompt itself. Nothing is known here of its prefix cache."""
-        computed = wanted.computed
-        at_hand = computed is not None and (computed.worker, computed.epoch) == (prefill.worker, prefill.epoch)
-        case = Case(
-            num_tokens=wanted.num_tokens,
-            prefill_cached=min(computed.num_tokens, wanted.num_tokens) if at_hand and computed is not None else 0,
-            decode_rate=decode.prefill_rate,
-            prefill_rate=prefill.prefill_rate,
-            transfer_cost=prefill.transfer_cost,
-            token_bytes=decode.token_bytes,
-            decode_running=len(decode.requests),
-            decode_queued=decode.prompt_tokens,
-            prefill_queued=prefill.tokens,
-        )
-        return decide(self._settings.disaggregation, case)
-
-    def _choose(self, role: Role, wanted: PlacementWanted, expected: int | None = None) -> WorkerView | None:
-        """``expected``: only a worker that has room for as many tokens."""
-        policy, avoid, length = self._members.policies[role], wanted.avoid, wanted.num_tokens + wanted.max_new_tokens
-        settling = self._settling
-        room = None if expected is None else lambda view: has_room(view, expected, settling=settling)
-        if avoid:
-            other = policy.choose(lambda view: view.max_model_len >= length and view.worker not in avoid)
-            if other is not None:  # worth waiting for
-                return policy.choose(lambda view: view.max_model_len >= length and view.worker not in avoid, room)
-        return policy.choose(lambda view: view.max_model_len >= length, room)
-
-    def _longest(self) -> int | None:
-        """Tokens of the longest sequence that can be placed; None before workers of all roles needed are known."""
-        members = self._members
-        if members.knows(Role.COLOCATED):
-            return members.longest(Role.COLOCATED)
-        if members.knows(Role.PREFILL) and members.knows(Role.DECODE):
-            return min(members.longest(Role.PREFILL), members.longest(Role.DECODE))
-        return members.longest(Role.DECODE) if members.knows(Role.DECODE) and self._without_prefill else None
 
     def _wait(self, wanted: PlacementWanted, now: float) -> list[Action]:
         if wanted.attempt == 1 and len(self._line) >= self._settings.max_waiting:
@@ -388,7 +284,7 @@ class Router:
         return []
 
     def _shortage(self) -> str:
-        return "every worker is full" if self.ready else "no worker is there"
+        return "every worker is full" if self._placing.ready else "no worker is there"
 
     def _reject(self, wanted: PlacementWanted, detail: str, retry_after: float | None) -> Send:
         self._ledger.close(wanted.request)
@@ -397,7 +293,7 @@ class Router:
             attempt=wanted.attempt,
             detail=detail,
             retry_after=retry_after,
-            unavailable=retry_after is not None and not self.ready,
+            unavailable=retry_after is not None and not self._placing.ready,
         )
         return Send(wanted.gateway, rejected)
 
@@ -407,7 +303,7 @@ class Router:
         while (head := self._line.head()) is not None and (answer := self._too_long(head) or self._place(head, now)):
             self._line.remove(head.request)
             actions += answer
-        self._line.note(ready=self.ready, since=now)
+        self._line.note(ready=self._placing.ready, since=now)
         return actions
 
     def _load_changed(self, view: WorkerView) -> None:
@@ -436,7 +332,7 @@ class Router:
         state = ClusterState(
             workers=tuple(view.state() for view in sorted(self._members, key=lambda view: (view.role, view.worker))),
             queued=len(self._line),
-            ready=self.ready,
+            ready=self._placing.ready,
             decisions=self.decisions.counts(),
             router=self._epoch,
             known=self._gateways.has_said(event.gateway),
@@ -478,7 +374,7 @@ class Router:
         asked = AdoptionAsked(request=event.request, workers=tuple(view.worker for view in views))
         return [
             *self._heard(event.gateway, now),
-            *([] if where is None and self._settling else [Send(event.gateway, asked)]),
+            *([] if where is None and self._placing.settling else [Send(event.gateway, asked)]),
             *(Send(view.address.mailbox, adopt) for view in views),
         ]
 
@@ -579,7 +475,7 @@ class Router:
         if again and event.draining != view.draining:
             actions.append(self._role_wanted(view))
         self._moved = True
-        self._line.note(ready=self.ready, since=now)
+        self._line.note(ready=self._placing.ready, since=now)
         return [*actions, *self._take_over_all(address.worker, now)]
 
     def _registered_again(self, view: WorkerView, event: Register) -> list[Action]:
@@ -592,7 +488,7 @@ class Router:
         return [self._role_wanted(view)]  # this was lost, or was on its way
 
     def _report(self, event: Report, now: float) -> list[Action]:
-        self._moved = self._moved or self._settling
+        self._moved = self._moved or self._placing.settling
         for gateway in event.gateways:
             self._gateways.named(gateway, now)
         view = self._members.get(event.worker, event.epoch)
@@ -646,7 +542,7 @@ class Router:
         view.dead_for_good = for_good
         if view.becoming is not None:
             self._members.call_off(view, f"it was lost before that: {detail}")
-        self._line.note(ready=self.ready, since=view.heard)
+        self._line.note(ready=self._placing.ready, since=view.heard)
         lost = WorkerLost(worker=view.worker, epoch=view.epoch, detail=detail, dead=dead)
         gateways = dict.fromkeys([*self._ledger.lose(view, lost), *self._gateways])
         actions: list[Action] = [Send(gateway, lost) for gateway in gateways]
@@ -735,11 +631,11 @@ class Router:
 
     def _settle(self, now: float) -> None:
         """See whether workers and gateways have had time to say what there is."""
-        if self._settling:
+        if self._placing.settling:
             if self._settled_at is None:
                 self._settled_at = now + self._settings.settle
             if now >= self._settled_at:
-                self._settling = False
+                self._placing.settling = False
                 self._moved = True
 
     def _tick(self, _event: Tick, now: float) -> list[Action]:
@@ -780,7 +676,7 @@ class Router:
 
     def _next_deadline(self, now: float) -> float:
         silent = self._members.most_silent()
-        if silent is not None or self._gateways or self._awaiting or self._settling:
+        if silent is not None or self._gateways or self._awaiting or self._placing.settling:
             self._tick_at = min(self._tick_at, now + TICK)
         lost_at = silent.heard + self._settings.liveness_timeout if silent is not None else 0.0
         deadline = min(self._tick_at, lost_at) if lost_at > now else self._tick_at
