@@ -325,8 +325,8 @@ def test_an_order_that_comes_again_for_an_attempt_that_has_failed_is_answered_as
     assert prefill.handle(ORDER, 0.0) == []
     plan, _ = prefill.schedule(0.0)
     assert plan is not None
-    (failed,) = [action for action in prefill.fail_step(plan, "out of luck", 0.2) if isinstance(action, Send)]
-    assert prefill.handle(ORDER, 0.3) == [failed]
+    failed = [send for send in prefill.fail_step(plan, "out of luck", 0.2) if isinstance(send.message, AttemptFailed)]
+    assert len(failed) == 1 and prefill.handle(ORDER, 0.3) == failed
 
 
 def test_a_worker_says_for_as_long_as_it_takes_a_gateway_for_lost_that_it_does(decode: WorkerMachine) -> None:
