@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from cluster.submit import retry_after
 
 PATIENCE = 60.0
 """Seconds without an event after which a stream is taken for lost; and of refusals before the first."""
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients that speak plain HTTP: else each reads every certificate of this machine, which is some MB each time."""
 TIMEOUT = httpx.Timeout(connect=5.0, read=PATIENCE, write=30.0, pool=None)
 ATTACH_AGAIN = 0.1
 """Seconds until another gateway is asked for the rest of a stream."""
@@ -152,7 +155,7 @@ class Load:
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-        return httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, limits=limits)
+        return httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, limits=limits, verify=NO_TLS)
 
     async def _each(self, do: Callable[[Case], Any], cases: list[Case]) -> None:
         waiting = iter(cases)

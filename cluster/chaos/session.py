@@ -21,7 +21,7 @@ from cluster.chaos.catalogue import catalogue
 from cluster.chaos.core.answers import Verdict
 from cluster.chaos.core.faults import HEAD_SECONDS, Kind, Planner, Victim
 from cluster.chaos.core.report import Memory, Report, Strike, Tally, held, resumes_of
-from cluster.chaos.load import Load, Stream
+from cluster.chaos.load import NO_TLS, Load, Stream
 from cluster.chaos.meters import Meters, Uses, shared_memory, uses
 from cluster.chaos.processes import Gone, Life, Processes, kill, set_links, stop
 from cluster.chaos.recorder import Recorder, incarnation, lost
@@ -339,7 +339,7 @@ class Session:
         if role in ("router", "gateway"):
             return
         await asyncio.sleep(1.0)  # longer than the gateway's view of the cluster is old
-        async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=5.0, verify=NO_TLS) as client:
 
             async def alive() -> bool:
                 try:
