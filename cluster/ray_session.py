@@ -1,7 +1,8 @@
 """A Ray to run on: one of our own on loopback, gone without a trace afterwards, or one that is there already.
 
 Our own is closed to others: everything listens on 127.0.0.1, a fresh token is needed to speak to it, there is no
-dashboard, nothing is reported home, and its files lie in a private folder.
+dashboard, nothing is reported home, and its files lie in a private folder. Of Ray's own processes those are started
+that actors need.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class RaySession:
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(self.folder / "ray"),
             )
-        with _own_signal_handlers():
+        with _own_signal_handlers(), _bare_head():
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
             except Exception as error:  # a node that does not start in time is no more than that for Ray
@@ -207,6 +209,22 @@ def _own_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _bare_head() -> Iterator[None]:
+    """A head that ``ray.init`` starts in here has no autoscaler, no reader of logs (``log_to_driver`` is off) and no
+    API server (which runs without a dashboard too, to report usage): three Python processes, a sixth of all that a
+    small cluster computes to start. ``ray.init`` has no options for them."""
+    from ray._private import node, parameter
+
+    params, start_api_server = parameter.RayParams, node.Node.start_api_server
+    parameter.RayParams = partial(params, no_monitor=True, include_log_monitor=False)
+    node.Node.start_api_server = lambda self, **options: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server = params, start_api_server
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
