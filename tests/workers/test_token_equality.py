@@ -21,6 +21,8 @@ AT_ONCE = 32
 OUTPUT_TOKENS = 6
 GREEDY = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
 LENGTHS = (1, 15, 16, 17, 40, 64, 100, 150)
+NUM_BLOCKS = 256
+"""Room for all prompts at once and what stays cached of them; a larger pool takes longer to make than to use."""
 Prompts = tuple[list[int], ...]
 
 
@@ -55,6 +57,7 @@ def answers(relay: Relay, prompts: Prompts, prefill: str, decode: str) -> tuple[
     return [stream.token_ids() for stream in streams], saved, sent
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "fp8"])
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (1, 2), (2, 2)], ids="{0[0]}-{0[1]}".format)
 @pytest.mark.parametrize("transport", ["shm", "zmq", "nccl"])
@@ -66,9 +69,8 @@ def test_the_tokens_are_those_of_one_worker(
         for worker in ("prefill-0", "decode-0", "prefill-1", "decode-1"):
             role = Role(worker.split("-")[0])
             degree = ranks[role is Role.DECODE]
-            relay.start(
-                config(relay, worker, role, tiny_llama, tensor_parallel=degree, kv_dtype=dtype, transport=transport)
-            )
+            options = {"kv_dtype": dtype, "transport": transport, "num_blocks": NUM_BLOCKS}
+            relay.start(config(relay, worker, role, tiny_llama, tensor_parallel=degree, **options))
         cold, _, everything = answers(relay, prompts, "prefill-0", "decode-0")
         known_to_prefill, saved, sent = answers(relay, prompts, "prefill-0", "decode-1")
         assert saved > sum(map(len, prompts)) / 2 and sent >= everything
