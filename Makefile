@@ -7,18 +7,28 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test chaos check format bench clean
+.PHONY: demo test alone beside chaos check format bench clean
 
 demo: .venv/installed
 	$(BIN)/baton demo
 
-# Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed.
-ALONE := tests/e2e tests/gateway
+# Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed. Those wait
+# much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
+ALONE := tests/e2e tests/gateway tests/chaos
+BESIDE := tests/kernels tests/ownership
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) tests/chaos)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE))
+	@$(MAKE) --no-print-directory --jobs 2 alone beside
+
+alone: .venv/installed
 	$(BIN)/pytest $(ALONE)
 
-# Apart from the others as long as those take nearly all the time that there is.
+beside: .venv/installed
+	@echo "nice -n 19 $(BIN)/pytest $(BESIDE): what it says comes when it is through"
+	@mkdir -p .pytest_cache
+	@nice -n 19 $(BIN)/pytest --timeout 1200 $(BESIDE) >.pytest_cache/beside.log 2>&1; \
+		ended=$$?; echo; cat .pytest_cache/beside.log; exit $$ended
+
 chaos: .venv/installed
 	$(BIN)/pytest tests/chaos
 
