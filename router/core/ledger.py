@@ -20,7 +20,9 @@ DOUBT_AFTER = 1.0
 """Seconds after its placement in which a request reaches its worker, and its worker's report the router."""
 ASK_AGAIN = 1.0
 """Seconds between two questions about a request."""
-ASKED_AT_ONCE = 16
+LOOK_AGAIN = 0.5
+"""Seconds between two looks at all requests of a worker."""
+ASKED_AT_ONCE = 64
 """Requests of a worker that one of its reports brings into doubt."""
 REMEMBERED = 16_384
 """Closed requests of which is known where they were."""
@@ -191,12 +193,15 @@ class Ledger:
         Until its first token a request is in its prefill worker's queue, from then on in its decode worker's batch. Of
         a worker that is draining, all are asked about whose first token is not known to be there.
         """
+        if worker.looked_at + LOOK_AGAIN > now:
+            return []
+        worker.looked_at = now
         old: list[Entry] = []
         unbegun: list[Entry] = []
         for request in worker.requests:
             entry = self._entries[request]
             if entry.since + DOUBT_AFTER > now:
-                continue
+                break
             waits = entry.prefill is not None and not entry.begun
             if (entry.prefill is worker) if waits else (entry.decode is worker):
                 old.append(entry)

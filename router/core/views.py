@@ -53,6 +53,8 @@ class WorkerView:
     report: Report | None = None
     requests: dict[RequestId, None] = field(default_factory=dict)
     """Placed here and not yet finished, in order of placement."""
+    looked_at: float = float("-inf")
+    """When its requests were last compared with what it says that it has."""
     tokens: int = 0
     """Tokens placed here whose work the router does not know to be over: of prompts where they are prefilled, as in
     ``admission.expected_tokens`` where they are decoded."""

@@ -168,7 +168,7 @@ def test_where_a_worker_has_fewer_requests_than_are_counted_on_it_their_gateways
     assert world.handle(wanted("e")) == []
     world.now += 0.9
     assert world.handle(report("c0", 1, running=known)) == []  # they may be on their way
-    world.now += 0.2
+    world.now += 0.6
     asked = world.handle(report("c0", 2, running=known))  # and two wait there
     assert [request for request, _ in placed_in(asked)] == ["a", "b", "c", "d"]
     assert world.handle(report("c0", 3, running=known)) == [], "nobody is asked ten times a second"
@@ -189,6 +189,7 @@ def test_a_prompt_that_waits_in_a_prefill_queue_brings_nobody_into_doubt() -> No
     world.now += 30.0
     assert world.handle(report("p0", 1, running=1)) == []  # and two wait there
     assert world.handle(report("d0", 1, running=0)) == []
+    world.now += 0.5
     assert [send.message.request for send in world.handle(report("p0", 2, running=0))] == ["b", "c", "d"]
 
 
