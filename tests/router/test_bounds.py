@@ -223,10 +223,11 @@ def test_lost_messages_cost_little(loss: float) -> None:
     assert statistics.quantiles(pauses, n=50)[-1] <= (1.0 if loss == 0.01 else 1.5)
 
 
-@pytest.mark.parametrize("loss", [0.01, 0.05])
-def test_a_death_costs_no_more_than_its_bound_where_messages_are_lost_too(loss: float) -> None:
+@pytest.mark.parametrize(("loss", "seeds"), [(0.01, 10), (0.05, 40)])
+def test_a_death_costs_no_more_than_its_bound_where_messages_are_lost_too(loss: float, seeds: int) -> None:
+    """One of 50 may cost more than the bound: that needs more than 50 of them where it happens at all."""
     pauses = []
-    for seed in range(20):
+    for seed in range(seeds):
         world = RelayWorld(prefill=2, decode=2, seed=seed, loss=loss)
         requests = world.ask(5, max_tokens=100)
         world.sleep(1.5)
