@@ -108,11 +108,15 @@ class OwnCluster:
             others += [(name, "gateway") for name in self._cluster.plan.gateways]
         if self._cluster.ray_folder is not None:
             workers.append(Victim(HEAD, "head", usable=self.head() is not None, restarts=True))
-        return [*workers, *(Victim(name, role, usable=name in alive, restarts=True) for name, role in others)]
+        # The one router is let alone while nothing can be started: all would wait for that, and no more be shown.
+        startable = self._phase(HEAD) is Phase.RUNNING
+        return [*workers, *(Victim(name, role, usable=name in alive, restarts=startable) for name, role in others)]
 
     def head(self) -> int | None:
-        (status,) = (each for each in self._cluster.status() if each.name == HEAD)
-        return self._cluster.head_pid if status.phase is Phase.RUNNING else None
+        return self._cluster.head_pid if self._phase(HEAD) is Phase.RUNNING else None
+
+    def _phase(self, unit: str) -> Phase:
+        return next(status.phase for status in self._cluster.status() if status.name == unit)
 
 
 class Gone(Exception):
