@@ -50,7 +50,10 @@ def simulate_seeds(console: "Console", first: int, count: int, *, faults: bool, 
                  f"{len(total.broken)} broken")  # fmt: skip
     seconds = time.monotonic() - begun
     _say(console, f"{total.seeds} seeds in {seconds:.0f} s ({total.seeds / seconds:.0f} a second): "
-         f"{total.requests} requests, {total.faults} faults, {total.resumes} resumes")  # fmt: skip
+         f"{total.requests} requests, {total.faults} faults, {total.resumes} resumes, "
+         f"in {total.resumed} of the seeds")  # fmt: skip
+    strikes = ", ".join(f"{kind} {times}" for kind, times in total.hits.most_common())
+    _say(console, f"  misfortunes that struck something: {strikes or 'none'}")
     for what, times in (("detect", total.times.detect), ("resume", total.times.resume)):
         for kind, each in sorted(times.items()):
             p50, p99 = quantile(each, 0.5), quantile(each, 0.99)

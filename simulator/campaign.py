@@ -1,5 +1,6 @@
 """Many runs: which seeds break a promise, and how little of such a run is enough to break it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,10 @@ TRIES = 300
 """Runs that shrinking one may take."""
 BOUNDS = Bounds(compute=1.0)
 """Its workers are slow, and wait for each other's prompts."""
+COMPUTE = {1.0: 1.0, 5.0: 3.0, 20.0: 10.0}
+"""The same by their pace."""
+LOOKS = 0.25
+"""Seconds from one look at the pools and the ledger to the next."""
 PROMPT = 0.5
 """Seconds: a supervisor that takes longer to tell of a death, or never does, leaves it to missed reports."""
 
@@ -39,6 +44,10 @@ class Tally:
     requests: int = 0
     faults: int = 0
     resumes: int = 0
+    resumed: int = 0
+    """Seeds in which at least one attempt followed another one."""
+    hits: Counter[Kind] = field(default_factory=Counter)
+    """Misfortunes that struck something, by their kind."""
     broken: dict[int, list[str]] = field(default_factory=dict)
     """What the seeds that broke something broke."""
     times: Times = field(default_factory=Times)
@@ -48,25 +57,28 @@ class Tally:
         self.requests += other.requests
         self.faults += other.faults
         self.resumes += other.resumes
+        self.resumed += other.resumed
+        self.hits.update(other.hits)
         self.broken.update(other.broken)
         self.times.add(other.times)
 
 
 def judged(plan: Plan, *, story: bool = False) -> Judged:
     """Run a plan, and look at what happened."""
-    run = World(plan, story=story).run()
+    run = World(plan, story=story, looks=LOOKS).run()
     return Judged(run, check(run.history, answer_to, bounds_of(plan)))
 
 
 def bounds_of(plan: Plan) -> Bounds:
     """What the run of a plan is held to: where nobody tells of a death it is found as a hang is."""
+    bounds = replace(BOUNDS, compute=COMPUTE[plan.topology.pace]) if plan.topology.pace > 1 else BOUNDS
     kinds = {each.kind for each in plan.misfortunes}
     late = any(each.notice is None or each.notice > PROMPT for each in plan.misfortunes if each.kind is Kind.KILL)
     if Kind.KILL not in kinds or not (late or Kind.HEADLESS in kinds):
-        return BOUNDS
+        return bounds
     hang = BOUNDS.resume[Fault.HANG]
     resume = {fault: max(bound, hang) for fault, bound in BOUNDS.resume.items()}
-    return replace(BOUNDS, detect_crash=BOUNDS.detect_hang, resume=resume)
+    return replace(bounds, detect_crash=BOUNDS.detect_hang, resume=resume)
 
 
 @lru_cache(1)
@@ -88,11 +100,13 @@ def run_seeds(first: int, count: int, *, faults: bool) -> Tally:
     tally = Tally()
     for seed in range(first, first + count):
         plan = draw(seed, faults=faults)
-        verdict = judged(plan).verdict
+        run, verdict = judged(plan)
         tally.seeds += 1
         tally.requests += verdict.requests
         tally.faults += verdict.faults
         tally.resumes += verdict.resumes
+        tally.resumed += verdict.resumes > 0
+        tally.hits.update(each.kind for each in plan.misfortunes if run.hits[each.number])
         if bounds_of(plan) is BOUNDS:  # else nobody told, and it was found as a hang is
             tally.times.add(verdict.times)
         if not verdict.clean:

@@ -1,7 +1,10 @@
 """What goes wrong in a run: drawn up front, numbered, so that leaving some out leaves the others what they were."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+SENDER, RECEIVER = "the sender", "the receiver"
+"""Of the message with which a misfortune comes: stand for a name."""
 
 
 class Kind(StrEnum):
@@ -15,6 +18,8 @@ class Kind(StrEnum):
     """The same; when nothing is left it is stopped, and another process takes the name later."""
     FLIP = "flip"
     """The same; when nothing is left it takes the other role."""
+    ROLL = "roll"
+    """Every worker in turn is drained, stopped, and started again; then the router is."""
     FREEZE = "freeze"
     """SIGSTOP, and SIGCONT when the time is over."""
     CUT = "cut"
@@ -31,6 +36,8 @@ class Kind(StrEnum):
     """What lands is a bit off; in another block; or not there."""
     FAIL = "fail"
     """Steps of a worker fail."""
+    FILL = "fill"
+    """Somebody else takes blocks of a worker's pool that nobody holds."""
     HEADLESS = "headless"
     """Ray's head is gone: nobody says who is dead, nobody is started again."""
 
@@ -48,16 +55,24 @@ class Misfortune:
     seconds: float = 0.0
     """How long it lasts; of KILL, STOP and RETIRE, until another process takes the name (never: infinite)."""
     chance: float = 1.0
-    """That it strikes a message, a piece of KV, a step. Of DELAY: the longest, in seconds; of SLOW: how many times."""
+    """That it strikes a message, a piece of KV, a step. Of DELAY: the longest, in seconds; of SLOW: how many times; of
+    FILL: which part of what is free."""
     notice: float | None = None
     """Seconds after which the supervisor tells of a death; None: it never does."""
     holds: bool = False
     """Of CUT: what is sent arrives when it heals."""
     message: str = ""
-    """It begins when ``source`` (or anybody) sends ``target`` (or anybody) the ``nth`` message of this type."""
+    """It begins when anybody sends the ``nth`` message of this type; of a link, with that message itself."""
     nth: int = 1
     after: float = 0.0
     """Seconds from that message."""
+
+    def at_message(self, source: str, target: str) -> "Misfortune":
+        """The same, where the message was found that it waits for: from ``source``, for ``target``."""
+        names = {SENDER: source, RECEIVER: target}
+        return replace(
+            self, source=names.get(self.source, self.source), target=names.get(self.target, self.target), message=""
+        )
 
     @property
     def _moment(self) -> str:

@@ -237,6 +237,9 @@ class GatewayProcess(Process):
         self.world.tell(Attached(self.world.clock.now, wish.request, self.name, client.tokens))
         client.gateway = self.name
         actions = session.adopt(adopted, self.now)
+        if adopted.running:
+            decode = Incarnation(adopted.worker.worker, adopted.worker.epoch)
+            self.world.tell(AttemptPlaced(self.world.clock.now, wish.request, adopted.attempt, None, decode))
         known = session.transcript()
         if known is not None:
             self._catch_up(relay, known)

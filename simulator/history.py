@@ -209,6 +209,8 @@ class Injected(Record, frozen=True, gc=False):
     until: float | None = None
     """When it is over; None for what takes no time."""
     detail: str = ""
+    target: str = ""
+    """Of a link from ``process``: where to."""
 
 
 class Draining(Record, frozen=True, gc=False):

@@ -3,6 +3,7 @@
 Faults make it do otherwise: each has a window of time, and all but a cut a chance with which it strikes a message.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,6 +79,8 @@ class Network:
         self._number = 0
         self.codecs: dict[str, Decode] = {}
         """By name of the receiver: makes messages of bytes again. Where there is none they stay what they are."""
+        self.struck: Counter[tuple[str, str, str]] = Counter()
+        """How often what is wrong with a link (a field of its weather, source, target) has struck."""
         self.watch: Callable[[str, str, Any], None] | None = None
         """Told of each message before it leaves: by whom, for whom, which."""
 
@@ -140,25 +143,36 @@ class Network:
 
         self._carry(source, target, self._number, arrive)
 
+    def strikes(self, what: str, source: str, target: str) -> None:
+        """Bad weather has done something."""
+        self.struck[what, source, target] += 1
+
     def _carry(self, source: str, target: str, number: int, arrive: Callable[[], None]) -> None:
         link = self.link(source, target)
         weather, rng, clock = link.weather, self._rng, self._clock
         if weather.cut:
+            self.strikes("cut", source, target)
             if weather.holds:
                 link.held.append(lambda: self._carry(source, target, number, arrive))
             else:
                 self._drop(number, "cut")
             return
         if weather.loss and rng.random() < weather.loss:
+            self.strikes("loss", source, target)
             self._drop(number, "lost")
             return
-        arrival = clock.now + rng.uniform(*LATENCY) + (rng.random() * weather.delay if weather.delay else 0.0)
+        arrival = clock.now + rng.uniform(*LATENCY)
+        if weather.delay:
+            self.strikes("delay", source, target)
+            arrival += rng.random() * weather.delay
         if weather.astray and rng.random() < weather.astray:
+            self.strikes("astray", source, target)
             clock.at(arrival + rng.random() * 0.3, arrive)
         else:
             link.last = max(link.last, arrival)
             clock.at(link.last, arrive)
         if weather.twice and rng.random() < weather.twice:
+            self.strikes("twice", source, target)
             clock.at(arrival + rng.random() * 0.5, arrive)
 
     def _arrive(self, to: Address, number: int, message: Any, sender: Process | None) -> None:

@@ -11,10 +11,11 @@ from random import Random
 from typing import Any, Protocol
 
 from engine.core.ownership import BlockState
+from kv_transfer.core.events import Blocks as PoolBlocks
 from kv_transfer.core.events import Pool
 from messages.common import KVEndpoint, WorkerAddress
 from messages.gateway_to_router import GatewayDied
-from messages.ids import Address, Epoch, WorkerId
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.router_to_gateway import WorkerLost
 from messages.router_to_worker import PeerLost
 from messages.worker_to_router import Register, WorkerDied
@@ -52,6 +53,8 @@ class Surface(Protocol):
     rng: Random
     truth: Truth
     one_sided: bool
+    pace: float
+    """Times as long as else for a step."""
     ranks: dict[str, Rank]
     """By where they say that they are; those whose process is there."""
 
@@ -203,6 +206,8 @@ class WorkerProcess(Process):
         self.failing = 0.0
         """How likely a step is to fail now."""
         self.worker = Worker(self, WorkerId(name), shape, epoch=epoch, mailbox=address, incarnation=number)
+        self._filled: list[PoolBlocks] = []
+        """Blocks that are somebody else's, who is none of this worker's."""
         self._inbox: deque[Any] = deque()
         self._turning: Alarm | None = None
         self._busy: dict[int, bool] = {}
@@ -257,7 +262,7 @@ class WorkerProcess(Process):
     def _next_layer(self) -> None:
         plan = self.worker.plan
         assert plan is not None
-        self.after(LAYER + TOKEN * int(plan.num_tokens.sum()), self._layer)
+        self.after(self.world.pace * (LAYER + TOKEN * int(plan.num_tokens.sum())), self._layer)
 
     def _layer(self) -> None:
         worker, inbox = self.worker, self._inbox
@@ -278,7 +283,10 @@ class WorkerProcess(Process):
                 delay = THREAD
                 if rank.jobs:
                     target = rank.jobs[0].to.address.partition("/")[0]
-                    delay += BLOCK_COPY * self.world.network.weather(self.name, target).slowness
+                    slowness = self.world.network.weather(self.name, target).slowness
+                    if slowness > 1:
+                        self.world.network.strikes("slowness", self.name, target)
+                    delay += BLOCK_COPY * slowness
                 self.world.clock.at(self.world.clock.now + delay, partial(self._thread, rank))
 
     def _thread(self, rank: Rank) -> None:
@@ -326,21 +334,44 @@ class WorkerProcess(Process):
         return endpoint.address not in self.world.ranks
 
     def spoil(self, to: KVEndpoint, pool: Pool, rows: Any) -> None:
-        weather, rng = self.world.network.weather(self.name, to.address.partition("/")[0]), self.world.rng
-        places = rows.tolist()
+        target, network, rng = to.address.partition("/")[0], self.world.network, self.world.rng
+        weather, places = network.weather(self.name, target), rows.tolist()
         if weather.flip and rng.random() < weather.flip:
+            network.strikes("flip", self.name, target)
             pool[rng.choice(places), rng.randrange(pool.shape[1])] ^= 1 << rng.randrange(8)
         if weather.stale and rng.random() < weather.stale:
+            network.strikes("stale", self.name, target)
             pool[rng.choice(places)] = 0x55
         if weather.swap and len(places) > 1 and rng.random() < weather.swap:
+            network.strikes("swap", self.name, target)
             one, other = rng.sample(places, 2)
             pool[[one, other]] = pool[[other, one]]
 
     def step_fails(self) -> bool:
-        return self.failing > 0 and self.world.rng.random() < self.failing
+        fails = self.failing > 0 and self.world.rng.random() < self.failing
+        if fails:
+            self.world.network.strikes("fail", "", self.name)
+        return fails
 
     def blocks_at_once(self) -> int:
         return self.world.rng.randint(1, 4)
+
+    def fill(self, part: float) -> bool:
+        """Have somebody take ``part`` of the blocks that are to be had; whether there were any."""
+        pool = self.worker.blocks
+        blocks = pool.allocate(int(pool.num_free * part))
+        if blocks is None or not len(blocks):
+            return False
+        self._filled.append(blocks)
+        return True
+
+    def empty(self) -> None:
+        """All of these are free again."""
+        filled, self._filled = self._filled, []
+        for blocks in filled:
+            self.worker.blocks.free(blocks)
+        if filled:
+            self.soon()
 
     # Its end
 
@@ -352,6 +383,7 @@ class WorkerProcess(Process):
     def die(self, *, comes_back: bool = False) -> None:
         """Rank 0 is gone at once; the others may write for a moment yet."""
         worker = self.worker
+        self.empty()
         if worker.plan is None:  # what a step copies is held for it besides
             worker.machine.check_integrity()
         for rank in worker.ranks[1:]:
@@ -389,4 +421,8 @@ class WorkerProcess(Process):
             owners.append(Owner(request, run.attempt, len(run.seq.block_table)))
         for key, each in worker.reservations._open.items():
             owners.append(Owner(*key, each.num_blocks, each.blocks_are is BlockState.QUARANTINED))
+        if worker.plan is not None and len(worker.plan.moves.copies):  # nobody may have them before they are copied
+            owners.append(Owner(RequestId("of the step"), Attempt(0), len(worker.plan.moves.copies)))
+        if self._filled:
+            owners.append(Owner(RequestId("of somebody else"), Attempt(0), sum(map(len, self._filled))))
         return tuple(owner for owner in owners if owner.num_blocks)

@@ -80,6 +80,8 @@ class Bounds:
     """From the end, by whomever, to the last block."""
     orphaned: float = 12.0
     """The same where the gateway died: others have a while to adopt its streams."""
+    lease: float = 160.0
+    """The same where the words of two that would have told it were lost."""
     attach: float = 2.0
     """From a client's coming to another gateway to the first that it hears there."""
     settled: float = 1.0

@@ -1,7 +1,8 @@
 """One run: the processes of a plan, its clients and its misfortunes, from the first message until all is let go."""
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -67,6 +68,8 @@ class Run:
     seconds: float
     """Virtual ones."""
     events: int
+    hits: dict[int, int]
+    """How often each misfortune, by number, has struck something; 0 where it came to nothing."""
 
 
 class World:
@@ -79,7 +82,7 @@ class World:
         self.history: History = []
         self.rng = Random(f"{plan.seed} run")
         self.truth = Truth()
-        self.one_sided = plan.topology.one_sided
+        self.one_sided, self.pace = plan.topology.one_sided, plan.topology.pace
         self.ranks: dict[str, Rank] = {}
         self.network = Network(self.clock, self.rng, self.history, story=story)
         self.network.watch = self._watch if any(each.message for each in plan.misfortunes) else None
@@ -90,7 +93,11 @@ class World:
         self._epochs = Random(f"{plan.seed} epochs")
         self._ports = 1000
         self._headless_until = 0.0
+        self._headless_by = 0
         self._trouble_until = 0.0
+        self._hits: Counter[int] = Counter()
+        self._links: list[Misfortune] = []
+        """Those that have begun whose strikes the network counts."""
         self._armed: list[Misfortune] = []
         """Wait for their messages."""
         self._seen: dict[int, int] = {}
@@ -166,7 +173,7 @@ class World:
             self.tell(Started(self.clock.now, process.incarnation, kind))
 
     def _start_again(self, name: str) -> None:
-        if self.clock.now < self._headless_until:
+        if self._headless():
             self.clock.at(self._headless_until, partial(self._start_again, name))
             return
         self._waits[name] -= 1
@@ -240,17 +247,25 @@ class World:
             self._seen[each.number] = self._seen.get(each.number, 0) + 1
             if self._seen[each.number] == each.nth:
                 self._armed.remove(each)
-                self.clock.at(self.clock.now + each.after, partial(self._befall, each))
+                found = each.at_message(source, target)
+                if each.kind in WEATHER and each.kind is not Kind.FAIL and not each.after:
+                    self._befall(found)  # it strikes this very message
+                else:
+                    self.clock.at(self.clock.now + each.after, partial(self._befall, found))
 
     def _befall(self, what: Misfortune) -> None:
         self._trouble_until = max(self._trouble_until, self.clock.now + (what.seconds if what.seconds < NEVER else 0.0))
         match what.kind:
-            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL:
+            case Kind.KILL | Kind.STOP | Kind.FREEZE | Kind.FAIL | Kind.FILL:
                 self._befall_process(what, self.processes[what.target])
             case Kind.DRAIN | Kind.RETIRE | Kind.FLIP:
                 self._order(what)
+            case Kind.ROLL:
+                self._waits[ROLLING] = self._waits.get(ROLLING, 0) + 1
+                self._roll(what, [*self.plan.topology.workers])
             case Kind.HEADLESS:
                 self._headless_until = max(self._headless_until, self.clock.now + what.seconds)
+                self._headless_by = what.number
             case Kind.CUT:
                 self._cut(what)
             case _:
@@ -262,14 +277,17 @@ class World:
             return
         match what.kind:
             case Kind.KILL:
+                self._hits[what.number] += 1
                 self.tell(Killed(now, process.incarnation))
                 process.die(comes_back=process.name == ROUTER)
                 self._gone(what, process)
             case Kind.STOP if isinstance(process, WorkerProcess) and not process.frozen:
+                self._hits[what.number] += 1
                 self.tell(Stopped(now, process.incarnation))
                 process.leave()
                 self._gone(what, process)
             case Kind.FREEZE if not process.frozen:
+                self._hits[what.number] += 1
                 self.tell(Frozen(now, process.incarnation))
                 process.freeze()
                 self.clock.at(now + what.seconds, partial(self._thaw, process))
@@ -277,7 +295,12 @@ class World:
                 until = now + what.seconds
                 self.tell(Injected(now, what.kind, process.name, until))
                 process.failing = what.chance
+                self._links.append(what)
                 self.clock.at(until, partial(self._recover, process))
+            case Kind.FILL if isinstance(process, WorkerProcess) and process.fill(what.chance):
+                self._hits[what.number] += 1
+                self.tell(Injected(now, what.kind, process.name, now + what.seconds))
+                self.clock.at(now + what.seconds, partial(self._empty, process))
 
     def _gone(self, what: Misfortune, process: Process) -> None:
         now, name = self.clock.now, process.name
@@ -298,6 +321,7 @@ class World:
             order = Flip(worker, Role.DECODE if process.role is Role.PREFILL else Role.PREFILL)
         if router is None or not router.obey(order):
             return
+        self._hits[what.number] += 1
         self.tell(Draining(self.clock.now, process.incarnation))
         if what.kind is Kind.DRAIN and what.seconds < NEVER:
             self.clock.at(self.clock.now + what.seconds, partial(self._need_again, process))
@@ -332,10 +356,38 @@ class World:
         else:
             self.clock.at(now + LOOK_EVERY, partial(self._retire, what, process, until))
 
+    def _roll(self, what: Misfortune, names: list[str]) -> None:
+        """Restart these workers, one after the other, and then the router."""
+        router = self.processes[ROUTER]
+        if names:
+            self._order(replace(what, kind=Kind.RETIRE, target=names[0]))
+            self._roll_on(what, names)
+            return
+        self._waits[ROLLING] -= 1
+        self._befall_process(replace(what, kind=Kind.KILL), router)
+
+    def _roll_on(self, what: Misfortune, names: list[str]) -> None:
+        """When the first of ``names`` is there again."""
+        if self._waits.get(names[0]):
+            self.clock.at(self.clock.now + LOOK_EVERY, partial(self._roll_on, what, names))
+        else:
+            self._roll(what, names[1:])
+
+    def _headless(self) -> bool:
+        """Whether Ray's head is wanted and is not there."""
+        headless = self.clock.now < self._headless_until
+        if headless:
+            self._hits[self._headless_by] += 1
+        return headless
+
+    def _empty(self, process: WorkerProcess) -> None:
+        if process.alive:
+            process.empty()
+
     def _notice(self, process: Process) -> None:
         """The supervisor's word, where it is there."""
         router = self.processes[ROUTER]
-        if self.clock.now < self._headless_until or not isinstance(router, RouterProcess):
+        if self._headless() or not isinstance(router, RouterProcess):
             return
         if isinstance(process, WorkerProcess):
             router.worker_died(WorkerId(process.name), process.epoch, "its process has ended")
@@ -355,6 +407,7 @@ class World:
         weather = self.network.link(*link).weather
         weather.cut += 1
         weather.holds = what.holds
+        self._links.append(what)
         if weather.cut == 1:
             self.tell(Cut(now, *link))
         self.clock.at(now + what.seconds, partial(self._heal, link))
@@ -368,8 +421,9 @@ class World:
         now, field = self.clock.now, WEATHER[what.kind]
         weather = self.network.link(what.source, what.target).weather
         setattr(weather, field, what.chance)
+        self._links.append(what)
         until = now + what.seconds
-        self.tell(Injected(now, what.kind, what.source, until, f"to {what.target}"))
+        self.tell(Injected(now, what.kind, what.source, until, "", what.target))
         calm = 1.0 if what.kind is Kind.SLOW else 0.0
         self.clock.at(until, partial(setattr, weather, field, calm))
 
@@ -381,7 +435,11 @@ class World:
             self._go()
         except Exception as error:  # noqa: BLE001 - whatever a core raises is a finding
             self.tell(Crashed(self.clock.now, "", _what(error)))
-        return Run(self.plan, self.history, self.clock.now, self.clock.events)
+        struck = self.network.struck
+        for what in self._links:
+            self._hits[what.number] += struck[WEATHER[what.kind], what.source, what.target]
+        hits = {each.number: self._hits[each.number] for each in self.plan.misfortunes}
+        return Run(self.plan, self.history, self.clock.now, self.clock.events, hits)
 
     def _go(self) -> None:
         for wish in self.plan.wishes:
@@ -411,8 +469,9 @@ class World:
         until = self.clock.now + LETS_GO
         while self._held() and self.clock.now < until:
             self.clock.run(self.clock.now + LOOK_EVERY)
-        if self._held() and self.plan.misfortunes:
-            self.clock.run(self.clock.now + LONGEST_LEASE)
+        until = self.clock.now + (LONGEST_LEASE if self.plan.misfortunes else 0.0)
+        while self._held() and self.clock.now < until:
+            self.clock.run(self.clock.now + LOOK_EVERY)
         self.tell(Idle(self.clock.now))
         self._look()
         for process in self._there():
@@ -451,11 +510,13 @@ class World:
         return False
 
 
+ROLLING = "a rolling restart"
 HOLDINGS = ("held", "legs", "handoffs", "runs", "reservations", "deliveries")
 WEATHER = {
     Kind.LOSE: "loss", Kind.REPEAT: "twice", Kind.REORDER: "astray", Kind.DELAY: "delay", Kind.SLOW: "slowness",
-    Kind.CORRUPT: "flip", Kind.SWAP: "swap", Kind.STALE: "stale",
+    Kind.CORRUPT: "flip", Kind.SWAP: "swap", Kind.STALE: "stale", Kind.CUT: "cut", Kind.FAIL: "fail",
 }  # fmt: skip
+"""What strikes, by the network's name of it."""
 
 
 def _what(error: Exception) -> str:

@@ -547,7 +547,11 @@ class Session:
     def _complete(self, worker: WorkerId, reason: FinishReason) -> list[Action]:
         """Every token is here."""
         ack = EndAck(request=self.request, attempt=self.attempt, keep=bool(self.description))
-        return [Send(self._mailboxes[worker], ack), *self._end(Status.FINISHED, reason)]
+        actions: list[Action] = [Send(self._mailboxes[worker], ack)]
+        if self.placed is not None and self.placed.decode.worker != worker:
+            # Prefill tells it too, but once: were that lost, it would keep for minutes what it has promised.
+            actions.append(Send(self.placed.decode.mailbox, Abort(request=self.request, attempt=self.attempt)))
+        return [*actions, *self._end(Status.FINISHED, reason)]
 
     def _note(
         self, logprobs: Logprobs | None, prompt_logprobs: Logprobs | None, finish: FinishReason | None, cached: int

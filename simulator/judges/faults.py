@@ -28,10 +28,15 @@ class Faults:
         self._waits = waits
         self._due: dict[Incarnation, tuple[str, float]] = {}
         """What the router has to find: which kind of fault, and since when."""
+        self._again: dict[Incarnation, float] = {}
+        """Those that stood still, or were taken for lost: when they went on, and could say so (infinite until then).
+        Such a one is not known at once: it has to register, and may have taken its own standstill for a slow step."""
         self.routers: dict[Incarnation, float] = {}
         """When each was ready."""
         self.lossy_until = -NEVER
         """Until when messages could get lost."""
+        self.unheard: dict[str, set[str]] = {}
+        """By receiver: those of whose messages to it some may have been lost."""
 
     def started(self, record: Started) -> None:
         self._take(record)
@@ -63,6 +68,7 @@ class Faults:
     def thawed(self, record: Thawed) -> None:
         self._take(record)
         self._no_longer_due(record.process, "hang")
+        self._is_back(record.process)
 
     def cut(self, record: Cut) -> None:
         health = self._case.health
@@ -72,6 +78,7 @@ class Faults:
             if process is not None and health.kind(process.name) == "worker":
                 self._waits.hit(process, Fault.CUT, other)
         self._take(record)
+        self.unheard.setdefault(record.target, set()).add(record.source)
         if known and source is not None:
             self._due[source] = ("cut", record.at)
 
@@ -81,10 +88,13 @@ class Faults:
         source = self._case.health.now(record.source)
         if source is not None:
             self._no_longer_due(source, "cut")
+            self._is_back(source)
 
     def injected(self, record: Injected) -> None:
         self._take(record)
         self.lossy_until = max(self.lossy_until, record.at if record.until is None else record.until)
+        if record.target:
+            self.unheard.setdefault(record.target, set()).add(record.process)
 
     def draining(self, record: Draining) -> None:
         self._waits.hit(record.process, Fault.DRAIN)
@@ -96,6 +106,7 @@ class Faults:
     def declared_lost(self, record: DeclaredLost) -> None:
         case, health = self._case, self._case.health
         kind, since = self._due.pop(record.process, ("", 0.0))
+        self._again[record.process] = NEVER
         if kind:
             case.verdict.times.detect.setdefault(kind, []).append(record.at - since)
             self._judge(record.process, kind, since)
@@ -145,10 +156,15 @@ class Faults:
             and known.started.kind == "worker"
             and known.turns
             and known.started.at <= settled
+            and self._again.get(process, -NEVER) <= settled
             and health.router_since <= settled
             and not health.is_cut(process.name, "router")
             and process not in self._due
         )
+
+    def _is_back(self, process: Incarnation) -> None:
+        """It may have been taken for lost, and can register again."""
+        self._again[process] = self._case.now
 
     def _no_longer_due(self, process: Incarnation, kind: str) -> None:
         if self._due.get(process, ("", 0.0))[0] == kind:

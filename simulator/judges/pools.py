@@ -62,6 +62,8 @@ class Pools:
             return  # a test of the way, what waits for its writer, what a fault that lasts holds
         unwanted = min(request.superseded.get(owner.attempt, NEVER), request.over_at)
         bound = case.bounds.orphaned if request.orphan else case.bounds.freed
+        if len(self._faults.unheard.get(record.worker.name, ())) > 1:
+            bound = case.bounds.lease  # one word that is lost is made up for by another's, two are not
         if record.at - max(unwanted, health.troubled_at) > bound:
             self._told.add(who)
             detail = (
