@@ -50,6 +50,11 @@ class Truth:
             known = self._known[tokens] = np.array(_names(tokens), np.uint32)[:, None, None, None] * _KINDS
         return known
 
+    def fingerprints(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each block that ``tokens`` fill, the last one perhaps in part: a number for its tokens and all before."""
+        names = _names(tokens)
+        return (*names[BLOCK - 1 :: BLOCK], *(names[-1:] if len(tokens) % BLOCK else ()))
+
     def next(self, tokens: tuple[int, ...], seed: int = 0) -> int:
         """The token that follows ``tokens``, drawn with ``seed``."""
         return _draw(_names(tokens)[-1], seed, len(tokens)) % VOCABULARY

@@ -10,6 +10,8 @@ from functools import partial
 from random import Random
 from typing import Any, Protocol
 
+from msgspec import structs
+
 from engine.core.ownership import BlockState
 from kv_transfer.core.events import Blocks as PoolBlocks
 from kv_transfer.core.events import Pool
@@ -23,7 +25,18 @@ from router.core.drains import Drain, Flip, Refused, Undrain
 from router.core.machine import Router, RouterSettings, Tick
 from runtime.core.actions import Send, WakeAt
 from simulator.clock import Alarm, Call, Clock
-from simulator.history import Blocks, DeclaredLost, History, Incarnation, Ledger, LedgerEntry, Owner, Started
+from simulator.history import (
+    Blocks,
+    DeclaredLost,
+    History,
+    Incarnation,
+    Ledger,
+    LedgerEntry,
+    Owner,
+    Read,
+    Started,
+    Wrote,
+)
 from simulator.model import BLOCK, Truth
 from simulator.network import Network
 from simulator.rank import Landing, Rank
@@ -352,6 +365,9 @@ class WorkerProcess(Process):
         if fails:
             self.world.network.strikes("fail", "", self.name)
         return fails
+
+    def judge(self, record: Read | Wrote) -> None:
+        self.world.tell(structs.replace(record, at=self.world.clock.now))
 
     def blocks_at_once(self) -> int:
         return self.world.rng.randint(1, 4)

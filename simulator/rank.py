@@ -16,6 +16,7 @@ from kv_transfer.transports.records import LaneCopy, records
 from messages.common import KVEndpoint, KVShard, WorkerAddress
 from messages.ids import Address
 from runtime.kv_port import LaneHasher
+from simulator.history import Read, Wrote
 from simulator.model import BLOCK, LAYERS, Truth
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Surroundings(Protocol):
 
     def step_fails(self) -> bool:
         """Whether the engine fails in the step that runs."""
+
+    def judge(self, record: Read | Wrote) -> None:
+        """This was read or written just now (who takes it fills in when)."""
 
     def blocks_at_once(self) -> int:
         """That a push copies before it looks at its commands again."""
@@ -165,7 +169,7 @@ class Rank:
     def written(self, key: TransferKey, blocks: Blocks) -> None:
         """Somebody writes into these now."""
         if not self.closes(key):
-            self.worker.check_writable(key, blocks, again=not self.world.one_sided)
+            self.worker.wrote(key, blocks, again=not self.world.one_sided)
 
     def closes(self, key: TransferKey) -> bool:
         """Whether it will close this landing before it does anything else with the blocks."""

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -31,20 +32,24 @@ from kv_transfer.core.session import (
 )
 from messages.common import KVRank, KVWay, Role, WorkerAddress
 from messages.decode_to_prefill import TransferAcked
-from messages.ids import Address, Epoch, WorkerId
+from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from prefill_worker.core.handoff import Handoffs
 from runtime.core.actions import Forget, ForgetPeer, Send
 from runtime.core.disaggregation import ALWAYS, Disaggregation
 from runtime.core.during_step import DuringStep
 from runtime.core.shared import WorkerSettings
+from simulator.history import Incarnation, Read, Wrote
 from simulator.model import BLOCK, LAYERS, VOCABULARY, Truth, shards
 from simulator.rank import Rank, Surroundings
 from worker.core.machine import WorkerMachine
 
 KEY = b"k" * 32
 WRITABLE = {BlockState.LANDING, BlockState.QUARANTINED}
+MAY_LAND = WRITABLE | {BlockState.PROMISED}
+"""What a two-sided sender may send once more, for a repair."""
 OWN = {BlockState.HELD, BlockState.PINNED}
 MAX_NUM_SEQS, MAX_MODEL_LEN = 4, 64
+NOBODY = Incarnation("", Epoch(0))
 WARM_STEP = 0.01
 """Seconds that its last step took before it registered: a worker expects its very first one to take long."""
 
@@ -69,6 +74,7 @@ class Worker:
         incarnation: int = 0,
     ) -> None:  # fmt: skip
         self.world, self.name, self.shape = world, name, shape
+        self.incarnation = Incarnation(name, epoch)
         self.sends = shape.role is Role.PREFILL
         self.blocks = BlockPool(shape.num_blocks, BLOCK)
         limits = SchedulerLimits(
@@ -158,7 +164,7 @@ class Worker:
         rows = zip(plan.sequences, plan.num_computed.tolist(), plan.num_tokens.tolist(), plan.samples, strict=True)
         for row, (seq, computed, count, samples) in enumerate(rows):
             known = tuple(seq.token_ids[: computed + count].tolist())
-            self.check_read(seq, known[:computed])
+            self.read(seq, known[:computed])
             self.write(seq, computed, known)
             if not last:
                 continue
@@ -195,17 +201,49 @@ class Worker:
             first, num = rank.shard.first_head, rank.shard.num_heads
             rank.kv[blocks, self.layer, :, :, places % BLOCK] = true[:, self.layer, :, first : first + num]
 
-    def check_read(self, seq: Sequence, known: tuple[int, ...]) -> None:
-        """The KV of its first tokens is what it has to be, on every rank."""
+    def read(self, seq: Sequence, known: tuple[int, ...]) -> None:
+        """The KV of its first tokens is read, on every rank. Of a block that does not hold what it has to, a number is
+        found that stands for what is there."""
         if not known:
             return
         places = np.arange(len(known))
         blocks = seq.block_table[places // BLOCK]
         true = self.world.truth.kv(known)
+        right = np.ones(len(known), bool)
         for rank in self.ranks:
             first, num = rank.shard.first_head, rank.shard.num_heads
-            right = rank.kv[blocks, :, :, :, places % BLOCK] == true[:, :, :, first : first + num]
-            assert right.all(), f"{seq} reads wrong KV on {self.name}"
+            equal = rank.kv[blocks, :, :, :, places % BLOCK] == true[:, :, :, first : first + num]
+            right &= equal.reshape(len(known), -1).all(axis=1)
+        read = blocks[::BLOCK]
+        states = {*self.blocks.states(read).tolist()}
+        found = wanted = self.world.truth.fingerprints(known)
+        if not right.all():
+            good = np.logical_and.reduceat(right, np.arange(0, len(known), BLOCK)).tolist()
+            there = [crc32(b"".join(rank.pool[block].tobytes() for rank in self.ranks)) for block in read.tolist()]
+            found = tuple(want if ok else other for want, ok, other in zip(wanted, good, there, strict=True))
+        elif self.layer and states <= OWN:
+            return  # as it was said with the first layer
+        request = RequestId(seq.seq_id)
+        self.world.judge(
+            Read(
+                0.0,
+                self.incarnation,
+                request,
+                self._attempt(request),
+                tuple(read.tolist()),
+                wanted,
+                found,
+                states <= OWN,
+            )
+        )
+
+    def _attempt(self, request: RequestId) -> Attempt:
+        run, leg = self.machine.decode._runs.get(request), self.machine.prefill._legs.get(request)
+        if run is not None:
+            return run.attempt
+        if leg is not None:
+            return leg.order.attempt
+        return max((key.attempt for key in self.handoffs._open if key.request == request), default=Attempt(0))
 
     def perform(self, actions: Iterable[Any]) -> None:
         world = self.world
@@ -241,11 +279,24 @@ class Worker:
         run = self.machine.decode._runs.get(acked.request)
         if run is None or run.attempt != acked.attempt:
             return  # a repetition
-        self.check_read(run.seq, tuple(run.seq.token_ids[: run.seq.num_computed_tokens].tolist()))
+        self.read(run.seq, tuple(run.seq.token_ids[: run.seq.num_computed_tokens].tolist()))
+
+    def wrote(self, key: TransferKey, blocks: Blocks, *, again: bool) -> None:
+        """KV of a transfer was written into these; ``again``: it may be a repetition of what has landed before."""
+        own = self.reservations._open.get(key)
+        promised = set() if own is None else {*own.session.blocks.tolist()}
+        allowed = MAY_LAND if again else WRITABLE
+        written = tuple(blocks.tolist())
+        owners = tuple(
+            (key.request, key.attempt) if state in allowed and block in promised else None
+            for block, state in zip(written, self.blocks.states(blocks).tolist(), strict=True)
+        )
+        source = NOBODY if own is None else Incarnation(own.order.prefill.worker, own.order.prefill.epoch)
+        self.world.judge(Wrote(0.0, self.incarnation, source, key.request, key.attempt, written, owners))
 
     def check_writable(self, key: TransferKey, blocks: Blocks, *, again: bool) -> None:
         states = {*self.blocks.states(blocks).tolist()}
-        allowed = WRITABLE | {BlockState.PROMISED} if again else WRITABLE
+        allowed = MAY_LAND if again else WRITABLE
         assert states <= allowed, f"{key} could write into {[BlockState(state).name for state in states]}"
         own = self.reservations._open.get(key)
         assert own is not None and {*blocks.tolist()} <= {*own.session.blocks.tolist()}, f"{key} has lost these blocks"

@@ -434,7 +434,7 @@ class World:
         try:
             self._go()
         except Exception as error:  # noqa: BLE001 - whatever a core raises is a finding
-            self.tell(Crashed(self.clock.now, "", _what(error)))
+            self.tell(Crashed(self.clock.now, *_what(error)))
         struck = self.network.struck
         for what in self._links:
             self._hits[what.number] += struck[WEATHER[what.kind], what.source, what.target]
@@ -519,11 +519,12 @@ WEATHER = {
 """What strikes, by the network's name of it."""
 
 
-def _what(error: Exception) -> str:
-    """Which exception, and where it came from."""
-    trace, place = error.__traceback__, ""
+def _what(error: Exception) -> tuple[str, str]:
+    """In which process, which exception, and where it came from."""
+    trace, place, process = error.__traceback__, "", ""
     while trace is not None:
-        code = trace.tb_frame.f_code
+        code, own = trace.tb_frame.f_code, trace.tb_frame.f_locals.get("self")
+        process = own.name if isinstance(own, Process) else process
         place = f"{code.co_qualname} ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno})"
         trace = trace.tb_next
-    return f"{type(error).__name__} in {place}: {error}"
+    return process, f"{type(error).__name__} in {place}: {error}"

@@ -15,7 +15,9 @@ from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
-from kv_transfer.core.events import Pool
+import numpy as np
+
+from kv_transfer.core.events import Pool, TransferKey
 from messages.codec import pack_tokens, unpack_tokens
 from messages.common import Generation, KVEndpoint, Role, WorkerAddress
 from messages.gateway_to_worker import Abort, EndAck, Prefill
@@ -26,6 +28,7 @@ from messages.seals import seal
 from messages.tickets import mint
 from messages.worker_to_gateway import AttemptFailed, TokenBatch
 from runtime.core.disaggregation import Disaggregation, Policy
+from simulator.history import Read, Wrote
 from simulator.model import VOCABULARY, Truth
 from simulator.rank import Landing, Rank
 from simulator.worker import KEY, Worker, WorkerShape
@@ -166,6 +169,18 @@ class World:
 
     def blocks_at_once(self) -> int:
         return self.rng.randint(1, 3)
+
+    def judge(self, record: Read | Wrote) -> None:
+        if isinstance(record, Read):
+            assert record.verified and record.found == record.wanted, f"a sequence reads wrong KV on a worker: {record}"
+            return
+        own = (record.request, record.attempt)
+        if any(owner != own for owner in record.owners):
+            worker = next(rank.worker for rank in self.ranks() if rank.worker.incarnation == record.worker)
+            worker.check_writable(TransferKey(*own), np.array(record.blocks), again=not self.one_sided)
+
+    def ranks(self) -> list[Rank]:
+        return [*self.remains, *(rank for worker in self.workers.values() for rank in worker.ranks)]
 
     def taken(self, queue: deque[Any]) -> Any:
         if self.faults.reorder and len(queue) > 1:
