@@ -17,6 +17,8 @@ from kv_transfer.core.sending import SendSession
 from kv_transfer.core.session import Outcome
 from messages.common import Generation, Role
 from messages.gateway_to_router import PlacementWanted
+from messages.gateway_to_worker import Abort
+from router.core.machine import Router
 from router.core.membership import Members
 from runtime.core.deliveries import Deliveries
 from runtime.core.fences import Fences
@@ -26,6 +28,7 @@ from simulator.faults import Kind, Misfortune
 from simulator.gateways import GatewayProcess
 from simulator.plan import Plan, draw
 from simulator.verdict import Invariant
+from worker.core.machine import WorkerMachine
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 RUNS = 120
@@ -111,6 +114,26 @@ def miss_no_report(patch: pytest.MonkeyPatch) -> None:
 
 def forget_the_attempt_at_the_workers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fences, "admits", lambda fences, request, attempt: True)
+
+
+def ignore_that_a_peer_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """A worker keeps what a dead one was to take, or to bring."""
+    patch.setattr(WorkerMachine, "_peer_lost", lambda machine, event, now: [])
+
+
+def ignore_an_abort(patch: pytest.MonkeyPatch) -> None:
+    """A worker goes on with what nobody wants any more."""
+    handle = WorkerMachine.handle
+
+    def stubborn(machine: WorkerMachine, event: Any, now: float) -> list[Any]:
+        return [] if isinstance(event, Abort) else handle(machine, event, now)
+
+    patch.setattr(WorkerMachine, "handle", stubborn)
+
+
+def forget_what_gateways_hold(patch: pytest.MonkeyPatch) -> None:
+    """A router that was restarted does not build its ledger again."""
+    patch.setattr(Router, "_hold", lambda router, event, now: [])
 
 
 def free_before_the_ack(patch: pytest.MonkeyPatch) -> None:
@@ -232,19 +255,28 @@ def late_at_the_workers(plan: Plan) -> list[Misfortune]:
     ]
 
 
+def a_new_router(plan: Plan) -> list[Misfortune]:
+    """The router is restarted while workers stream, and they take their time."""
+    return [Misfortune(number=0, kind=Kind.KILL, target="router", message="TokenBatch", nth=2, seconds=0.2)]
+
+
 class Bug(NamedTuple):
     caught_by: set[Invariant]
     """One of these must be broken by the first run that breaks anything."""
     needs: tuple[Kind, ...] = ()
     """Runs without any of these are left out: they could not show it."""
+    unheard: str = ""
+    """Those in which no message of this type is lost by itself too."""
+    pace: float = 0.0
+    """Those whose steps are faster too."""
     scene: Scene | None = None
     """What goes wrong, where that which a seed draws would seldom show it."""
 
 
 BUGS: dict[Patch, Bug] = {
-    ack_before_verifying: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}, scene=spoiled),
-    check_no_attempt_in_the_session: Bug({Invariant.FENCED}, scene=left_for_dead),
-    free_without_quarantine: Bug({Invariant.NO_CRASH, Invariant.OWN_BLOCKS}),
+    ack_before_verifying: Bug({Invariant.OWN_BLOCKS}, scene=spoiled),
+    check_no_attempt_in_the_session: Bug({Invariant.FENCED, Invariant.RESUMED}, scene=left_for_dead),
+    free_without_quarantine: Bug({Invariant.OWN_BLOCKS}),
     resume_off_by_one: Bug({Invariant.SAME_TOKENS}, (Kind.KILL,)),
     release_twice: Bug({Invariant.NO_CRASH}),
     miss_no_report: Bug({Invariant.DETECTED, Invariant.RESUMED}, scene=a_long_sleep),
@@ -253,6 +285,9 @@ BUGS: dict[Patch, Bug] = {
     deliver_the_first_token_from_both: Bug({Invariant.SAME_TOKENS}),
     ignore_that_a_worker_is_lost: Bug({Invariant.RESUMED, Invariant.ONE_END}, (Kind.KILL,)),
     forget_the_attempt_at_the_workers: Bug({Invariant.NO_CRASH, Invariant.ACCOUNTED}, scene=late_at_the_workers),
+    ignore_that_a_peer_is_lost: Bug({Invariant.FREED}, (Kind.KILL,), unheard="Abort"),
+    ignore_an_abort: Bug({Invariant.FREED}, pace=20.0),
+    forget_what_gateways_hold: Bug({Invariant.LEDGER}, pace=20.0, scene=a_new_router),
     free_before_the_ack: Bug({Invariant.NO_CRASH, Invariant.RESUMED}, scene=spoiled),
     forget_a_stream_before_its_end_is_acked: Bug({Invariant.RESUMED, Invariant.ONE_END}, scene=unheard),
     shift_logprobs_at_resume: Bug({Invariant.SAME_TOKENS}, (Kind.KILL, Kind.FREEZE)),
@@ -264,10 +299,28 @@ BUGS: dict[Patch, Bug] = {
 def plans(bug: Bug) -> Iterator[Plan]:
     for seed in count():
         plan = draw(seed, faults=True)
+        if plan.topology.pace < bug.pace:
+            continue
         if bug.scene is not None:
             yield replace(plan, misfortunes=tuple(bug.scene(plan)))
-        elif not bug.needs or any(each.kind in bug.needs for each in plan.misfortunes):
+        elif _shows(plan, bug):
             yield plan
+
+
+def _shows(plan: Plan, bug: Bug) -> bool:
+    """Whether something of what the bug needs goes wrong."""
+    lost = {each.message for each in plan.misfortunes if each.kind is Kind.LOSE}
+    some = not bug.needs or any(each.kind in bug.needs for each in plan.misfortunes)
+    return some and (not bug.unheard or bug.unheard in lost)
+
+
+SCENES = {bug.scene: None for bug in BUGS.values() if bug.scene is not None}
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__.replace("_", " "))
+def test_without_its_bug_a_scene_breaks_nothing(scene: Scene) -> None:
+    for plan in islice(plans(Bug(set(), scene=scene)), 20):
+        assert judged(plan).verdict.clean, plan.seed
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__.replace("_", " "))
