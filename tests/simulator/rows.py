@@ -50,11 +50,15 @@ class Story:
         self, wishes: Iterable[Wish], misfortunes: Iterable[Misfortune], of: Topology | None = None,
         seed: int = 1,
     ) -> None:  # fmt: skip
+        """Of each kind of misfortune at least one has to strike something."""
         numbered = tuple(replace(each, number=number) for number, each in enumerate(misfortunes))
         plan = Plan(
             seed=seed, topology=of if of is not None else topology(), wishes=tuple(wishes), misfortunes=numbered
         )
-        self.history: History = World(plan, story=True, looks=LOOKS).run().history
+        run = World(plan, story=True, looks=LOOKS).run()
+        self.history: History = run.history
+        missed = {each.kind for each in numbered} - {each.kind for each in numbered if run.hits[each.number]}
+        assert not missed, f"these have struck nothing: {missed}"
         self.verdict: Verdict = check(self.history, answer_to, replace(bounds_of(plan), compute=COMPUTE))
 
     def all(self, kind: type[Any]) -> list[Any]:

@@ -72,7 +72,7 @@ def test_e_while_rays_head_is_gone_nothing_fails_and_a_death_is_found_all_the_sa
     """Nothing is started again meanwhile. Where nobody tells the router of the death, missed reports do."""
     victim = first_pair()[role is Role.DECODE]
     moment, nth = ("TransferAccepted", 1) if role is Role.PREFILL else ("TokenBatch", 3)
-    misfortunes = [kill(victim, moment, nth, notice=0.1 if told else None)]
+    misfortunes = [kill(victim, moment, nth)]
     if not told:
         misfortunes.append(replace(link(Kind.HEADLESS, "", "", 60.0), at=1.0))
     wishes = [wish(n, at=1.5 + n * 0.7, tokens=10) for n in range(60)]

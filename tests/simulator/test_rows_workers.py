@@ -1,5 +1,6 @@
 """Promise: the rows of the failure table about workers that die, restart, hang, and clients that go."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -180,6 +181,19 @@ def test_k_clocks_that_differ_by_hours_change_nothing() -> None:
     """Each process of a run has a clock that began at another time, up to two hours apart."""
     for seed in range(5):
         Story([wish(n) for n in range(3)], [], seed=seed).clean().resumed(0)
+
+
+def test_k_no_simulated_process_reads_a_wall_clock_so_none_can_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may a core import what could (``tests/test_shape.py``)."""
+
+    def read() -> float:
+        raise AssertionError("a wall clock is read")
+
+    for name in ("time", "time_ns", "localtime", "gmtime", "ctime"):
+        monkeypatch.setattr(time, name, read)
+    away = replace(kill("router", seconds=0.3), at=1.55)
+    story = Story([wish(n) for n in range(3)], [kill(first_pair()[1], "TokenBatch", 3), away]).clean()
+    assert story.ended() == 3
 
 
 def test_nobody_is_taken_for_lost_for_nothing() -> None:

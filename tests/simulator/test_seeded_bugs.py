@@ -267,6 +267,8 @@ class Bug(NamedTuple):
     """Runs without any of these are left out: they could not show it."""
     unheard: str = ""
     """Those in which no message of this type is lost by itself too."""
+    begin: int = 0
+    """The first seed: of a bug that few seeds show, one that does is not far behind."""
     pace: float = 0.0
     """Those whose steps are faster too."""
     scene: Scene | None = None
@@ -285,7 +287,7 @@ BUGS: dict[Patch, Bug] = {
     deliver_the_first_token_from_both: Bug({Invariant.SAME_TOKENS}),
     ignore_that_a_worker_is_lost: Bug({Invariant.RESUMED, Invariant.ONE_END}, (Kind.KILL,)),
     forget_the_attempt_at_the_workers: Bug({Invariant.NO_CRASH, Invariant.ACCOUNTED}, scene=late_at_the_workers),
-    ignore_that_a_peer_is_lost: Bug({Invariant.FREED}, (Kind.KILL,), unheard="Abort"),
+    ignore_that_a_peer_is_lost: Bug({Invariant.FREED}, (Kind.KILL,), unheard="Abort", begin=3900),
     ignore_an_abort: Bug({Invariant.FREED}, pace=20.0),
     forget_what_gateways_hold: Bug({Invariant.LEDGER}, pace=20.0, scene=a_new_router),
     free_before_the_ack: Bug({Invariant.NO_CRASH, Invariant.RESUMED}, scene=spoiled),
@@ -297,7 +299,7 @@ BUGS: dict[Patch, Bug] = {
 
 
 def plans(bug: Bug) -> Iterator[Plan]:
-    for seed in count():
+    for seed in count(bug.begin):
         plan = draw(seed, faults=True)
         if plan.topology.pace < bug.pace:
             continue
