@@ -17,6 +17,7 @@ os.environ.update(
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,10 @@ if not torch.cuda.is_available():
     # that too: hence here, before all others.
     assert "triton" not in sys.modules, "Triton was imported before TRITON_INTERPRET could be set"
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How long an example takes says what else the machine does.
+hypothesis.settings.register_profile("gate", deadline=None)
+hypothesis.settings.load_profile("gate")
 
 ROOT = Path(__file__).parents[1]
 

@@ -240,7 +240,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(STEPS)
 def test_whatever_happens_everything_runs_in_the_end(steps: list[tuple[str, str, int, float]]) -> None:
     shell = Shell()

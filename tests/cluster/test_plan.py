@@ -284,7 +284,7 @@ def topologies(draw: st.DrawFn) -> dict[str, Any]:
     return {"model": str(ROOT / "models" / "tiny-llama"), "pools": pools, "kv": kv}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(topologies())
 def test_any_topology_becomes_as_many_workers_as_it_asks_for_each_with_a_name_of_its_own(data: dict[str, Any]) -> None:
     topology = Topology.parse(data)
@@ -301,7 +301,7 @@ def test_any_topology_becomes_as_many_workers_as_it_asks_for_each_with_a_name_of
     assert topology.cpus == pytest.approx(wanted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(topologies())
 def test_a_topology_written_and_read_again_is_the_same(
     tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]

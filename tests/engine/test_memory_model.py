@@ -295,7 +295,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS)
 @settings(  # not shrunk: a shorter seed is no simpler
-    max_examples=2, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck], database=None,
+    max_examples=2, derandomize=True, suppress_health_check=[*HealthCheck], database=None,
     phases=[Phase.generate],
 )  # fmt: skip
 @given(random=st.randoms(use_true_random=True), block_size=st.sampled_from([2, 4]), expected=st.sampled_from([1, 8]))

@@ -59,7 +59,7 @@ def reference(logits: torch.Tensor, seq: Sequence) -> int:
     return int(np.searchsorted(kept.cumsum(), number, side="right"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**40),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
@@ -77,7 +77,7 @@ def test_the_batched_sampler_equals_the_slow_one(seed: int, **params: object) ->
     assert sample(logits.clone(), [seq])[0] == reference(logits[0], seq)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**40),
     spread=st.sampled_from([0.01, 1.0, 4.0]),

@@ -202,7 +202,7 @@ def test_an_illegal_move_tells_the_sequences_story() -> None:
         seq.move(SequenceStatus.FINISHED)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     num_blocks=st.integers(10, 30),
     max_num_seqs=st.integers(1, 6),
@@ -276,7 +276,7 @@ def test_one_that_waits_with_landed_kv_keeps_nobody_from_running() -> None:
     assert pool.counts().held == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=60))
 def test_a_pool_gives_each_block_to_one_owner(steps: list[tuple[bool, int]]) -> None:
     pool = BlockPool(20, 4)

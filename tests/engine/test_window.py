@@ -51,7 +51,7 @@ def step(counts: list[int], computed: list[int], tables: np.ndarray) -> StepInpu
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 1, 2, 7, 16, 17, 40, 150])), min_size=1, max_size=6

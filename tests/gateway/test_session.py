@@ -621,7 +621,7 @@ def perform(play: Play, event: tuple[Any, ...]) -> None:
             play.handle(ClientGone())
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(events=MOSTLY, last=EVENTS)
 def test_any_order_of_events_delivers_each_token_once_and_ends_once(events: list[Any], last: Any) -> None:
     play = Play()
@@ -637,7 +637,7 @@ def test_any_order_of_events_delivers_each_token_once_and_ends_once(events: list
         assert len(play.tokens) == MAX_TOKENS
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(events=MOSTLY)
 def test_after_any_trouble_working_workers_complete_the_answer(events: list[Any]) -> None:
     play = Play(max_attempts=1000)

@@ -340,7 +340,7 @@ def steps_of(drawn: bytes) -> list[tuple[int, int]]:
 STEPS = st.one_of(*(st.binary(min_size=2 * n, max_size=2 * n) for n in (10, 40, 160))).map(steps_of)
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=1000, derandomize=True)
 @given(steps=STEPS)
 def test_after_any_trouble_the_answer_is_whole(steps: list[tuple[int, int]]) -> None:
     world = World(max_attempts=1000)
@@ -358,7 +358,7 @@ def test_after_any_trouble_the_answer_is_whole(steps: list[tuple[int, int]]) -> 
     world.check_that_nothing_is_left()
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500, derandomize=True)
 @given(steps=STEPS, max_attempts=st.integers(1, 3))
 def test_with_few_attempts_there_is_still_one_end(steps: list[tuple[int, int]], max_attempts: int) -> None:
     world = World(max_attempts)
@@ -381,7 +381,7 @@ ENDS: dict[str, tuple[Any, Status, type[GatewayError] | FinishReason]] = {
 }
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500, derandomize=True)
 @given(before=STEPS, how=st.sampled_from(sorted(ENDS)), after=STEPS)
 def test_an_end_from_our_side_is_the_end_whatever_comes_later(
     before: list[tuple[int, int]], how: str, after: list[tuple[int, int]]
@@ -408,7 +408,7 @@ def test_an_end_from_our_side_is_the_end_whatever_comes_later(
     world.check_that_nothing_is_left()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(before=STEPS, retry_after=st.sampled_from([None, 1.0]))
 def test_a_rejection_of_this_attempt_ends_it_and_one_of_another_does_not(
     before: list[tuple[int, int]], retry_after: float | None

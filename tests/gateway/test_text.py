@@ -39,7 +39,7 @@ def test_an_emoji_split_over_tokens_arrives_in_one_piece(tokenizer: Tokenizer) -
     assert "👩" in pieces and not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(text=st.text(max_size=40))
 def test_any_text_survives_the_way_through_tokens(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -47,13 +47,13 @@ def test_any_text_survives_the_way_through_tokens(tokenizer: Tokenizer, text: st
     assert "".join(pieces) == tokenizer.decode(tokens)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(tokens=IDS)
 def test_any_tokens_give_the_text_of_the_whole(tokenizer: Tokenizer, tokens: list[int]) -> None:
     assert "".join(streamed(tokenizer.detokenizer([]), tokens)) == tokenizer.decode(tokens)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(tokens=IDS, cut=st.integers(0, 40))
 def test_a_replayed_transcript_goes_on_as_the_first_one_would_have(
     tokenizer: Tokenizer, tokens: list[int], cut: int
@@ -64,7 +64,7 @@ def test_a_replayed_transcript_goes_on_as_the_first_one_would_have(
     assert [replayed.step(token) for token in tokens[cut:]] == whole[:-1][cut:]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(text=st.text(max_size=30))
 def test_decoders_that_do_not_join_bytes_give_the_same_text(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -138,7 +138,7 @@ def test_the_outputs_first_word_keeps_its_space(kind: str) -> None:
 
 
 @SENTENCEPIECE
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500, derandomize=True)
 @given(data=st.data())
 def test_prompt_and_streamed_text_are_the_text_of_all_tokens(kind: str, data: st.DataObject) -> None:
     backend = sentencepiece(kind)
@@ -171,7 +171,7 @@ def test_clients_of_a_sentencepiece_model_see_the_first_space(chat: bool, tmp_pa
             assert [choice.text for choice in answer.choices] == ["ab a time a", "b time a"]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(prompt=st.text("ab 🙂", max_size=12), output=st.text("ab 🙂", max_size=12))
 def test_a_prompt_in_words_goes_on_in_words(prompt: str, output: str) -> None:
     backend = sentencepiece("llama")
@@ -233,7 +233,7 @@ def cut_text(text: str, stops: tuple[str, ...], *, include: bool) -> tuple[str, 
     return text[: end if include else end + length], True
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500, derandomize=True)
 @given(
     text=st.text("ab", max_size=20),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3).map(tuple),

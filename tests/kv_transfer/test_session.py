@@ -191,7 +191,7 @@ def test_a_good_link_moves_every_block_once(one_sided: bool) -> None:
     assert world.receiver is not None and world.receiver.first == FirstToken(42)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     seed=st.integers(0, 2**32),
     blocks=st.integers(1, 20),
@@ -216,7 +216,7 @@ def test_whatever_the_link_does_a_transfer_ends_once_and_only_true_blocks_are_re
             assert world.ended["receiver"][0].outcome is Outcome.DONE
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32), one_sided=st.booleans(), loss=st.sampled_from([0.0, 0.3]), after=st.integers(0, 12))
 def test_a_receiver_that_gives_up_frees_no_block_that_could_still_be_written(
     seed: int, one_sided: bool, loss: float, after: int

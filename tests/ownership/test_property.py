@@ -41,7 +41,7 @@ def run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("one_sided", [True, False], ids=["one-sided", "two-sided"])
-@settings(max_examples=2500, deadline=None, database=None)
+@settings(max_examples=2500, database=None)
 @given(st.integers(0, 2**32), schedules, faults, degrees, degrees)
 def test_under_any_schedule_every_block_has_one_owner_and_everyone_a_true_answer(
     one_sided: bool, seed: int, schedule: list[int], faults: Faults, prefill_ranks: int, decode_ranks: int

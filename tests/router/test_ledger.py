@@ -87,7 +87,7 @@ class Reference:
             del self.waiting[event.request]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.booleans(), SLOTS, st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 0.1, 1.0, 7.0])), max_size=60))
 def test_no_order_of_events_unbalances_the_ledger_or_leaves_a_question_unanswered(
     all_there: bool, slots: int, events: list[tuple[Any, float]]
@@ -125,7 +125,7 @@ def test_no_order_of_events_unbalances_the_ledger_or_leaves_a_question_unanswere
     assert sum(worker.assigned for worker in world.state().workers) == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 0.1, 7.0])), max_size=40))
 def test_the_same_events_lead_to_the_same_decisions(events: list[tuple[Any, float]]) -> None:
     def play() -> list[object]:
@@ -139,7 +139,7 @@ def test_the_same_events_lead_to_the_same_decisions(events: list[tuple[Any, floa
     assert play() == play()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(EVENTS, max_size=40))
 def test_every_lost_worker_is_lost_once_in_a_row(events: list[object]) -> None:
     world = World()
