@@ -148,6 +148,8 @@ class RouterProcess(Process):
         self._told: set[tuple[str, Epoch]] = set()
 
     def hear(self, message: Any) -> None:
+        if isinstance(message, Register):
+            self._told.discard((message.address.worker, message.address.epoch))  # it may get lost once more
         self.perform(self.router.handle(message, self.now))
 
     def worker_died(self, worker: WorkerId, epoch: Epoch, detail: str) -> None:

@@ -69,6 +69,8 @@ class Waits:
     def hit(self, process: Incarnation, fault: Fault, other: str = "") -> None:
         """A fault is about to befall a worker, or what lies between it and ``other``: note whom it concerns."""
         case = self._case
+        if case.health.active:
+            return  # it does not come alone
         for request in case.live.values():
             placed = request.placed.get(request.attempt)
             if placed is None:
