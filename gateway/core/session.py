@@ -490,13 +490,12 @@ class Session:
 
     def _ask_again(self) -> list[Action]:
         """Whoever owes an answer. Until decode has sent a token it may be that the hand-over has failed, which the
-        prefill worker says once more if it gets its order once more."""
+        prefill worker says once more if it gets its order once more; or that decode has failed, or goes on behind a
+        first token that was lost. One that has not heard of the attempt yet says nothing."""
         placed = self.placed
         if placed is None:
             return [self._placement_wanted(self._computed)]
-        if self.status is Status.STARTING:
-            return [self._start_message(placed)]
-        again = placed.prefill is not None and not self._decode_streams
+        again = self.status is Status.STARTING or (placed.prefill is not None and not self._decode_streams)
         return [*([self._start_message(placed)] if again else []), self._tokens_wanted(placed)]
 
     # Tokens

@@ -777,6 +777,17 @@ def test_until_decode_has_sent_a_token_a_silent_stream_asks_both_workers(play: P
     assert [type(send.message) for send in play.sleep(5)] == [TokensWanted]
 
 
+@pytest.mark.parametrize("prefill", [None, "p0"])
+def test_until_the_first_token_is_there_decode_is_asked_too(play: Play, prefill: str | None) -> None:
+    """Prefill's token was lost, and prefill has done its part; so was decode's word that it has failed."""
+    play.place(prefill)
+    first, order = ("d0-mailbox", Generate) if prefill is None else ("p0-mailbox", Prefill)
+    sends = [(send.to, type(send.message)) for send in play.sleep(1)]
+    assert sends == [(first, order), ("d0-mailbox", TokensWanted)]
+    play.fail(FailReason.ENGINE, by="d0")
+    assert play.sent_to(ROUTER, PlacementWanted)[0].attempt == 2
+
+
 def test_an_attempt_that_its_worker_does_not_know_any_more_costs_a_mishap() -> None:
     play = streaming()
     play.fail(FailReason.UNKNOWN, by="d0")
