@@ -190,8 +190,9 @@ class Ledger:
         """``worker`` says that it has ``present`` requests: where more than those must have reached it by now, some are
         over, and which ones their gateways shall say. Each comes once in ``ASK_AGAIN``, oldest first.
 
-        Until its first token a request is in its prefill worker's queue, from then on in its decode worker's batch. Of
-        a worker that is draining, all are asked about whose first token is not known to be there.
+        Until its first token a request is in its prefill worker's queue, from then on in its decode worker's batch;
+        where that is lost, its next attempt is due. Of a worker that is draining, all are asked about whose first token
+        is not known to be there.
         """
         if worker.looked_at + LOOK_AGAIN > now:
             return []
@@ -202,7 +203,7 @@ class Ledger:
             entry = self._entries[request]
             if entry.since + DOUBT_AFTER > now:
                 break
-            waits = entry.prefill is not None and not entry.begun
+            waits = entry.prefill is not None and (not entry.begun or entry.decode is None)
             if (entry.prefill is worker) if waits else (entry.decode is worker):
                 old.append(entry)
             if not entry.begun:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from messages.common import Role
@@ -191,6 +192,20 @@ def test_a_prompt_that_waits_in_a_prefill_queue_brings_nobody_into_doubt() -> No
     assert world.handle(report("d0", 1, running=0)) == []
     world.now += 0.5
     assert [send.message.request for send in world.handle(report("p0", 2, running=0))] == ["b", "c", "d"]
+
+
+def test_a_prompt_whose_decode_worker_is_gone_does_not_stay_with_prefill_where_finished_was_lost() -> None:
+    world = World()
+    world.handle(register("p0", Role.PREFILL))
+    world.handle(register("d0", Role.DECODE))
+    world.place("a")
+    world.handle(prefilled("a"))
+    world.handle(WorkerDied(worker=WorkerId("d0"), epoch=None, detail="killed"))
+    world.now += 1.5
+    idle = msgspec.structs.replace(report("p0", 1, running=0), waiting=0)
+    assert [send.message.request for send in world.handle(idle)] == ["a"]
+    world.handle(finished("a"))
+    assert world.router.inspect()["placed"] == 0
 
 
 def test_a_request_whose_worker_is_gone_is_forgotten_in_time_where_finished_was_lost() -> None:
