@@ -177,7 +177,8 @@ class FakeCluster:
                 made = self._made.get(message.request)
                 if made is not None and made.attempt <= message.attempt:
                     self._held.pop(message.request, None)
-                    if not message.keep:
+                    # An abort after the end is for decode, which knows nothing of what prefill has ended.
+                    if not message.keep and (made.finish is None or isinstance(message, EndAck)):
                         del self._made[message.request]
 
     def placed(self, wanted: PlacementWanted) -> Placed:
