@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from gateway.choice import Choice
 from gateway.core.adoption import Action as AdoptionAction
 from gateway.core.adoption import Adoption, Found, Missing
 from gateway.core.adoption import Event as AdoptionEvent
 from gateway.core.dispatch import Dispatch, Heard, Late
 from gateway.core.errors import GatewayError
 from gateway.core.limits import Limits
+from gateway.core.positions import Position
 from gateway.core.session import (
     Chunk,
     ClientGone,
@@ -28,6 +30,7 @@ from gateway.core.session import (
     Tick,
 )
 from gateway.core.stop_strings import StopStrings
+from gateway.metrics import Metrics
 from messages.codec import count_tokens, pack_tokens
 from messages.gateway_to_router import ClusterStateWanted, Holding, PlacementWanted
 from messages.gateway_to_worker import Abort
@@ -84,7 +87,6 @@ class Client:
     broken: Callable[["Client"], None] | None = None
     """Called when its connection breaks; None where that is the end."""
     tokens: int = 0
-    characters: int = 0
     over: bool = False
     """It has its end, or has left."""
     resting: bool = False
@@ -103,7 +105,6 @@ class Client:
             record = self._unread.popleft()
             if isinstance(record, Got):
                 self.tokens += len(record.tokens)
-                self.characters += len(record.text)
             else:
                 self.over = True
             self.tell(structs.replace(record, at=self.now()))
@@ -124,18 +125,26 @@ class Client:
         self.read()
 
 
+class Letters:
+    """The text of tokens, each for itself."""
+
+    def step(self, token: int) -> str:
+        return text_of(token)
+
+    def flush(self) -> str:
+        return ""
+
+
 @dataclass(slots=True)
 class Relay:
     """One sequence under way at a gateway."""
 
     session: Session
     client: Client
-    stops: StopStrings
-    with_logprobs: bool
-    delivered: int = 0
+    choice: Choice
+    """Its answer, behind what the client has."""
     begun: int = 0
     """The last attempt that was asked for."""
-    stopped: bool = False
 
 
 class Origin(NamedTuple):
@@ -185,9 +194,17 @@ class GatewayProcess(Process):
             tenant=wish.tenant, description=RESUMABLE if wish.resumable else b"", timeouts=self._timeouts,
             max_attempts=MAX_ATTEMPTS,
         )  # fmt: skip
-        relay = Relay(session, client, StopStrings(wish.stop, include=False), wish.params.logprobs is not None)
+        relay = Relay(session, client, self._choice(client))
         self.relays[wish.request] = relay
         self._perform(relay, session.start(self.now), NOBODY)
+
+    def _choice(self, client: Client, *, resumed: bool = False) -> Choice:
+        wish = client.wish
+        return Choice(
+            0, Letters(), StopStrings(wish.stop, include=False), include_stop=False,
+            logprobs=wish.params.logprobs is not None, echo=None, is_first=True, arrived=self.now,
+            changed=lambda: None, metrics=_METRICS, after=Position(client.tokens), resumed=resumed,
+        )  # fmt: skip
 
     def attach(self, client: Client) -> None:
         """A client reads on here what another gateway has begun."""
@@ -231,7 +248,7 @@ class GatewayProcess(Process):
             description=work.description, timeouts=self._timeouts, max_attempts=MAX_ATTEMPTS,
         )  # fmt: skip
         self._dispatch.know(adopted.worker)
-        relay = Relay(session, client, StopStrings(wish.stop, include=False), wish.params.logprobs is not None)
+        relay = Relay(session, client, self._choice(client, resumed=True))
         relay.begun = adopted.attempt
         self.relays[wish.request] = relay
         self.world.tell(Attached(self.world.clock.now, wish.request, self.name, client.tokens))
@@ -241,21 +258,13 @@ class GatewayProcess(Process):
             decode = Incarnation(adopted.worker.worker, adopted.worker.epoch)
             self.world.tell(AttemptPlaced(self.world.clock.now, wish.request, adopted.attempt, None, decode))
         known = session.transcript()
-        if known is not None:
-            self._catch_up(relay, known)
+        complete = known is not None and relay.choice.replay(known)
+        self._tell_client(relay, NOBODY)
         self._perform(relay, actions, NOBODY)
+        if complete and not session.status.over:
+            self._perform(relay, session.handle(StopMatched(), self.now), NOBODY)
         if session.held is not None:
             self.send(self._router, Holding(gateway=self.address, attempts=(session.held,), last=False))
-
-    def _catch_up(self, relay: Relay, known: Deliver) -> None:
-        """What was delivered elsewhere is replayed; the client gets what it does not have."""
-        client, have = relay.client, relay.client.tokens
-        text, used = self._text(relay, known)
-        logprobs = known.logprobs.sampled[have:used] if relay.with_logprobs and known.logprobs is not None else None
-        relay.delivered = max(have, used)
-        tokens, rest = tuple(known.tokens[have:used]), text[client.characters :]
-        if tokens or rest:
-            client.hear(Got(0.0, relay.session.request, have, tokens, logprobs, rest))
 
     def gone(self, request: RequestId) -> None:
         """Its client went away."""
@@ -341,11 +350,12 @@ class GatewayProcess(Process):
     # What sessions want
 
     def _perform(self, relay: Relay, actions: Iterable[Any], origin: Origin) -> None:
-        session = relay.session
+        session, complete = relay.session, False
         for action in actions:
             match action:
                 case Deliver():
-                    self._deliver(relay, action, origin)
+                    complete = relay.choice.deliver(action, self.now)
+                    self._tell_client(relay, origin)
                 case Send(to, message):
                     if isinstance(message, PlacementWanted):
                         self._tell_begun(relay, message)
@@ -358,7 +368,7 @@ class GatewayProcess(Process):
                 case Failed(error):
                     del self.relays[session.request]
                     relay.client.hear(_failed(session.request, error))
-        if relay.stopped and not session.status.over:
+        if complete and not session.status.over:
             self._perform(relay, session.handle(StopMatched(), self.now), origin)
 
     def _tell_begun(self, relay: Relay, wanted: PlacementWanted) -> None:
@@ -366,37 +376,25 @@ class GatewayProcess(Process):
             relay.begun = wanted.attempt
             self.world.tell(AttemptBegun(self.world.clock.now, wanted.request, wanted.attempt, wanted.moving))
 
-    def _deliver(self, relay: Relay, deliver: Deliver, origin: Origin) -> None:
-        """As far as a stop string lets them, the tokens and their text are the client's."""
-        tokens = deliver.tokens
-        text, used = self._text(relay, deliver)
-        logprobs = None
-        if relay.with_logprobs and deliver.logprobs is not None:
-            logprobs = deliver.logprobs.sampled[:used]
-        index, relay.delivered = relay.delivered, relay.delivered + used
-        request = relay.session.request
-        relay.client.hear(Got(0.0, request, index, tuple(tokens[:used]), logprobs, text, "", *origin))
-
-    def _text(self, relay: Relay, deliver: Deliver) -> tuple[str, int]:
-        """Of the tokens, and how many of them there are up to a stop string."""
-        speaking = len(deliver.tokens) - (deliver.finish is FinishReason.STOP)  # the token that ends it has no text
-        text = ""
-        for place, token in enumerate(deliver.tokens[:speaking]):
-            more, relay.stopped = relay.stops.feed(text_of(token))
-            text += more
-            if relay.stopped:
-                return text, place + 1
-        return text, len(deliver.tokens)
+    def _tell_client(self, relay: Relay, origin: Origin) -> None:
+        """What its choice has for the client."""
+        choice = relay.choice
+        index = choice.position.tokens
+        piece = choice.take(even_without_text=True)
+        if piece is not None and (piece.tokens or piece.text):
+            logprobs = tuple(each.logprob for each in piece.logprobs if each.logprob is not None)
+            known = logprobs if relay.client.wish.params.logprobs is not None else None
+            request, tokens = relay.session.request, tuple(piece.tokens)
+            relay.client.hear(Got(0.0, request, index, tokens, known, piece.text, "", *origin))
 
     def _end(self, relay: Relay, reason: FinishReason) -> None:
-        wish = relay.client.wish
         if reason is FinishReason.ABORT:
             return  # nobody listens
-        rest = "" if relay.stopped else relay.stops.flush()
-        if rest:
-            relay.client.hear(Got(0.0, wish.request, relay.delivered, (), _NONE if relay.with_logprobs else None, rest))
-        reason = FinishReason.STOP if relay.stopped else reason
-        relay.client.hear(history.Ended(0.0, wish.request, reason, len(wish.prompt), relay.delivered))
+        choice, wish = relay.choice, relay.client.wish
+        choice.ended(reason, self.now)
+        self._tell_client(relay, NOBODY)
+        assert choice.finish is not None
+        relay.client.hear(history.Ended(0.0, wish.request, choice.finish, len(wish.prompt), choice.num_tokens))
 
     def _tick(self, relay: Relay) -> None:
         if not relay.session.status.over:
@@ -409,7 +407,8 @@ class GatewayProcess(Process):
             client.lose_connection()
 
 
-_NONE: tuple[float, ...] = ()
+_METRICS = Metrics()
+"""Of all gateways together; nobody reads them."""
 
 
 def _failed(request: RequestId, error: GatewayError) -> history.Failed:

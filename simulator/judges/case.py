@@ -36,8 +36,8 @@ class Request:
     end: Ended | Failed | None = None
     over_at: float = NEVER
     """When nothing of it was wanted any more."""
-    orphan: bool = False
-    """Its gateway died with it."""
+    orphan_at: float = NEVER
+    """When its gateway died with it; ``NEVER`` where another one goes on with it."""
     attached_at: float | None = None
     """Since when its client waits for the first sign of another gateway."""
     begun: int = 0
@@ -51,6 +51,11 @@ class Request:
     """Whether its decode worker has sent tokens of this attempt: it needs no prefill worker any more."""
     hits: list[Hit] = field(default_factory=list)
     lost: bool = False
+
+    @property
+    def orphan(self) -> bool:
+        """Whether no gateway has it."""
+        return self.orphan_at < NEVER
 
     @property
     def live(self) -> bool:

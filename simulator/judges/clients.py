@@ -2,6 +2,7 @@
 
 from simulator.history import Asked, Attached, AttemptBegun, AttemptPlaced, Ended, Failed, Got, Left, Offered
 from simulator.judges.case import Case, Request
+from simulator.judges.health import NEVER
 from simulator.judges.waits import Waits
 from simulator.verdict import Answer, Invariant
 
@@ -63,7 +64,7 @@ class Clients:
         request = self._case.requests.get(record.request)
         if request is None:
             return
-        request.gateway, request.orphan = record.gateway, False
+        request.gateway, request.orphan_at = record.gateway, NEVER
         self._waits.attached(request)
         if record.index != request.have:
             detail = f"it goes on from {record.index}, having {request.have} tokens"

@@ -145,7 +145,8 @@ class Faults:
             self._due.clear()
         if kind == "gateway":
             for request in self._case.live.values():
-                request.orphan = request.orphan or request.gateway in ("", process.name)
+                if request.gateway in ("", process.name):
+                    request.orphan_at = min(request.orphan_at, self._case.now)
 
     def _is_known(self, process: Incarnation) -> bool:
         """Whether the router knows this worker, and has no reason yet to take it for lost."""

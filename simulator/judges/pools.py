@@ -79,7 +79,8 @@ class Pools:
                 detail = f"the router still counts attempt {entry.attempt} on {', '.join(entry.workers)}"
                 case.broken(Invariant.LEDGER, case.requests.get(entry.request), detail)
             return
-        settled = max(self._faults.routers.get(record.router, -NEVER), health.troubled_at)
+        started = self._faults.routers.get(record.router, -NEVER)
+        settled = max(started, health.troubled_at)
         if health.active or record.at - settled <= rebuilt:
             return
         counted = {entry.request for entry in record.entries}
@@ -87,6 +88,8 @@ class Pools:
             placed = request.placed.get(request.attempt)
             if placed is None or record.at - placed.at <= rebuilt or request.asked.at <= self._faults.lossy_until:
                 continue  # where a message was lost, the router may guess which request is over, and err
+            if placed.at < started and request.orphan_at < started + rebuilt:
+                continue  # its gateway died before it could tell this router of it
             if request.asked.request not in counted:
                 detail = f"the router does not count attempt {request.attempt} on {placed.decode.name}"
                 case.broken(Invariant.LEDGER, request, detail)

@@ -51,6 +51,7 @@ ROUTER, GATEWAY, GATEWAY_1 = (Incarnation(name, Epoch(1)) for name in ("router",
 P0, P1, D0, D1 = (
     Incarnation(name, Epoch(number)) for number, name in enumerate(("prefill-0", "prefill-1", "decode-0", "decode-1"))
 )
+ROUTER_AGAIN = Incarnation("router", Epoch(2))
 D0_AGAIN = Incarnation("decode-0", Epoch(99))
 WORKERS = {P0: Role.PREFILL, P1: Role.PREFILL, D0: Role.DECODE, D1: Role.DECODE}
 PARAMS = SamplingParams(max_tokens=6, logprobs=0)
@@ -126,6 +127,26 @@ def resumed(fault: Anything, back_at: float = 11.0, detected_at: float = 10.7) -
         *begin(2, P1, D1, detected_at),
         *(got(index, back_at + index / 100, D1, 2) for index in range(2, 6)),
         Ended(back_at + 0.1, R, FinishReason.LENGTH, 3, 6),
+    ]
+
+
+def orphaned(at: float, looked_at: float) -> list[Anything]:
+    """The router dies at 10.26 s and is restarted, the gateway dies at ``at``, and its client goes on at another one
+    when the new router's empty ledger was looked at."""
+    return [
+        *world(),
+        Asked(10.0, R, (1, 2, 3), PARAMS, gateway="gateway-0"),
+        *begin(),
+        got(0, 10.1, P0),
+        got(1, 10.2),
+        Killed(10.26, ROUTER),
+        Started(10.4, ROUTER_AGAIN, "router"),
+        Started(10.4, GATEWAY_1, "gateway"),
+        Killed(at, GATEWAY),
+        Ledger(looked_at, ROUTER_AGAIN, ()),
+        Attached(looked_at, R, "gateway-1", 2),
+        *(got(index, looked_at + 0.1) for index in range(2, 6)),
+        Ended(looked_at + 0.1, R, FinishReason.LENGTH, 3, 6),
     ]
 
 
@@ -251,6 +272,7 @@ BROKEN: dict[str, tuple[Invariant, Callable[[], list[Anything]]]] = {
         lambda: [*up_to(10.25), *(got(i, 10.3 + i, D0) for i in range(2, 6)), Ledger(14.0, ROUTER, ()),
                  Ended(15.6, R, FinishReason.LENGTH, 3, 6)],
     ),
+    "a new router's ledger that forgets what it was told": (Invariant.LEDGER, lambda: orphaned(13.6, 17.0)),
     "a ledger that keeps": (
         Invariant.LEDGER, lambda: [*clean(), Ledger(15.1, ROUTER, (LedgerEntry(R, Attempt(1), (WorkerId("d"),)),))],
     ),
@@ -309,9 +331,9 @@ GOOD: dict[str, Callable[[], list[Anything]]] = {
         *(got(index, 11.5) for index in range(2, 6)), Ended(11.5, R, FinishReason.LENGTH, 3, 6),
     ],
     "the router is restarted": lambda: [
-        *clean(), Killed(10.15, ROUTER), Started(10.3, Incarnation("router", Epoch(2)), "router"),
-        Ledger(10.35, Incarnation("router", Epoch(2)), ()),
+        *clean(), Killed(10.15, ROUTER), Started(10.3, ROUTER_AGAIN, "router"), Ledger(10.35, ROUTER_AGAIN, ()),
     ],
+    "the router dies, and a gateway before it has told the new one": lambda: orphaned(10.5, 14.0),
     "the router does not hear a worker": lambda: [
         *clean(), Cut(10.2, "decode-1", "router"), DeclaredLost(12.5, D1), Healed(13.0, "decode-1", "router"),
     ],

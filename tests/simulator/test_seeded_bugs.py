@@ -85,7 +85,7 @@ def forget_the_stop_string_at_resume(patch: pytest.MonkeyPatch) -> None:
 
     def anew(gateway: GatewayProcess, relay: Any, wanted: PlacementWanted) -> None:
         if wanted.attempt > max(1, relay.begun):
-            relay.stops = StopStrings(relay.client.wish.stop, include=False)
+            relay.choice._stops = StopStrings(relay.client.wish.stop, include=False)
         begun(gateway, relay, wanted)
 
     patch.setattr(GatewayProcess, "_tell_begun", anew)
