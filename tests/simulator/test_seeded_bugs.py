@@ -289,7 +289,7 @@ BUGS: dict[Patch, Bug] = {
     forget_the_attempt_at_the_workers: Bug({Invariant.NO_CRASH, Invariant.ACCOUNTED}, scene=late_at_the_workers),
     ignore_that_a_peer_is_lost: Bug({Invariant.FREED}, (Kind.KILL,), unheard="Abort", begin=3900),
     ignore_an_abort: Bug({Invariant.FREED}, pace=20.0),
-    forget_what_gateways_hold: Bug({Invariant.LEDGER}, pace=20.0, scene=a_new_router),
+    forget_what_gateways_hold: Bug({Invariant.LEDGER}, begin=750, pace=20.0, scene=a_new_router),
     free_before_the_ack: Bug({Invariant.NO_CRASH, Invariant.RESUMED}, scene=spoiled),
     forget_a_stream_before_its_end_is_acked: Bug({Invariant.RESUMED, Invariant.ONE_END}, scene=unheard),
     shift_logprobs_at_resume: Bug({Invariant.SAME_TOKENS}, (Kind.KILL, Kind.FREEZE)),
