@@ -274,6 +274,8 @@ class FailReason(StrEnum):
     """The decode worker has left the membership."""
     TRANSFER = "transfer"
     """The KV did not arrive whole in time."""
+    SLOW = "slow"
+    """The KV is still on its way, but another way is quicker."""
     CAPACITY = "capacity"
     """The sequence can never fit this worker's pool."""
     ENGINE = "engine"

@@ -141,6 +141,8 @@ FAILURE = 1.0
 MISHAP = 1 / 4
 """What it counts where a worker was silent, and may be back, or was stopped: that is not the request's doing. It counts
 at all because a request that makes every worker hang must end too."""
+KEPT_FROM = (FailReason.REFUSED, FailReason.TRANSFER, FailReason.SLOW)
+"""Why an attempt's KV did not get from its prefill worker to its decode worker, or not in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,13 +434,15 @@ class Session:
             return []  # the prefill worker has done its part, whatever became of it since
         if not event.reason.retryable:
             return self._fail(InvalidRequest("the request does not fit: " + event.detail, code="capacity_exceeded"))
-        if event.reason in (FailReason.REFUSED, FailReason.TRANSFER) and self.placed.prefill is not None:
+        if event.reason in KEPT_FROM and self.placed.prefill is not None:
             self._cut[self.placed.prefill.worker, decode] = None
         match event.reason:
             case FailReason.REFUSED | FailReason.PEER_LOST:
                 blamed = [decode]
             case FailReason.TRANSFER:
                 blamed = [event.worker, decode]
+            case FailReason.SLOW:
+                return self._retry([decode], now, MISHAP)
             case FailReason.STOPPING:
                 return self._retry([event.worker], now, MISHAP)
             case FailReason.ORPHANED | FailReason.UNKNOWN:

@@ -89,6 +89,8 @@ class SendSession:
         self._resend_at = float("inf")
         self._deadline = float("inf")
         self._answer_by = float("inf")  # when the peer is beyond reach, unless it answers something
+        self._patience = self._look_at = float("inf")
+        self._left = 0  # blocks that had not left when the prompt was computed
         self._tell_at = float("inf")
         self._detail = ""
         self._outcome = Outcome.CLOSED
@@ -121,9 +123,13 @@ class SendSession:
         self._source, self._ready, self._coming = blocks, ready, 0
         return self._push_ready(now)
 
-    def end(self, first: FirstToken, now: float) -> list[Action]:
-        """The prompt is computed, and this is the token after it."""
+    def end(self, first: FirstToken, now: float, patience: float = float("inf")) -> list[Action]:
+        """The prompt is computed, and this is the token after it.
+
+        ``patience``: seconds after which ``drags`` tells whether the rest will take as long again.
+        """
         self._first, self._computed_at = first, now
+        self._patience, self._look_at, self._left = patience, now + patience, self._unpushed
         if self._cached > self._ready:
             detail = f"decode says that it has {self._cached} blocks, of {self._ready}"
             return self.give_up(detail, Outcome.FAILED)
@@ -165,6 +171,15 @@ class SendSession:
                 return self._close(self._outcome, self._detail)
         return []
 
+    def drags(self, now: float) -> bool:
+        """Whether what has not left yet, at the pace of what has since the prompt was computed, takes longer than there
+        is patience for."""
+        if self.state is not SendState.PUSHING or now < self._look_at:
+            return False
+        self._look_at = now + self._patience
+        gone = self._left - self._unpushed
+        return gone <= 0 or self._unpushed / gone * (now - self._computed_at) > self._patience
+
     def tick(self, now: float) -> list[Action]:
         """Send again what is unanswered, or give up."""
         if self.state in (SendState.IDLE, SendState.CLOSING, SendState.CLOSED):
@@ -185,7 +200,8 @@ class SendSession:
         """When ``tick`` has something to do at the latest."""
         if self.state in (SendState.IDLE, SendState.CLOSING, SendState.CLOSED):
             return float("inf")
-        return min(self._resend_at, self._deadline, self._answer_by)
+        look_at = self._look_at if self.state is SendState.PUSHING else float("inf")
+        return min(self._resend_at, self._deadline, self._answer_by, look_at)
 
     @property
     def trace(self) -> TransferTrace:

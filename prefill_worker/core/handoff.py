@@ -26,6 +26,7 @@ from messages.decode_to_prefill import (
 from messages.gateway_to_worker import Prefill
 from messages.ids import Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, OpenTransfer, TailYielded
+from prefill_worker.core.patience import patience
 from prefill_worker.core.yields import Yields
 from runtime.core.actions import ForgetPeer, Send
 from runtime.core.probe import ProbeEnded
@@ -46,8 +47,15 @@ class HandoffEnded(NamedTuple):
     aborted: AbortReason | None
 
 
+class HandoffDrags(NamedTuple):
+    """It is given up, since another way is quicker; when its blocks are free it ends as failed."""
+
+    order: Prefill
+    detail: str
+
+
 Action = Send | Push | CancelPushes | TakeDigests | ForgetPeer | ProbeEnded
-Step = Action | HandoffEnded
+Step = Action | HandoffDrags | HandoffEnded
 
 
 @dataclass(slots=True)
@@ -56,6 +64,8 @@ class _Handoff:
     seq: Sequence
     transport: str
     session: SendSession
+    opened: float
+    """When the first of its prompt was to be computed."""
     probe: bool = False
     aborted: AbortReason | None = None
     """Why it was given up, once it is."""
@@ -169,7 +179,7 @@ class Handoffs:
         )
         session = SendSession(key, message, way, self._timeouts)
         self._pool.pin(seq.block_table)
-        self._open[key] = _Handoff(order, seq, way.transport, session, probe)
+        self._open[key] = _Handoff(order, seq, way.transport, session, now, probe)
         return self._steps(key, session.open(now))
 
     def computing(self, key: TransferKey, coming: int, now: float) -> list[Step]:
@@ -182,9 +192,16 @@ class Handoffs:
         handoff = self._open[key]
         return self._steps(key, handoff.session.computed(handoff.seq.block_table, ready, now))
 
-    def end(self, key: TransferKey, first: FirstToken, now: float) -> list[Step]:
-        """The prompt is computed."""
-        return self._steps(key, self._open[key].session.end(first, now))
+    def end(self, key: TransferKey, first: FirstToken, now: float, num_bytes: int = 0) -> list[Step]:
+        """The prompt is computed, and its KV has ``num_bytes``."""
+        handoff = self._open[key]
+        wait = float("inf")
+        if key.attempt == 1 and not handoff.probe:  # who has gone another way once stays there, slow or not
+            seq, decode = handoff.seq, handoff.order.decode.worker
+            share = seq.num_tokens / max(1, seq.num_tokens - seq.num_cached_tokens)  # of what it did not find
+            others = [cost.value for worker, cost in self._costs.items() if worker != decode]
+            wait = patience(share * (now - handoff.opened), num_bytes, others)
+        return self._steps(key, handoff.session.end(first, now, wait))
 
     def give_up(self, key: TransferKey, detail: str) -> list[Step]:
         return self._steps(key, self._open[key].session.give_up(detail), AbortReason.WITHDRAWN)
@@ -247,10 +264,15 @@ class Handoffs:
     def tick(self, now: float) -> list[Step]:
         self.transfer_cost.forget_old(now)
         told: list[Step] = [*self._yields.tick(now)]
-        due = [(key, handoff.session) for key, handoff in self._open.items() if handoff.session.wake_at <= now]
-        return told + [
-            step for key, session in due for step in self._steps(key, session.tick(now), AbortReason.TIMEOUT)
-        ]
+        for key, handoff in [item for item in self._open.items() if item[1].session.wake_at <= now]:
+            session = handoff.session
+            if session.drags(now):
+                detail = f"KV leaves for {handoff.order.decode.worker} more slowly than another way would take"
+                told.append(HandoffDrags(handoff.order, detail))
+                told += self._steps(key, session.give_up(detail, Outcome.FAILED), AbortReason.TIMEOUT)
+            else:
+                told += self._steps(key, session.tick(now), AbortReason.TIMEOUT)
+        return told
 
     def older_than(self, request: RequestId, attempt: Attempt) -> list[TransferKey]:
         """Hand-overs of attempts of ``request`` up to and including ``attempt``."""

@@ -41,7 +41,7 @@ from messages.ids import Address, Attempt, Epoch, RequestId, WorkerId
 from messages.prefill_to_decode import FirstToken, TransferClosed
 from messages.sampling import FinishReason
 from messages.tickets import valid_between
-from prefill_worker.core.handoff import Action, HandoffEnded, Handoffs, Step
+from prefill_worker.core.handoff import Action, HandoffDrags, HandoffEnded, Handoffs, Step
 from runtime.core.actions import Send
 from runtime.core.probe import NO_ROOM, ProbeEnded, ProbeStopped, ProbeWanted, probe_order
 from runtime.core.shared import Shared
@@ -356,7 +356,12 @@ class PrefillMachine:
         blocks = len(progress.seq.block_table)
         return [
             *self._handoffs.computed(leg.key, blocks, now),
-            *self._handoffs.end(leg.key, FirstToken(progress.token, logprobs, prompt_logprobs), now),
+            *self._handoffs.end(
+                leg.key,
+                FirstToken(progress.token, logprobs, prompt_logprobs),
+                now,
+                blocks * self._settings.block_bytes,
+            ),
         ]
 
     def _let_go(self, leg: _Leg) -> list[Step]:
@@ -383,6 +388,9 @@ class PrefillMachine:
         """Pass actions on; where a hand-over ended badly, its attempt ends with it."""
         actions: list[Action] = []
         for step in steps:
+            if isinstance(step, HandoffDrags):
+                actions.append(self._failed(step.order, FailReason.SLOW, step.detail))
+                continue
             if not isinstance(step, HandoffEnded):
                 actions.append(step)
                 continue

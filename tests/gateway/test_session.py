@@ -191,6 +191,15 @@ def test_the_next_attempt_names_the_pair_between_which_kv_did_not_get_through(pl
         assert asked.cut == (("p0", "d0"), ("p1", "d0"))[:attempt]
 
 
+def test_where_kv_leaves_too_slowly_the_same_prefill_worker_hands_it_to_another(play: Play) -> None:
+    play.place()
+    play.chunk(0, 1, by="p0")
+    play.fail(FailReason.SLOW, by="p0")
+    *_, asked = play.sent_to(ROUTER, PlacementWanted)
+    assert asked.cut == (("p0", "d0"),) and asked.avoid == ("d0",)
+    assert asked.computed is not None and asked.computed.worker == "p0"
+
+
 def test_without_a_prefill_worker_decode_runs_the_whole_sequence(play: Play) -> None:
     play.place(prefill=None)
     assert play.sent_to("d0-mailbox", Generate)

@@ -326,3 +326,19 @@ def test_an_end_from_before_a_repair_is_answered_with_the_repair() -> None:
     assert isinstance(wanted, BlocksWanted) and unpack_tokens(wanted.indices).tolist() == [1]
     assert receiver.handle(end, 0.1) == [wanted]
     assert receiver.repairs == 1
+
+
+@pytest.mark.parametrize(("gone", "drags"), [(0, True), (1, True), (3, False), (5, False)])
+def test_a_hand_over_drags_where_the_rest_would_take_longer_than_there_is_patience_for(gone: int, drags: bool) -> None:
+    """Six blocks, a push each; ``gone`` of them leave while there is patience yet."""
+    sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
+    blocks = np.arange(6, dtype=np.int32)
+    sender.open(0.0)
+    sender.handle(TransferAccepted(KEY.request, KEY.attempt, pack_tokens(blocks), 0), 0.0)
+    for ready in range(1, 7):
+        sender.computed(blocks, ready, 0.5)
+    sender.end(FirstToken(42), 1.0, patience=2.0)
+    for first in range(gone):
+        sender.handle(Pushed(KEY, first, 1), 1.5)
+    assert not sender.drags(2.9)
+    assert sender.wake_at <= 3.0 and sender.drags(3.0) is drags

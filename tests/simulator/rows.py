@@ -107,8 +107,11 @@ class Story:
     def failures(self) -> list[Failed]:
         return self.all(Failed)
 
-    def placed(self, attempt: int = 1) -> AttemptPlaced:
-        return next(record for record in self.all(AttemptPlaced) if record.attempt == attempt)
+    def placed(self, attempt: int = 1, request: RequestId | None = None) -> AttemptPlaced:
+        return next(
+            record for record in self.all(AttemptPlaced)
+            if record.attempt == attempt and request in (None, record.request)
+        )  # fmt: skip
 
     def held(self, name: str, at: float) -> int:
         """Blocks that are held there, at the first look after ``at``; or at the last, where all was over before."""

@@ -7,7 +7,7 @@ import pytest
 from messages.common import Role
 from runtime.core.disaggregation import Policy
 from simulator.faults import Kind
-from simulator.history import Dropped, Ended, Healed, Idle, Killed, Offered, Started
+from simulator.history import Dropped, Ended, Got, Healed, Idle, Killed, Offered, Started
 from tests.simulator.rows import LONG, Story, first_pair, kill, link, topology, wish
 
 WAYS = pytest.mark.parametrize("one_sided", [True, False], ids=["one-sided", "two-sided"])
@@ -144,6 +144,24 @@ def test_d2_other_pairs_do_not_wait_for_a_slow_one() -> None:
         [replace(link(Kind.SLOW, *slow, 30.0), chance=300.0)], of,
     ).clean()  # fmt: skip
     assert story.ended() == 8
+
+
+@pytest.mark.parametrize("slowness", [1500.0, 4000.0])
+@pytest.mark.parametrize("decode", [1, 2])
+def test_d2_a_hand_over_that_drags_is_given_up_within_a_second_for_a_quicker_way(decode: int, slowness: float) -> None:
+    of = topology(decode=decode, one_sided=False)
+    before = [wish(number, at=1.5 + number / 20, tokens=3, prompt=LONG[number:]) for number in range(8)]
+    late = wish(8, at=4.0, prompt=LONG[9:] + LONG)
+    calm = Story([*before, late], [], of).placed(request=late.request)
+    assert calm.prefill is not None
+    slow = link(Kind.SLOW, calm.prefill.name, calm.decode.name, 60.0, at=3.0, chance=slowness)
+    story = Story([*before, late], [slow], of).clean().resumed()
+    assert story.ended() == 9
+    first = next(record.at for record in story.all(Got) if record.request == late.request)
+    again = story.placed(attempt=2, request=late.request)
+    assert again.at - first < 1.0
+    assert (again.prefill, again.decode) != (calm.prefill, calm.decode)
+    assert story.next_token_after(first, late.request) < 1.5
 
 
 @pytest.mark.parametrize("away", [0.3, 1.0, 3.0])
