@@ -140,7 +140,7 @@ class Gateway(Section):
 
 
 class RouterSection(Section):
-    liveness_timeout: Annotated[float, Field(ge=0.5, le=600)] = 2.0
+    liveness_timeout: Annotated[float, Field(ge=0.5, le=600)] = 1.95
     """Seconds without a report after which a worker is taken for lost."""
     max_waiting: Positive = 1024
     wait_timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0

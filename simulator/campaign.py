@@ -8,6 +8,8 @@ from functools import lru_cache
 from multiprocessing import get_context
 from typing import NamedTuple
 
+from messages.common import Role
+from runtime.core.disaggregation import Policy
 from simulator.checker import check
 from simulator.faults import Kind
 from simulator.history import Asked
@@ -72,6 +74,8 @@ def judged(plan: Plan, *, story: bool = False) -> Judged:
 def bounds_of(plan: Plan) -> Bounds:
     """What the run of a plan is held to: where nobody tells of a death it is found as a hang is."""
     bounds = replace(BOUNDS, compute=COMPUTE[plan.topology.pace]) if plan.topology.pace > 1 else BOUNDS
+    if plan.topology.policy is not Policy.ALWAYS:
+        bounds = replace(bounds, needed=(Role.DECODE,))  # which computes prompts where no prefill worker can
     kinds = {each.kind for each in plan.misfortunes}
     late = any(each.notice is None or each.notice > PROMPT for each in plan.misfortunes if each.kind is Kind.KILL)
     if Kind.KILL not in kinds or not (late or Kind.HEADLESS in kinds):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from messages.common import Role
 from messages.ids import RequestId
 from messages.sampling import FinishReason
 from simulator.history import Asked
@@ -92,6 +93,8 @@ class Bounds:
     """After which a gateway may give up, if each met a fault."""
     spare: float = 0.5
     """Up to this part of what the able decode workers hold, the load leaves capacity to spare."""
+    needed: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)
+    """Roles without any of which no request can be served."""
     logprobs: float = 0.0
     """By which a log-probability may differ from that of the run without faults."""
 

@@ -79,9 +79,9 @@ Messages = (
 class RouterSettings:
     cluster_key: bytes = field(repr=False)
     """Tickets are minted, and messages about the membership sealed, under it."""
-    liveness_timeout: float = 2.0
+    liveness_timeout: float = 1.95
     """Seconds without a report after which a worker is taken for lost, unless it has announced a long step; a gateway,
-    without a question."""
+    without a question. Below 2, so that a hang is known within 2."""
     adoption_grace: float = 10.0
     """Seconds for which the requests of a lost gateway are kept."""
     settle: float = 1.0

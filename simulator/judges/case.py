@@ -67,7 +67,7 @@ class Case:
     def __init__(self, truth: Truth, bounds: Bounds) -> None:
         self.bounds = bounds
         self.verdict = Verdict()
-        self.health = Health(bounds.spare)
+        self.health = Health(bounds.spare, bounds.needed)
         self.requests: dict[RequestId, Request] = {}
         self.live: dict[RequestId, Request] = {}
         self.now = 0.0

@@ -34,9 +34,12 @@ class Process:
 class Health:
     """Fed with what befalls the processes, and with the load."""
 
-    def __init__(self, spare: float) -> None:
-        """``spare``: up to which part of the decode workers' room the load leaves capacity to spare."""
+    def __init__(self, spare: float, needed: tuple[Role, ...]) -> None:
+        """``spare``: up to which part of the decode workers' room the load leaves capacity to spare. ``needed``: the
+        roles without any of which nobody serves."""
         self._spare = spare
+        self._gone = dict.fromkeys(needed, NEVER)
+        """Since when a role has no able worker, while router and gateway are there to say so."""
         self._processes: dict[str, Process] = {}
         """By name: the incarnation that came last."""
         self._cuts: dict[tuple[str, str], None] = {}
@@ -51,8 +54,6 @@ class Health:
         """Since when every role has an able worker, and they can be reached; ``NEVER`` while it is not so."""
         self.spare_since = NEVER
         """Since when there is room for more besides."""
-        self.gone_since = NEVER
-        """Since when a role has no able worker while router and gateway are there to say so."""
         self.router_since = NEVER
         """Since when a router turns."""
 
@@ -99,6 +100,11 @@ class Health:
         self._kept.append((until, request))
 
     # What is asked
+
+    @property
+    def gone_since(self) -> float:
+        """Since when a role that is needed is gone, without a moment in which it was back."""
+        return min(self._gone.values())
 
     @property
     def active(self) -> int:
@@ -156,7 +162,8 @@ class Health:
         self._room = sum(each.started.num_blocks * each.started.block_size for each in decode)
         self._seqs = sum(each.started.max_num_seqs for each in decode)
         self._weigh(at)
-        self.gone_since = _since(there and not (prefill and decode), self.gone_since, at)
+        able = {Role.PREFILL: prefill, Role.DECODE: decode}
+        self._gone = {role: _since(there and not able[role], since, at) for role, since in self._gone.items()}
 
     def _turns(self, kind: str) -> bool:
         """Whether one of that kind turns; a history that names none takes them for granted."""
