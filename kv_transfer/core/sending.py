@@ -90,7 +90,7 @@ class SendSession:
         self._deadline = float("inf")
         self._answer_by = float("inf")  # when the peer is beyond reach, unless it answers something
         self._patience = self._look_at = float("inf")
-        self._left = 0  # blocks that had not left when the prompt was computed
+        self._watched_at, self._left = 0.0, 0  # since when only pushes are missing; blocks left then
         self._tell_at = float("inf")
         self._detail = ""
         self._outcome = Outcome.CLOSED
@@ -129,7 +129,8 @@ class SendSession:
         ``patience``: seconds after which ``drags`` tells whether the rest will take as long again.
         """
         self._first, self._computed_at = first, now
-        self._patience, self._look_at, self._left = patience, now + patience, self._unpushed
+        self._patience = patience
+        self._watch(now)
         if self._cached > self._ready:
             detail = f"decode says that it has {self._cached} blocks, of {self._ready}"
             return self.give_up(detail, Outcome.FAILED)
@@ -172,13 +173,18 @@ class SendSession:
         return []
 
     def drags(self, now: float) -> bool:
-        """Whether what has not left yet, at the pace of what has since the prompt was computed, takes longer than there
-        is patience for."""
+        """Whether what has not left yet, at the pace of what has since only pushes were missing, takes longer than
+        there is patience for."""
         if self.state is not SendState.PUSHING or now < self._look_at:
             return False
         self._look_at = now + self._patience
         gone = self._left - self._unpushed
-        return gone <= 0 or self._unpushed / gone * (now - self._computed_at) > self._patience
+        return gone <= 0 or self._unpushed / gone * (now - self._watched_at) > self._patience
+
+    def _watch(self, now: float) -> None:
+        """See from now on how fast pushes leave, if there is room for them and the prompt is computed."""
+        if self.state is SendState.PUSHING and self._first is not None:
+            self._watched_at, self._left, self._look_at = now, self._unpushed, now + self._patience
 
     def tick(self, now: float) -> list[Action]:
         """Send again what is unanswered, or give up."""
@@ -238,6 +244,7 @@ class SendSession:
         actions = self._push_ready(now)
         if self.state is SendState.PUSHING:
             actions += self._push(self._coming, now, Live.RUNNING)
+        self._watch(now)
         return actions or self._end_if_pushed(now)
 
     def _push_ready(self, now: float) -> list[Action]:
@@ -276,7 +283,9 @@ class SendSession:
         self._deadline, self._answer_by = now + self._timeouts.progress, float("inf")
         # One push a run of consecutive indices; a digest fails rarely, so this list is short.
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        return [self._pushing(int(run[0]), self._source[run], self._target[run - self._cached], now) for run in runs]
+        pushes = [self._pushing(int(run[0]), self._source[run], self._target[run - self._cached], now) for run in runs]
+        self._watch(now)
+        return list(pushes)
 
     def _end_if_pushed(self, now: float) -> list[Action]:
         complete = self._unpushed == 0 and self._asked == self._digested == self._ready

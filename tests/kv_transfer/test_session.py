@@ -342,3 +342,30 @@ def test_a_hand_over_drags_where_the_rest_would_take_longer_than_there_is_patien
         sender.handle(Pushed(KEY, first, 1), 1.5)
     assert not sender.drags(2.9)
     assert sender.wake_at <= 3.0 and sender.drags(3.0) is drags
+
+
+def test_a_hand_over_that_waits_for_room_does_not_drag() -> None:
+    sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
+    blocks = np.arange(6, dtype=np.int32)
+    sender.open(0.0)
+    sender.computed(blocks, 6, 0.5)
+    sender.end(FirstToken(42), 1.0, patience=2.0)
+    assert not sender.drags(9.0)
+    sender.handle(TransferAccepted(KEY.request, KEY.attempt, pack_tokens(blocks), 0), 10.0)
+    assert not sender.drags(11.9)
+    assert sender.drags(12.0), "nothing has left"
+
+
+def test_a_repair_has_patience_of_its_own() -> None:
+    world = World(3, random.Random(5), one_sided=True)
+    world.perform("sender", world.sender.open(0.0))
+    world.deliver()
+    blocks = world.source
+    world.sender.computed(blocks, 3, world.now)
+    world.sender.end(FirstToken(42), world.now, patience=2.0)
+    while world.sender.state is not SendState.ENDING:
+        world.deliver()
+    late = world.now + 5.0
+    world.sender.handle(BlocksWanted(KEY.request, KEY.attempt, 1, pack_tokens([1])), late)
+    assert not world.sender.drags(late + 1.9)
+    assert world.sender.drags(late + 2.0)
