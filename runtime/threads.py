@@ -9,6 +9,11 @@ def thread_pool(count: int, name: str) -> ThreadPoolExecutor:
     moment, when there may be no room for more."""
     pool = ThreadPoolExecutor(count, thread_name_prefix=name)
     together = threading.Barrier(count)
-    for _ in range(count):
-        pool.submit(together.wait)  # none is idle until all are there
+    try:
+        for _ in range(count):
+            pool.submit(together.wait)  # none is idle until all are there
+    except RuntimeError:  # the system has no more
+        together.abort()
+        pool.shutdown(wait=False)
+        raise
     return pool

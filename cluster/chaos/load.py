@@ -218,7 +218,7 @@ class Load:
                 self.tokens += got.num_tokens - before
         except (httpx.TransportError, Broken) as error:
             broken = error if isinstance(error, Broken) else Broken(_told(error))
-            if not stream.event_id and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+            if not stream.request and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
                 recorder.leave(time.monotonic(), number, case)
                 # Nothing has come, not even the request's id: whoever asks anew repeats nothing.
                 return Refused(str(broken), after=ATTACH_AGAIN)
@@ -232,7 +232,7 @@ class Load:
     ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of one answer, up to its end; notes in ``stream`` when they came. Where the connection breaks
         after ``got`` it goes on with the rest at whichever gateway has it first."""
-        stream.event_id = ""
+        stream.event_id = stream.request = ""
         body = case.wants_everything | ({"cache_salt": salt} if salt else {})
         try:
             async with self._asked(client, case.path, body) as response:

@@ -104,6 +104,7 @@ class Session:
         self._planner = Planner(settings.kinds, lambda number: Random(f"{settings.seed}/faults/{number}"))
         self._held: set[str] = set()  # victims that a fault holds
         self._undo: set[asyncio.Task[None]] = set()
+        self._unhealed: list[str] = []  # what did not come back after its fault
         self._skipped = 0
         self._rates: list[tuple[float, float]] = []
         self._began = 0.0
@@ -154,7 +155,7 @@ class Session:
             tokens_per_second=self._rates,
             leaked=leaked,
             left_out=self._load.unstable,
-            violations=[str(violation) for violation in judged.violations],
+            violations=[*self._unhealed, *(str(violation) for violation in judged.violations)],
             memory=[
                 Memory(life.name, life.pid, [at - self._began for at in series.times], series.bytes)
                 for life, series in self._meters.memory.items()
@@ -271,9 +272,12 @@ class Session:
                 await self._spoil(strike)
         except Gone:
             self._note(f"fault {fault.number}: {fault.victim} is gone already")
+        except ClusterError as error:
+            self._unhealed.append(f"after fault {fault.number}: {error}")
         else:
             strike.ended = time.monotonic()
-        self._held.discard(fault.victim)
+        finally:
+            self._held.discard(fault.victim)
 
     def _struck(self, strike: Strike, life: Life | None = None) -> None:
         fault = strike.fault

@@ -175,11 +175,16 @@ class SendSession:
     def drags(self, now: float) -> bool:
         """Whether what has not left yet, at the pace of what has since only pushes were missing, takes longer than
         there is patience for."""
-        if self.state is not SendState.PUSHING or now < self._look_at:
+        if self.state is not SendState.PUSHING or now < self._look_at or not self._unpushed:
             return False
         self._look_at = now + self._patience
         gone = self._left - self._unpushed
         return gone <= 0 or self._unpushed / gone * (now - self._watched_at) > self._patience
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether nothing at all has left since only pushes were missing."""
+        return self._unpushed >= self._left
 
     def _watch(self, now: float) -> None:
         """See from now on how fast pushes leave, if there is room for them and the prompt is computed."""

@@ -192,15 +192,19 @@ class Handoffs:
         handoff = self._open[key]
         return self._steps(key, handoff.session.computed(handoff.seq.block_table, ready, now))
 
-    def end(self, key: TransferKey, first: FirstToken, now: float, num_bytes: int = 0) -> list[Step]:
-        """The prompt is computed, and its KV has ``num_bytes``."""
+    def end(
+        self, key: TransferKey, first: FirstToken, now: float, num_bytes: int = 0, prefill_rate: float = 0.0
+    ) -> list[Step]:
+        """The prompt is computed, and its KV has ``num_bytes``. ``prefill_rate``: tokens a second, 0 if not known."""
         handoff = self._open[key]
         wait = float("inf")
         if key.attempt == 1 and not handoff.probe:  # who has gone another way once stays there, slow or not
             seq, decode = handoff.seq, handoff.order.decode.worker
-            share = seq.num_tokens / max(1, seq.num_tokens - seq.num_cached_tokens)  # of what it did not find
+            compute = (now - handoff.opened) * seq.num_tokens / max(1, seq.num_tokens - seq.num_cached_tokens)
+            if prefill_rate > 0:  # of a prompt that was mostly cached, what it took says little of the rest
+                compute = min(compute, seq.num_tokens / prefill_rate)
             others = [cost.value for worker, cost in self._costs.items() if worker != decode]
-            wait = patience(share * (now - handoff.opened), num_bytes, others)
+            wait = patience(compute, num_bytes, others)
         return self._steps(key, handoff.session.end(first, now, wait))
 
     def give_up(self, key: TransferKey, detail: str) -> list[Step]:
@@ -249,14 +253,18 @@ class Handoffs:
             return []
         actions = handoff.session.handle(event, now)
         if isinstance(event, PushFailed) and actions:  # else given up before, as when the step has failed
-            decode = handoff.order.decode
-            self._failed.setdefault((decode.worker, decode.epoch), set()).add(handoff.transport)
+            self._avoid(handoff)
         steps = self._steps(key, actions, _reason(event))
         if isinstance(event, TransferAcked) and key not in self._open and not handoff.probe:
             trace = handoff.session.trace
             for cost in (self.transfer_cost, self._cost_to(handoff.order.decode.worker)):
                 cost.took(trace.num_bytes, trace.acked - trace.computed, now)
         return steps
+
+    def _avoid(self, handoff: _Handoff) -> None:
+        """Go another way to the decode worker from now on, if there is one."""
+        decode = handoff.order.decode
+        self._failed.setdefault((decode.worker, decode.epoch), set()).add(handoff.transport)
 
     def _cost_to(self, decode: WorkerId) -> RecentCost:
         return self._costs.setdefault(decode, RecentCost())
@@ -267,6 +275,8 @@ class Handoffs:
         for key, handoff in [item for item in self._open.items() if item[1].session.wake_at <= now]:
             session = handoff.session
             if session.drags(now):
+                if session.stands_still:
+                    self._avoid(handoff)
                 detail = f"KV leaves for {handoff.order.decode.worker} more slowly than another way would take"
                 told.append(HandoffDrags(handoff.order, detail))
                 told += self._steps(key, session.give_up(detail, Outcome.FAILED), AbortReason.TIMEOUT)

@@ -361,6 +361,7 @@ class PrefillMachine:
                 FirstToken(progress.token, logprobs, prompt_logprobs),
                 now,
                 blocks * self._settings.block_bytes,
+                self._shared.membership.prefill_rate.value,
             ),
         ]
 

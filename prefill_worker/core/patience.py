@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from runtime.core.recent import Cost
 
 AT_LEAST = 0.8
-"""Seconds: what is no slower is not worth an attempt. The decision falls within a second where another way is quick."""
+"""Seconds: what is no slower is not worth an attempt. Where another way takes 0.2 the decision falls within one."""
 TIMES = 4.0
 """What another way cost of late it may cost so many times over: the machine that both run on may have become slow."""
 

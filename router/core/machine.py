@@ -470,9 +470,9 @@ class Router:
         view = WorkerView.registered(event, now, self._settings.block_size)
         again = known is not None and known.epoch == view.epoch
         if known is not None and again:  # what was asked of it meanwhile, or called off, it may not have heard
-            view.draining, view.called_off = known.draining, known.called_off
+            view.role, view.draining, view.called_off = known.role, known.draining, known.called_off
         self._members.join(view)
-        if again and event.draining != view.draining:
+        if again and (event.role, event.draining) != (view.role, view.draining):
             actions.append(self._role_wanted(view))
         self._moved = True
         self._line.note(ready=self._placing.ready, since=now)

@@ -80,7 +80,10 @@ class Shared:
         return misfit(generation, self.pool, self.settings.vocab_size, self.settings.max_model_len)
 
     def failed(self, request: RequestId, attempt: Attempt, gateway: Address, reason: FailReason, detail: str) -> Send:
-        """Tell the gateway that this attempt is given up."""
+        """Tell the gateway that this attempt is given up; once more what it was told of it before, if it was."""
+        known = self._failures.get(request)
+        if known is not None and known[1].attempt == attempt:
+            return Send(*known)
         failed = AttemptFailed(
             request=request, attempt=attempt, worker=self.settings.address.worker, reason=reason, detail=detail[:2000]
         )

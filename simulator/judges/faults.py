@@ -19,6 +19,9 @@ from simulator.judges.health import NEVER, Misfortune
 from simulator.judges.waits import Waits
 from simulator.verdict import Fault, Invariant
 
+LOSSY = "lose"
+"""The injected fault by which messages get lost for good; the others delay, repeat or spoil them."""
+
 
 class Faults:
     """``started`` and the others: one for each kind of record."""
@@ -93,7 +96,7 @@ class Faults:
     def injected(self, record: Injected) -> None:
         self._take(record)
         self.lossy_until = max(self.lossy_until, record.at if record.until is None else record.until)
-        if record.target:
+        if record.fault == LOSSY:
             self.unheard.setdefault(record.target, set()).add(record.process)
 
     def draining(self, record: Draining) -> None:

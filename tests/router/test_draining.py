@@ -280,13 +280,17 @@ def test_a_role_that_lost_its_others_meanwhile_keeps_the_worker(busy: bool) -> N
     assert standing["becoming"] is None and "the last decode worker" in standing["called_off"]
 
 
-def test_a_flip_of_a_worker_that_falls_silent_is_called_off_and_when_it_is_back_it_does_what_it_did() -> None:
+@pytest.mark.parametrize("heard", [(Role.DECODE, True), (Role.PREFILL, False)])
+def test_a_flip_of_a_worker_that_falls_silent_is_called_off_and_when_it_is_back_it_does_what_it_did(
+    heard: tuple[Role, bool],
+) -> None:
+    """``heard``: the role that it was told last before it fell silent, and whether to drain."""
     world = pools()
     world.handle(Flip(D0, Role.PREFILL))
     world.sleep(3.0, "d1", "p0", "p1")
     standing = world.router.standing(D0)
     assert standing["becoming"] is None and "no report for" in standing["called_off"]
-    back = replace(register("d0", Role.DECODE), draining=True)  # as it was told
+    back = replace(register("d0", heard[0]), draining=heard[1])
     (wanted_role,) = told(world.handle(back), RoleWanted)
     assert (wanted_role.role, wanted_role.draining) == (Role.DECODE, False)
     assert "d0" in {world.place(f"r{n}").decode.worker for n in range(2)}
