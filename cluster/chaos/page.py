@@ -121,7 +121,7 @@ class _Plane:
         steps = [self.most * part / 4 for part in range(5)]
         ticks = "".join(
             f'<line x1="{LEFT}" x2="{WIDTH}" y1="{self.y(step)}" y2="{self.y(step)}" stroke="var(--line)"/>'
-            f'<text x="{LEFT - 6}" y="{self.y(step) + 4}" text-anchor="end">{step:.3g}</text>'
+            f'<text x="{LEFT - 6}" y="{self.y(step) + 4}" text-anchor="end">{step:,.10g}</text>'
             for step in steps
         )
         every = next(step for step in (5, 10, 30, 60, 120, 300, 600, 1e9) if self.seconds / step <= 12)
