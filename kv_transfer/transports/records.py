@@ -92,9 +92,6 @@ class LaneCopy:
 
 def unpack(rows: Pool, pool: Pool, shard: KVShard, heads: Heads, layers: Layers, target: Blocks) -> None:
     """``rows[i]``, as a lane's blocks travel -> ``layers`` and ``heads`` of block ``target[i]`` of ``pool``."""
-    if rows.shape[1] == pool.shape[1]:  # whole blocks
-        copy_blocks(pool, target, rows, np.arange(len(rows), dtype=np.int32))
-        return
     there = _of_layers(records(pool, shard, heads), layers)
     copy_blocks(there, target, rows.reshape(len(rows), *there.shape[1:]), np.arange(len(rows), dtype=np.int32))
 

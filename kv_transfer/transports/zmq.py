@@ -4,8 +4,7 @@ A push, end to end:
 
 1. The sender's thread cuts it into messages, of a few MiB where the way is fast: a header, and views of the pool, which
    libzmq reads in place; or, of few layers, or where the receiver keeps other heads or another dtype, of a buffer that
-   is used again once it has been taken. A large block's view is made once a peer: for each that goes away pyzmq wakes a
-   thread.
+   is used again once it has been taken.
 2. No more than ``WINDOW_BYTES`` are under way to one peer, so that memory is bounded at both ends.
 3. The receiver's thread checks sizes against the header, and the header against the rows that are open for its key. It
    copies into those rows under the lock that ``close`` takes, and answers ``Taken``; what it cannot use it drops.
@@ -19,6 +18,7 @@ A reconnect loses what was under way: the session asks for it again.
 import contextlib
 import ctypes
 import os
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -80,8 +80,6 @@ PACK_BELOW = 64 << 10
 """Blocks smaller than this are packed into one part: a part each would cost more than the copy."""
 JOIN_BELOW = 1 << 20
 """Neighbouring blocks that are smaller than this go as one part: to look for them costs as much as sending a part."""
-FRAMES_KEPT = 4096
-"""Views of large blocks that are kept for one peer, of about 1 KiB each."""
 WINDOW_BYTES = 16 << 20
 WINDOW_MESSAGES = 32
 STALLED_AFTER = 2.0
@@ -96,8 +94,6 @@ IN_PLACE_FROM = 256 << 10
 """Blocks' ranges of layers that are smaller than this are packed: a part each would cost more than the copy."""
 BUFFER_BYTES = 64 << 10
 """The smallest buffer that a message is packed into."""
-NOBLOCK, MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
-"""As numbers: pyzmq's own take longer to put together and to compare than a part takes to send."""
 
 
 class ZmqSender(BackgroundSender[LaneCopy]):
@@ -145,11 +141,10 @@ class ZmqSender(BackgroundSender[LaneCopy]):
                 self._confirm_cancels()
                 for link in self._links.values():
                     poller.register(link.socket, link.interest)
-                ready = poller.poll(self._patience)
+                poller.poll(self._patience)
                 for link in self._links.values():
                     poller.unregister(link.socket)
-                if (self._wake.fd, POLLIN) in ready:
-                    self._wake.clear()
+                self._wake.clear()
         finally:
             for link in self._links.values():
                 link.close()
@@ -170,20 +165,21 @@ class ZmqSender(BackgroundSender[LaneCopy]):
 
     def _obey(self) -> bool:
         """Carry out the commands that wait; False at ``Stop``."""
-        while not self._commands.empty():
-            match self._commands.get():
-                case Job() as job:
-                    self._accept(job)
-                case Look():
-                    pass
-                case Cancel(key):
-                    self._cancelling[key] += 1
-                    for link in self._links.values():
-                        link.drop(key)
-                case Forget(address):
-                    self._fail(address, "the peer is gone")
-                case Stop():
-                    return False
+        with contextlib.suppress(queue.Empty):
+            while True:
+                match self._commands.get_nowait():
+                    case Job() as job:
+                        self._accept(job)
+                    case Look():
+                        pass
+                    case Cancel(key):
+                        self._cancelling[key] += 1
+                        for link in self._links.values():
+                            link.drop(key)
+                    case Forget(address):
+                        self._fail(address, "the peer is gone")
+                    case Stop():
+                        return False
         return True
 
     def _accept(self, job: Job) -> None:
@@ -243,8 +239,7 @@ class _Sent(NamedTuple):
     size: int
     last: bool
     """Of its job."""
-    trackers: list[zmq.MessageTracker]
-    """Of its parts."""
+    tracker: zmq.MessageTracker
     buffer: Pool | None
     """What the message was packed into."""
 
@@ -269,8 +264,6 @@ class _Link:
         self._buffers: dict[int, list[Pool]] = {}
         """Free ones, by size."""
         self._message_bytes = LEAST_MESSAGE_BYTES
-        self._frames: dict[int, zmq.Frame] = {}
-        """Of large blocks, whole, by block."""
         self._number = 0
         self._bytes = 0
         self._full = False  # or not connected
@@ -316,10 +309,11 @@ class _Link:
     def hear(self, now: float) -> Iterator[Job]:
         """Take the peer's answers; the pushes that are complete."""
         taken = -1
-        while _readable(self.socket):
-            frame = self.socket.recv(NOBLOCK)
-            with contextlib.suppress(BadMessage):  # not from a receiver of ours; the stall will show
-                taken = max(taken, decode_taken(frame).number)
+        with contextlib.suppress(zmq.Again):
+            while True:
+                frame = self.socket.recv(zmq.NOBLOCK)
+                with contextlib.suppress(BadMessage):  # not from a receiver of ours; the stall will show
+                    taken = max(taken, decode_taken(frame).number)
         if self.under_way and self.under_way[0].number <= taken:
             self._fit(now - self.moved_at)
         while self.under_way and self.under_way[0].number <= min(taken, self._number - 1):
@@ -366,21 +360,15 @@ class _Link:
                 self._parts(lane, source, layers) if buffer is None else [_packed(lane, source, layers, buffer[:size])]
             )
             try:
-                self.socket.send(encode(header), MORE)
+                tracker = self.socket.send_multipart([encode(header), *parts], zmq.NOBLOCK, copy=False, track=True)
             except zmq.Again:
                 self._full = True
                 if buffer is not None:
                     self._buffers[len(buffer)].append(buffer)
                 return
-            trackers = []
-            for number, part in enumerate(parts, 1):
-                # Refused here, the peer has gone: libzmq drops the rest of the message, which it must get all the same.
-                with contextlib.suppress(zmq.Again):
-                    flags = MORE if number < len(parts) else NOBLOCK
-                    trackers.append(self.socket.send(part, flags, copy=False, track=True))
             job.went(end, size)
             last = job.done == lane.num_layers
-            self.under_way.append(_Sent(self._number, job, size, last, trackers, buffer))
+            self.under_way.append(_Sent(self._number, job, size, last, tracker, buffer))
             self._number += 1
             self._bytes += size
             if last:
@@ -391,11 +379,9 @@ class _Link:
         free = self._buffers.setdefault(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), [])
         return free.pop() if free else np.empty(max(BUFFER_BYTES, 1 << (size - 1).bit_length()), np.uint8)
 
-    def _parts(self, lane: LaneCopy, source: Blocks, layers: Layers) -> "list[Pool] | list[zmq.Frame]":
-        """Views of a whole lane's blocks. Small ones that are neighbours are one part."""
-        if layers == lane.layers and lane.row_bytes >= JOIN_BELOW:
-            return [self._frame(block) for block in source.tolist()]
-        if layers != lane.layers:
+    def _parts(self, lane: LaneCopy, source: Blocks, layers: Layers) -> list[Pool]:
+        """Views of a whole lane's blocks."""
+        if layers != lane.layers or lane.row_bytes >= JOIN_BELOW:
             begin, end = (lane.layer_bytes * layer for layer in layers)
             return [self._pool[block, begin:end] for block in source.tolist()]
         runs = plan(source, np.arange(len(source), dtype=np.int32), max_blocks=len(source))
@@ -404,21 +390,12 @@ class _Link:
             for start, count in zip(runs.source.tolist(), runs.length.tolist(), strict=True)
         ]
 
-    def _frame(self, block: int) -> zmq.Frame:
-        """A view of a whole block, which libzmq shares with us."""
-        if block not in self._frames:
-            if len(self._frames) == FRAMES_KEPT:
-                self._frames.clear()  # what is under way stays libzmq's
-            self._frames[block] = zmq.Frame(self._pool[block], track=True, copy=False)
-        return self._frames[block]
-
     def close(self) -> Iterable[Job]:
         """Close the socket, and wait until libzmq reads the pool no more; the pushes that were not complete."""
         self.socket.close(0)
-        self._frames.clear()  # a frame is done when nobody has it any more, neither libzmq nor we
-        for tracker in [tracker for sent in self.under_way for tracker in sent.trackers]:
+        for sent in self.under_way:
             with contextlib.suppress(zmq.NotDone):
-                tracker.wait(STOP_WITHIN)
+                sent.tracker.wait(STOP_WITHIN)
         return list(dict.fromkeys((*(sent.job for sent in self.under_way), *self.jobs)))
 
 
@@ -487,25 +464,22 @@ class ZmqReceiver:
         poller.register(self._socket, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
-                if (self._wake.fd, POLLIN) in poller.poll():
-                    self._wake.clear()
-                for _ in range(MESSAGES_A_TURN):
-                    if not _readable(self._socket):
-                        break
-                    self._receive()
+                poller.poll()
+                self._wake.clear()
+                with contextlib.suppress(zmq.Again):
+                    for _ in range(MESSAGES_A_TURN):
+                        self._receive()
         finally:
             self._socket.close(0)
             self._context.term()
 
     def _receive(self) -> None:
-        """Take one message."""
-        identity = self._socket.recv(NOBLOCK)
+        """Take one message, or raise ``zmq.Again``."""
+        identity = self._socket.recv(zmq.NOBLOCK)
         parts: list[zmq.Frame] = []
         too_many = False
-        more = self._socket.get(zmq.RCVMORE)
-        while more:
-            part = self._socket.recv(NOBLOCK, copy=False)
-            more = part.more
+        while self._socket.get(zmq.RCVMORE):
+            part = self._socket.recv(zmq.NOBLOCK, copy=False)
             too_many = too_many or len(parts) > MAX_PARTS
             if not too_many:
                 parts.append(part)
@@ -518,8 +492,7 @@ class ZmqReceiver:
             return
         self._take(header, parts[1:])
         with contextlib.suppress(zmq.ZMQError):  # who has gone needs no answer
-            self._socket.send(identity, MORE)
-            self._socket.send(encode(Taken(header.number)), NOBLOCK)
+            self._socket.send_multipart([identity, encode(Taken(header.number))], zmq.NOBLOCK)
 
     def _take(self, header: DataHeader, parts: list[zmq.Frame]) -> None:
         shard = self.endpoint.shard
@@ -563,11 +536,6 @@ class _Wake:
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
-
-
-def _readable(socket: Any) -> bool:
-    """Asked for rather than tried: ``zmq.Again`` costs more than a message."""
-    return bool(socket.get(zmq.EVENTS) & POLLIN)
 
 
 def _set(socket: Any, **options: int) -> None:

@@ -15,8 +15,7 @@ import zmq
 
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed
 from kv_transfer.core.frames import MAX_PARTS, DataHeader, decode_taken
-from kv_transfer.transports import zmq as transport
-from kv_transfer.transports.zmq import JOIN_BELOW, WINDOW_BYTES, ZmqReceiver, ZmqSender
+from kv_transfer.transports.zmq import WINDOW_BYTES, ZmqReceiver, ZmqSender
 from messages.codec import encode
 from messages.common import KVEndpoint
 from messages.ids import Attempt, RequestId
@@ -141,24 +140,6 @@ def test_blocks_that_are_not_open_are_dropped_and_counted(make_pair: Any) -> Non
     stranger.settle()
     assert pair.there[2:4].all() and not np.delete(pair.there, [2, 3], axis=0).any()
     stranger.close()
-
-
-def assert_large_blocks_land(pair: Pair, number: int) -> None:
-    rows = scattered(number, 5, 16)
-    pair.open(key(number), 0, rows)
-    pair.push(key(number), 0, rows[::-1], rows)
-    assert pair.sent.next() == Pushed(key(number), 0, 5)
-    np.testing.assert_array_equal(pair.there[rows], pair.here[rows[::-1]])
-
-
-def test_views_of_large_blocks_that_are_kept_show_what_stands_there_now(
-    make_pair: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "FRAMES_KEPT", 7)
-    pair: Pair = make_pair("zmq", False, 16, JOIN_BELOW)
-    for number in range(1, 9):
-        pair.here[:] = np.random.default_rng(number).integers(0, 256, pair.here.shape, np.uint8)
-        assert_large_blocks_land(pair, number)
 
 
 def test_a_part_that_is_too_large_costs_the_peer_its_connection(make_pair: Any) -> None:
