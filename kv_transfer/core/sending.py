@@ -175,11 +175,12 @@ class SendSession:
     def drags(self, now: float) -> bool:
         """Whether what has not left yet, at the pace of what has since only pushes were missing, takes longer than
         there is patience for."""
-        if self.state is not SendState.PUSHING or now < self._look_at or not self._unpushed:
+        if self.state is not SendState.PUSHING or now < self._look_at:
             return False
         self._look_at = now + self._patience
         gone = self._left - self._unpushed
-        return gone <= 0 or self._unpushed / gone * (now - self._watched_at) > self._patience
+        slow = gone <= 0 or self._unpushed / gone * (now - self._watched_at) > self._patience
+        return slow and self._unpushed > 0
 
     @property
     def stands_still(self) -> bool:

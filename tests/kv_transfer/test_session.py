@@ -356,6 +356,17 @@ def test_a_hand_over_that_waits_for_room_does_not_drag() -> None:
     assert sender.drags(12.0), "nothing has left"
 
 
+def test_where_only_a_digest_is_missing_a_hand_over_does_not_drag_and_nobody_is_woken_for_it_again_and_again() -> None:
+    sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
+    blocks = np.arange(6, dtype=np.int32)
+    sender.open(0.0)
+    sender.handle(TransferAccepted(KEY.request, KEY.attempt, pack_tokens(blocks), 0), 0.0)
+    sender.computed(blocks, 6, 0.5)
+    sender.end(FirstToken(42), 1.0, patience=2.0)
+    sender.handle(Pushed(KEY, 0, 6), 1.5)
+    assert not sender.drags(3.0) and sender.wake_at > 3.0
+
+
 def test_a_repair_has_patience_of_its_own() -> None:
     world = World(3, random.Random(5), one_sided=True)
     world.perform("sender", world.sender.open(0.0))
