@@ -632,8 +632,9 @@ class Router:
     def _settle(self, now: float) -> None:
         """See whether workers and gateways have had time to say what there is."""
         if self._placing.settling:
-            if self._settled_at is None:
+            if self._settled_at is None:  # it begins: what nobody serves now may not have been served for long
                 self._settled_at = now + self._settings.settle
+                self._line.note(ready=self._placing.ready, since=now)
             if now >= self._settled_at:
                 self._placing.settling = False
                 self._moved = True

@@ -97,6 +97,19 @@ def test_a_worker_that_died_while_no_router_was_there_is_found(replaced: bool) -
     assert max(world.pauses(request) for request in streams) <= 0.7 + (1.0 if replaced else 3.0)
 
 
+def test_who_waits_for_the_last_worker_hears_in_time_that_it_is_gone_from_a_new_router_too() -> None:
+    world = RelayWorld(prefill=1, decode=1, slots=8)
+    (stream,) = world.ask(1, max_tokens=400)
+    world.sleep(2.0)
+    world.kill("p0", told_after=None)
+    world.kill("d0", told_after=None)
+    world.restart_router(0.0)
+    begun = world.now
+    world.until(lambda: stream in world.ended, 6.0)
+    assert isinstance(world.ended[stream], gateway.Failed)
+    assert world.now - begun <= 5.0, "it counts from when the new router came, not from when it missed the worker"
+
+
 def test_a_gateways_death_frees_everything_in_time_and_no_sooner() -> None:
     world = RelayWorld(prefill=1, decode=2, slots=4)
     world.ask(8, max_tokens=3000)
