@@ -1,5 +1,5 @@
-"""The command line: `baton up | down | status | drain | flip | restart | validate | submit | chat | trace | doctor |
-replay | simulate | chaos | demo`.
+"""The command line: `baton up | down | status | drain | flip | restart | validate | keys | submit | chat | trace |
+doctor | replay | simulate | chaos | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -365,6 +365,30 @@ def simulate(
         clean = simulate_seeds(_console(), begin, seeds or 0, faults=faults, jobs=jobs)
     if not clean:
         raise typer.Exit(1)
+
+
+keys_app = typer.Typer(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(keys_app, name="keys")
+
+
+@keys_app.callback()
+def keys(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to; nothing is overwritten.")] = Path(
+        "cluster.key"
+    ),
+) -> None:
+    """Make the keys of a cluster.
+
+    For example: `baton keys`, which writes the key pair with which the cluster's processes speak to each other.
+    """
+    from cluster.keys import make_keys
+
+    if context.invoked_subcommand is None:
+        make_keys(out)
+        print(f"{out}: the key pair of a cluster, which only you can read. Name it in the topology:\n")
+        print(f"security:\n  keys: {out.name}\n")
+        print("It stays on the host of `baton up`, which hands it to the processes. Who has it can join the cluster.")
 
 
 def _url(url: str | None, name: str | None) -> str:

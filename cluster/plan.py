@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.document import Loc
 from cluster.errors import TopologyError
+from cluster.keys import KeyFileError, read_keys
 from cluster.topology import Pool, Topology
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
@@ -18,6 +19,7 @@ from engine.models.config import ModelConfig
 from gateway.config import GatewayConfig
 from gateway.core.limits import Limits
 from gateway.core.session import SessionTimeouts
+from kv_transfer.curve import CurveKeys
 from messages.common import Role
 from router.actor import RouterConfig
 from router.core.machine import RouterSettings
@@ -52,6 +54,8 @@ class Plan:
     max_model_len: int
     transport: str
     cluster_key: bytes = field(repr=False)
+    curve: CurveKeys | None = None
+    """With which all processes speak to each other; None: in the clear, on loopback."""
 
     def workers(self, router: str) -> list[PlannedWorker]:
         """Every rank of all workers, given the router's address; a worker's ranks beside each other, 0 first."""
@@ -73,7 +77,7 @@ class Plan:
             block_size=self.topology.kv.block_size,
             disaggregation=self.disaggregation,
         )
-        return RouterConfig(host=LOOPBACK, port=port, settings=settings, record=self.record)
+        return RouterConfig(host=LOOPBACK, port=port, curve=self.curve, settings=settings, record=self.record)
 
     @property
     def record(self) -> str:
@@ -108,6 +112,7 @@ class Plan:
             host=topology.gateway.host,
             port=port + index if port else 0,
             mailbox_host=LOOPBACK,
+            curve=self.curve,
             max_model_len=self.max_model_len,
             limits=limits,
             record=self.record,
@@ -122,6 +127,7 @@ class Plan:
             host=LOOPBACK,
             router=router,
             cluster_key=self.cluster_key,
+            curve=self.curve,
             model=str(self.model),
             dtype=self.dtype,
             quantization=self.topology.quantization,
@@ -184,11 +190,20 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
         max_model_len=max_model_len,
         transport=topology.kv.transport,
         cluster_key=secrets.token_bytes(32),
+        curve=_curve(topology),
     )
     problems = [*_rank_problems(plan), *_kv_problems(plan)]
     if problems:
         raise topology.errors(problems)
     return plan
+
+
+def _curve(topology: Topology) -> CurveKeys | None:
+    file = topology.security.keys
+    try:
+        return None if file is None else read_keys(topology.base / Path(file).expanduser())
+    except (KeyFileError, RuntimeError) as error:  # RuntimeError: ~somebody
+        raise topology.error(("security", "keys"), f"security.keys: {error}") from error
 
 
 def find_model(topology: Topology, *, download: bool) -> Path:

@@ -61,6 +61,7 @@ def _ray_address(address: str) -> str:
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 SizeOrNone = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Host = Annotated[str, AfterValidator(_plain_host)]
+File = Annotated[str, Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"]
 Positive = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -156,8 +157,15 @@ class Limits(Section):
     """Sequences in flight; more are told to come back later."""
 
 
+class Security(Section):
+    """Files are relative to the topology's; `baton keys` makes them."""
+
+    keys: File | None = None
+    """The cluster's key pair, with which its processes speak to each other. Without it they are on loopback."""
+
+
 class Debug(Section):
-    record: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    record: File | None = None
     """A folder, relative to the file, in which every process writes down what its state machines were told and what
     they answered, for `baton replay`. Holds prompts, answers and keys, and grows with every step."""
 
@@ -179,6 +187,7 @@ class Topology(Section):
     router: RouterSection = RouterSection()
     limits: Limits = Limits()
     cluster: ClusterSection = ClusterSection()
+    security: Security = Security()
     debug: Debug = Debug()
 
     _document: Document = PrivateAttr(default=Document("topology", {}))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from gateway.core.limits import Limits
 from gateway.core.session import SessionTimeouts
+from kv_transfer.curve import CurveKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,8 @@ class GatewayConfig:
     """Whether another gateway of this user may listen there too: one that is about to be replaced by this one."""
     mailbox_host: str = "127.0.0.1"
     """Address of this machine that the mailbox binds to; workers and router reach it."""
+    curve: CurveKeys | None = None
+    """Of the cluster; the mailbox needs it to bind to anything but loopback."""
     max_model_len: int | None = None
     """Tokens of prompt and output together; None: the model's own."""
     max_attempts: int = 4

@@ -117,7 +117,7 @@ class GatewayServer:
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: "Future[None]") -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        mailbox = AsyncMailbox(self._config.mailbox_host, decoder_for(*Messages))
+        mailbox = AsyncMailbox(self._config.mailbox_host, decoder_for(*Messages), curve=self._config.curve)
         recorder = Recorder(Path(self._config.record), "gateway") if self._config.record else None
         with thread_pool(PLANNERS, "gateway-planner") as executor:
             try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kv_transfer.curve import CurveKeys
 from messages.common import Role
 from messages.gateway_to_router import GatewayDied
 from messages.ids import Address, Epoch, WorkerId
@@ -32,6 +33,8 @@ class RouterConfig:
     """Address of this machine that the router's mailbox binds to."""
     port: int = 0
     """0: a free one. A router that takes the place of another listens where that one did."""
+    curve: CurveKeys | None = None
+    """Of the cluster; needed to bind to anything but loopback."""
     settings: RouterSettings
     record: str = ""
     """Folder in which everything that happens to the router is written down; empty for none."""
@@ -51,7 +54,8 @@ class RouterActor:
         """Listen; harmless twice."""
         if self._loop is None:
             recorder = Recorder(Path(self._config.record), "router") if self._config.record else None
-            self._loop = RouterLoop(self._config.settings, self._config.host, recorder, port=self._config.port)
+            config = self._config
+            self._loop = RouterLoop(config.settings, config.host, recorder, port=config.port, curve=config.curve)
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="router", daemon=True)
             self._thread.start()
         return {"address": self._loop.address, "pid": os.getpid()}

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from kv_transfer.curve import CurveKeys
 from messages.codec import decoder_for
 from messages.ids import Address, Epoch, WorkerId
 from messages.router_to_gateway import WorkerLost
@@ -32,14 +33,22 @@ class Ask(NamedTuple):
 class RouterLoop:
     """Runs one router until it is stopped: made and run in one thread, stopped and asked from others."""
 
-    def __init__(self, settings: RouterSettings, host: str, recorder: Recorder | None = None, *, port: int = 0) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        host: str,
+        recorder: Recorder | None = None,
+        *,
+        port: int = 0,
+        curve: CurveKeys | None = None,
+    ) -> None:
         """``recorder``, if any, writes down what happens to the router."""
         epoch = Epoch(secrets.randbits(62))
         self._router = Router(settings, epoch)
         self._recorder = recorder
         if recorder is not None:
             recorder.made("router", "router", settings=settings, epoch=epoch)
-        self._mailbox = Mailbox(host, decoder_for(*Messages), port)
+        self._mailbox = Mailbox(host, decoder_for(*Messages), port, curve=curve)
         self._wake = float("inf")
         self._stopping = threading.Event()
         self.losses: deque[tuple[float, WorkerLost]] = deque(maxlen=LOSSES_KEPT)

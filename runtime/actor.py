@@ -80,7 +80,7 @@ class WorkerActor(ABC):
             takes: tuple[type[msgspec.Struct], ...] = FOLLOWER_MESSAGES
             if self._config.rank == 0:
                 takes = (*self._messages, *RANK_MESSAGES)
-            self._mailbox = Mailbox(self._config.host, decoder_for(*takes))
+            self._mailbox = Mailbox(self._config.host, decoder_for(*takes), curve=self._config.curve)
         return self._mailbox.address
 
     def start(self) -> dict[str, Any]:
@@ -259,8 +259,8 @@ class WorkerActor(ABC):
         def report(event: RankEvent) -> None:
             mailbox.post(FromRank(config.rank, event))
 
-        senders = make_senders(config.transport, memory, shard, report, self._links)
-        receivers = make_receivers(config.transport, config.host, memory, shard, report)
+        senders = make_senders(config.transport, memory, shard, report, self._links, config.curve)
+        receivers = make_receivers(config.transport, config.host, memory, shard, report, config.curve)
         ways = tuple(KVWay(name, receiver.endpoint.address) for name, receiver in receivers.items())
         kv = KVRank(shard, len(memory.pool), host_of(memory), ways)
         return RankPort(config.rank, memory.pool, kv, mailbox.post, senders, receivers, layers)

@@ -1,7 +1,7 @@
 """Typed messages between processes over ZeroMQ: one PULL socket a process, one PUSH socket a peer.
 
 A send never blocks and promises nothing (a dead link swallows hundreds of messages): whoever needs an answer has a
-deadline and asks again. Sockets bind to the host that they are given, never to a wildcard.
+deadline and asks again. Sockets bind to the host that they are given: see ``kv_transfer.curve`` for what that needs.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from kv_transfer.curve import OVERHEAD, CurveKeys, Unreachable, bind, connect
 from messages.codec import BadMessage, Decode, encode
 from messages.ids import Address
 
@@ -29,6 +30,8 @@ MAX_PEERS = 512
 """Peers that one process keeps a socket to; then the one that was not written to for the longest time loses its own."""
 MAX_SOCKETS = 4 * MAX_PEERS
 """Sockets of one context: a closed one counts until libzmq's own thread has reaped it, in its own time."""
+MAX_ANSWER_BYTES = 1024
+"""Of what comes back over a socket that only sends; no peer of ours says anything there."""
 MESSAGES_A_TURN = 256
 """Messages taken at once, so that a flood cannot keep a step loop from its step."""
 
@@ -36,8 +39,9 @@ MESSAGES_A_TURN = 256
 class Outbox:
     """Sends messages to peers by address. Belongs to one thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], curve: CurveKeys | None = None) -> None:
         self._context = context
+        self._curve = curve
         self._peers: OrderedDict[Address, zmq.Socket[bytes]] = OrderedDict()  # the last written to at the end
         self.dropped = 0
         """Messages that found a peer's queue full."""
@@ -65,9 +69,9 @@ class Outbox:
         try:
             peer = self._context.socket(zmq.PUSH)
             peer.set(zmq.SNDHWM, QUEUED_MESSAGES)
-            peer.set(zmq.IPV6, int("[" in to))
-            peer.connect(to)
-        except zmq.ZMQError as error:
+            peer.set(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES)
+            connect(peer, to, self._curve)
+        except (zmq.ZMQError, Unreachable) as error:
             if peer is not None:
                 peer.close(linger=0)  # else the context would wait for it at the end
             self.unreachable += 1
@@ -96,12 +100,13 @@ class Outbox:
 class Mailbox:
     """What one process receives, and where it sends from. Belongs to one thread, but for ``post``."""
 
-    def __init__(self, host: str, decode: Decode, port: int = 0) -> None:
-        """Bind to ``port`` (0: a free one) of ``host``, an IP address or a name of this machine."""
+    def __init__(self, host: str, decode: Decode, port: int = 0, *, curve: CurveKeys | None = None) -> None:
+        """Bind to ``port`` (0: a free one) of ``host``, an IP address of this machine. ``Exposed`` where that needs
+        ``curve``."""
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._decode = decode
-        self._socket = bind_pull(self._context, host, port)
+        self._socket = bind_pull(self._context, host, port, curve)
         self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
         wake = f"inproc://wake-{id(self)}"
         self._socket.bind(wake)
@@ -109,7 +114,7 @@ class Mailbox:
         self._waker.connect(wake)
         self._waker_lock = threading.Lock()
         self._posted: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.outbox = Outbox(self._context)
+        self.outbox = Outbox(self._context, curve)
         self.malformed = 0
         """Frames that were no message for this process; dropped."""
 
@@ -160,13 +165,13 @@ class Mailbox:
 class AsyncMailbox:
     """The same for a process that runs on asyncio: ``await receive()``, send without waiting."""
 
-    def __init__(self, host: str, decode: Decode) -> None:
+    def __init__(self, host: str, decode: Decode, *, curve: CurveKeys | None = None) -> None:
         self._context: Any = zmq.asyncio.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._decode = decode
-        self._socket: Any = bind_pull(self._context, host)
+        self._socket: Any = bind_pull(self._context, host, 0, curve)
         self.address = Address(self._socket.get_string(zmq.LAST_ENDPOINT))
-        self.outbox = Outbox(zmq.Context(self._context))
+        self.outbox = Outbox(zmq.Context(self._context), curve)
         self.malformed = 0
 
     def send(self, to: Address, message: msgspec.Struct) -> None:
@@ -194,13 +199,15 @@ def warn_now_and_then(count: int, text: str, *details: object) -> None:
         log.warning(f"{text} (%d so far)", *details, count)
 
 
-def bind_pull(context: Any, host: str, port: int = 0) -> Any:
-    """A bounded PULL socket on ``port`` of ``host`` (0: a free one)."""
+def bind_pull(context: Any, host: str, port: int = 0, curve: CurveKeys | None = None) -> Any:
+    """A bounded PULL socket on ``port`` of ``host`` (0: a free one). Terminates ``context`` where there can be none."""
     socket = context.socket(zmq.PULL)
-    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    socket.set(zmq.RCVHWM, QUEUED_MESSAGES)
-    if ":" in host:
-        socket.set(zmq.IPV6, 1)
-        host = f"[{host}]"
-    socket.bind(f"tcp://{host}:{port or '*'}")  # libzmq sets SO_REUSEADDR: connections in TIME_WAIT keep nobody off
+    try:
+        socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + OVERHEAD)
+        socket.set(zmq.RCVHWM, QUEUED_MESSAGES)
+        bind(context, socket, host, curve, port)
+    except BaseException:
+        socket.close(linger=0)
+        context.term()
+        raise
     return socket

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.core.scheduler import Preemption
+from kv_transfer.curve import CurveKeys
 from messages.common import Role
 from runtime.core.disaggregation import ALWAYS, Disaggregation
 
@@ -22,6 +23,8 @@ class WorkerConfig:
     """The router's mailbox."""
     cluster_key: bytes = field(repr=False)
     """Checks KV tickets; drawn by the launcher, known to the router and the workers only."""
+    curve: CurveKeys | None = None
+    """Of the cluster; needed to bind to anything but loopback."""
     model: str
     """Folder with config.json and safetensors."""
     dtype: str

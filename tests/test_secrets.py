@@ -1,4 +1,4 @@
-"""Promise: the cluster's key is in no text that is made of a config; such texts end in logs and error messages."""
+"""Promise: the cluster's keys are in no text that is made of a config; such texts end in logs and error messages."""
 
 from dataclasses import fields
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from cluster.plan import Plan, PlannedWorker
+from gateway.config import GatewayConfig
+from kv_transfer.curve import CurveKeys
 from messages.common import Role
 from router.actor import RouterConfig
 from router.core.machine import RouterSettings
@@ -26,6 +28,14 @@ def made(kind: Any) -> Any:
 def test_a_config_does_not_show_its_key(kind: Any) -> None:
     config = made(kind)
     assert config.cluster_key == KEY
+    assert "secret" not in repr(config) + str(config)
+
+
+@pytest.mark.parametrize("kind", [WorkerConfig, RouterConfig, GatewayConfig, Plan])
+def test_a_config_does_not_show_the_curve_keys(kind: Any) -> None:
+    curve = CurveKeys(b"public-secret", b"secret-secret")
+    config = kind(**{**{field.name: None for field in fields(kind)}, "curve": curve})
+    assert config.curve is curve
     assert "secret" not in repr(config) + str(config)
 
 

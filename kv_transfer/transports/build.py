@@ -5,6 +5,7 @@ import secrets
 from functools import partial
 
 from engine.shared_memory import SharedMemoryError, mapping_host
+from kv_transfer.curve import CurveKeys
 from kv_transfer.transports.base import OnEvent, Pool, PoolMemory, Receiver, Sender
 from kv_transfer.transports.inproc import InprocReceiver, InprocSender
 from kv_transfer.transports.memory import PrivateMemory, SharedMemory
@@ -48,27 +49,35 @@ def host_of(memory: PoolMemory) -> str:
 
 
 def make_senders(
-    transport: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent, links: Links | None = None
+    transport: str,
+    memory: PoolMemory,
+    shard: KVShard,
+    on_event: OnEvent,
+    links: Links | None = None,
+    curve: CurveKeys | None = None,
 ) -> dict[str, Sender]:
     """A sender for each transport that ``transport`` or ``AUTO`` means; see ``make_sender``. With ``links`` faults can
     be put into them while they work."""
     if links is None:
-        return {name: make_sender(name, memory.pool, shard, on_event) for name in _offered(transport, memory)}
+        return {name: make_sender(name, memory.pool, shard, on_event, curve) for name in _offered(transport, memory)}
     return {
-        name: SwitchedSender(memory.pool, partial(make_sender, name, shard=shard), on_event, links)
+        name: SwitchedSender(memory.pool, partial(make_sender, name, shard=shard, curve=curve), on_event, links)
         for name in _offered(transport, memory)
     }
 
 
 def make_receivers(
-    transport: str, host: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent
+    transport: str, host: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent, curve: CurveKeys | None = None
 ) -> dict[str, Receiver]:
     """A receiver for each transport that ``transport`` or ``AUTO`` means; see ``make_receiver``."""
-    return {name: make_receiver(name, host, memory, shard, on_event) for name in _offered(transport, memory)}
+    return {name: make_receiver(name, host, memory, shard, on_event, curve) for name in _offered(transport, memory)}
 
 
-def make_sender(transport: str, pool: Pool, shard: KVShard, on_event: OnEvent) -> Sender:
-    """A sender out of ``pool``, whose blocks are those of ``shard``; ``shutdown`` it before the pool is released."""
+def make_sender(
+    transport: str, pool: Pool, shard: KVShard, on_event: OnEvent, curve: CurveKeys | None = None
+) -> Sender:
+    """A sender out of ``pool``, whose blocks are those of ``shard``; ``shutdown`` it before the pool is released.
+    ``curve``: for what leaves over zmq."""
     _check(transport)
     match transport:
         case "inproc":
@@ -78,12 +87,20 @@ def make_sender(transport: str, pool: Pool, shard: KVShard, on_event: OnEvent) -
         case "nccl":
             return TorchDistributedSender(pool, shard, on_event)
         case _:
-            return ZmqSender(pool, shard, on_event)
+            return ZmqSender(pool, shard, on_event, curve=curve)
 
 
-def make_receiver(transport: str, host: str, memory: PoolMemory, shard: KVShard, on_event: OnEvent) -> Receiver:
+def make_receiver(
+    transport: str,
+    host: str,
+    memory: PoolMemory,
+    shard: KVShard,
+    on_event: OnEvent,
+    curve: CurveKeys | None = None,
+) -> Receiver:
     """A receiver into ``memory``, whose blocks are those of ``shard``, reachable at ``host``; ``shutdown`` it before
-    the pool is released."""
+    the pool is released. Raises ``ValueError`` where ``host`` is not loopback and what comes would not be encrypted:
+    only zmq is, with ``curve``."""
     _check(transport)
     match transport:
         case "inproc":
@@ -95,7 +112,7 @@ def make_receiver(transport: str, host: str, memory: PoolMemory, shard: KVShard,
         case "nccl":
             return TorchDistributedReceiver(memory.pool, host, shard, on_event)
         case _:
-            return ZmqReceiver(memory.pool, host, shard, on_event)
+            return ZmqReceiver(memory.pool, host, shard, on_event, curve)
 
 
 def _offered(transport: str, memory: PoolMemory) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ A push, end to end:
    rows that are open for the key, under the lock that ``close`` takes, and answers ``Taken``; or drops it.
 4. At ``Taken`` for a push's last buffer: ``Pushed``.
 
+Neither the connection nor the group is encrypted, or asks who is there: so all of it is on loopback, or refused.
+
 The connection is what makes a group safe to wait for: a peer that dies closes it, one that is silent for
 ``stalled_after`` seconds is given up. Then the group is aborted, every push on the link fails, and the next push makes
 a link anew. Threads of other peers notice nothing of it.
@@ -26,6 +28,7 @@ import torch
 from engine.cpu import pieces
 from kv_transfer.core.frames import DataHeader, Taken, decode_header
 from kv_transfer.core.lanes import layout_of
+from kv_transfer.curve import Exposed, is_loopback
 from kv_transfer.transports.base import (
     Blocks,
     Cancelled,
@@ -202,8 +205,10 @@ class TorchDistributedReceiver:
         device: torch.device = _CPU,
         stalled_after: float = STALLED_AFTER,
     ) -> None:
-        """Listen on a free port of ``host``, an IP address of this machine."""
+        """Listen on a free port of ``host``, a loopback address; ``Exposed`` for any other."""
         check_backend(device)
+        if not is_loopback(host):
+            raise Exposed(f"transport nccl is not encrypted, so it is not for {host}; set kv.transport to auto or zmq")
         pieces.prepare()
         self._pool, self._shard, self._on_event = pool, shard, on_event
         self._device, self._stalled_after = device, stalled_after

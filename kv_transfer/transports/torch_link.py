@@ -12,6 +12,7 @@ import torch
 
 from kv_transfer.core.frames import DataHeader, decode_taken
 from kv_transfer.core.lanes import Layers
+from kv_transfer.curve import Unreachable, check_address
 from kv_transfer.transports.base import TransferKey, TransportError
 from kv_transfer.transports.copying import Call, Job, blocks_in, next_job
 from kv_transfer.transports.records import LaneCopy
@@ -62,6 +63,10 @@ class Link:
         match = _ADDRESS.fullmatch(address)
         if match is None:
             raise TransportError(f"{address!r} is no address of an nccl receiver")
+        try:
+            check_address(address, None)
+        except Unreachable as error:
+            raise TransportError(f"{address} is not on loopback, and transport nccl is not encrypted") from error
         self.address = address
         self._to = match[1] or match[2], int(match[3])
         self._device, self._stalled_after = device, stalled_after

@@ -40,6 +40,7 @@ from kv_transfer.core.frames import (
 )
 from kv_transfer.core.lanes import Layers, layout_of
 from kv_transfer.core.plan import plan
+from kv_transfer.curve import OVERHEAD, CurveKeys, Unreachable, bind, connect
 from kv_transfer.transports.base import (
     Blocks,
     Cancelled,
@@ -106,9 +107,11 @@ class ZmqSender(BackgroundSender[LaneCopy]):
         on_event: OnEvent,
         stalled_after: float = STALLED_AFTER,
         kept_for: float = KEPT_FOR,
+        curve: CurveKeys | None = None,
     ) -> None:
         super().__init__(lanes_out_of(pool, shard), on_event, "kv-zmq-send")
         self._pool = pool
+        self._curve = curve
         self._stalled_after = stalled_after
         self._kept_for = kept_for
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -191,7 +194,7 @@ class ZmqSender(BackgroundSender[LaneCopy]):
                 return
             address = job.to.address
             if address not in self._links:
-                self._links[address] = _Link(self._context, address, self._pool)
+                self._links[address] = _Link(self._context, address, self._pool, self._curve)
             link = self._links[address]
             link.jobs[job] = lane
             link.used_at = time.monotonic()
@@ -247,9 +250,9 @@ class _Sent(NamedTuple):
 class _Link:
     """One peer: what is to go there, and what is under way."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, pool: Pool) -> None:
-        if not address.startswith("tcp://"):
-            raise TransportError(f"{address!r} is no address of a zmq receiver")
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, pool: Pool, curve: CurveKeys | None
+    ) -> None:
         self.address = address
         self.jobs: dict[Job, LaneCopy] = {}
         """In the order of their pushes."""
@@ -270,17 +273,13 @@ class _Link:
         self.socket: Any = None
         try:
             self.socket = context.socket(zmq.DEALER)
-            self._connect()
-        except zmq.ZMQError as error:
+            _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
+                 HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=10_000, RECONNECT_IVL_MAX=1000)  # fmt: skip
+            connect(self.socket, address, curve)
+        except (zmq.ZMQError, Unreachable) as error:
             if self.socket is not None:
                 self.socket.close(0)
             raise TransportError(f"cannot connect to {address}: {error}") from error
-
-    def _connect(self) -> None:
-        _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
-             HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=10_000, RECONNECT_IVL_MAX=1000,
-             IPV6=int("[" in self.address))  # fmt: skip
-        self.socket.connect(self.address)
 
     @property
     def busy(self) -> bool:
@@ -409,8 +408,10 @@ class ZmqReceiver:
 
     one_sided = False
 
-    def __init__(self, pool: Pool, host: str, shard: KVShard, on_event: OnEvent) -> None:
-        """Listen on a free port of ``host``, an IP address of this machine."""
+    def __init__(
+        self, pool: Pool, host: str, shard: KVShard, on_event: OnEvent, curve: CurveKeys | None = None
+    ) -> None:
+        """Listen on a free port of ``host``, an IP address of this machine; ``Exposed`` where that needs ``curve``."""
         block_bytes = pool.shape[1]
         if block_bytes > MAX_PART_BYTES:
             raise ValueError(f"transport zmq takes blocks of up to {MAX_PART_BYTES} bytes, not {block_bytes}")
@@ -428,15 +429,16 @@ class ZmqReceiver:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: Any = self._context.socket(zmq.ROUTER)
         _set(self._socket, LINGER=0, RCVHWM=WINDOW_MESSAGES, SNDHWM=2 * WINDOW_MESSAGES,
-             MAXMSGSIZE=max(MESSAGE_BYTES, block_bytes), HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=3000,
-             IPV6=int(":" in host))  # fmt: skip
+             MAXMSGSIZE=max(MESSAGE_BYTES, block_bytes) + OVERHEAD, HEARTBEAT_IVL=1000,
+             HEARTBEAT_TIMEOUT=3000)  # fmt: skip
         try:
-            self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
-        except zmq.ZMQError:
+            address = bind(self._context, self._socket, host, curve)
+        except BaseException:
             self._wake.close()
-            self._context.destroy(0)
+            self._socket.close(0)
+            self._context.term()
             raise
-        self.endpoint = KVEndpoint("zmq", self._socket.get_string(zmq.LAST_ENDPOINT), shard, len(pool))
+        self.endpoint = KVEndpoint("zmq", address, shard, len(pool))
         self._thread = threading.Thread(target=self._run, name="kv-zmq-receive", daemon=True)
         self._thread.start()
 

@@ -15,6 +15,7 @@ import zmq
 
 from kv_transfer.core.events import Cancelled, Pushed, PushFailed
 from kv_transfer.core.frames import MAX_PARTS, DataHeader, decode_taken
+from kv_transfer.curve import CurveKeys
 from kv_transfer.transports.zmq import WINDOW_BYTES, ZmqReceiver, ZmqSender
 from messages.codec import encode
 from messages.common import KVEndpoint
@@ -158,7 +159,7 @@ def test_a_receiver_listens_on_the_host_that_it_was_given_or_says_why_not(make_p
     pair: Pair = make_pair("zmq", False)
     assert pair.to.address.startswith("tcp://127.0.0.1:")
     with pytest.raises(zmq.ZMQError):
-        ZmqReceiver(pair.there, "203.0.113.7", pair.to.shard, print)
+        ZmqReceiver(pair.there, "203.0.113.7", pair.to.shard, print, CurveKeys.make())
 
 
 class Silent:
