@@ -19,8 +19,13 @@ COME_BACK = (429, 503)
 """Answers that say: later."""
 TRIES = 3
 """For other failures of the server (500, 502, 504) before they are taken for its answer."""
+NO_ENTRY = (401, 403)
+API_KEY = "BATON_API_KEY"
+KEY_ADVICE = f"let {API_KEY} be one of the cluster's API keys, in the environment of what asks"
 PROBLEMS_SHOWN = 10
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+SYNC_EVERY = 1.0
+"""Seconds of results that a host that crashes may take along; their lines are asked again."""
 TIMEOUT = httpx.Timeout(connect=10.0, read=3600.0, write=60.0, pool=None)
 
 
@@ -47,12 +52,14 @@ class Summary:
         return self.before + self.succeeded + self.failed
 
 
-def check_files(source: Path, target: Path) -> None:
+def check_files(source: Path, target: Path | None) -> None:
     """Say what would keep a run from starting."""
     if not os.path.isfile(source):  # False for a path that cannot be
         raise ClusterError(f"there is no file {source}; name one with a request on each line")
     if not os.access(source, os.R_OK):
         raise ClusterError(f"{source} cannot be read: you may not")
+    if target is None:
+        return
     if os.path.exists(target) and target.samefile(source):
         raise ClusterError(f"{target} is the input; name another file for the results")
     if not target.parent.is_dir():
@@ -89,13 +96,17 @@ class Batch:
     async def _run(self, results: Results) -> None:
         requests = read_requests(self.source)
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT, limits=limits, trust_env=False) as client:
+        options: dict[str, Any] = {"timeout": TIMEOUT, "limits": limits, "headers": headers(), "trust_env": False}
+        async with httpx.AsyncClient(base_url=self.url, **options) as client:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    for _ in range(self.concurrency):
-                        tasks.create_task(self._work(client, requests, results))
+                    syncing = tasks.create_task(_sync(results))
+                    async with asyncio.TaskGroup() as work:
+                        for _ in range(self.concurrency):
+                            work.create_task(self._work(client, requests, results))
+                    syncing.cancel()
             except ExceptionGroup as group:  # one is enough to say
-                raise group.exceptions[0] from None
+                raise _first(group) from None
 
     async def _work(self, client: httpx.AsyncClient, requests: Iterator[Request], results: Results) -> None:
         """Take lines until there are none: what is in memory is one line a worker."""
@@ -106,7 +117,7 @@ class Batch:
                 result = await self._answer(client, request)
                 results.write(result)
                 self._last_answer, self.summary.trouble = time.monotonic(), ""
-                self._count(request, result)
+                count(self.summary, result, f"{self.source}:{request.number}")
             self.on_progress(self.summary)
 
     async def _answer(self, client: httpx.AsyncClient, request: Request) -> dict[str, Any]:
@@ -124,6 +135,10 @@ class Batch:
             else:
                 if response.status_code in COME_BACK:
                     problem, wanted = f"{self.url} is busy ({response.status_code})", retry_after(response)
+                elif response.status_code in NO_ENTRY:  # and so for every other line
+                    raise ClusterError(
+                        f"{self.url} lets nobody in without a key ({response.status_code}); {KEY_ADVICE}"
+                    )
                 elif response.status_code < 500 or failures + 1 >= TRIES:
                     return request.result(_response(response))
                 else:
@@ -138,20 +153,42 @@ class Batch:
             await asyncio.sleep(max(wanted, pause * self.rng.uniform(0.5, 1.5)))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _count(self, request: Request, result: dict[str, Any]) -> None:
-        response = result["response"]
-        if response is None or response["status_code"] != 200:
-            self.summary.failed += 1
-            if len(self.summary.problems) < PROBLEMS_SHOWN:
-                self.summary.problems.append(f"{self.source}:{request.number}: {_reason(result)}")
-            return
-        self.summary.succeeded += 1
-        usage = response["body"].get("usage") if isinstance(response["body"], dict) else None
-        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
-            self.summary.completion_tokens += usage["completion_tokens"]
+
+def count(summary: Summary, result: dict[str, Any], where: str) -> None:
+    """A result more, of the line that ``where`` names."""
+    response = result["response"]
+    if response is None or response["status_code"] != 200:
+        summary.failed += 1
+        if len(summary.problems) < PROBLEMS_SHOWN:
+            summary.problems.append(f"{where}: {reason_of(result)}")
+        return
+    summary.succeeded += 1
+    usage = response["body"].get("usage") if isinstance(response["body"], dict) else None
+    if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+        summary.completion_tokens += usage["completion_tokens"]
 
 
-def _reason(result: dict[str, Any]) -> str:
+async def _sync(results: Results) -> None:
+    """For ever."""
+    while True:
+        await asyncio.sleep(SYNC_EVERY)
+        await asyncio.to_thread(results.sync)
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def headers() -> dict[str, str]:
+    """What says who asks."""
+    key = os.environ.get(API_KEY)
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def reason_of(result: dict[str, Any]) -> str:
     """Why a line has no answer, in one line."""
     response = result["response"]
     if response is None:

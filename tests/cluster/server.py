@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -11,10 +12,11 @@ Answer = Callable[[dict[str, Any], int], tuple[int, dict[str, str], Any]]
 
 class Server:
     """Answers each POST through ``answer(body, how many times this body came)``, each GET from ``pages``, and remembers
-    the bodies. Status 0 drops the connection; bytes go out as they are, anything else as JSON."""
+    the bodies and headers. Status 0 drops the connection; bytes go out as they are, anything else as JSON."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Message] = []
         self.pages: dict[str, tuple[int, Any]] = {}
         self.answer: Answer = lambda body, times: (200, {}, {"id": "x", "usage": {"completion_tokens": 2}})
         lock = threading.Lock()
@@ -28,6 +30,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with lock:
                     outer.bodies.append(body)
+                    outer.headers.append(self.headers)
                     times = outer.bodies.count(body)
                 self._send(*outer.answer(body, times))
 

@@ -280,6 +280,70 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
     assert files.ids() == ["a", "b", "c"]
 
 
+def test_what_a_crashed_host_never_wrote_is_asked_again(server: Server, files: Files) -> None:
+    """The file has grown, the disk never got some of it: zero bytes stand there."""
+    files.write(*(line(f"r{i}") for i in range(6)))
+    files.submit(server)
+    lines = files.target.read_bytes().splitlines(keepends=True)
+    for torn in (
+        [*lines[:3], bytes(len(lines[3])), *lines[4:]],
+        [*lines[:3], lines[3][:20] + bytes(len(lines[3]) - 20), *lines[4:]],
+        [*lines[:5], bytes(100)],
+        [bytes(4096), lines[5]],
+    ):
+        files.target.write_bytes(b"".join(torn))
+        if torn[0][0]:
+            assert files.submit(server).before == torn.index(next(part for part in torn if b"\0" in part))
+        else:
+            with pytest.raises(ClusterError, match="is no result"):  # it may be anything
+                files.submit(server)
+            files.target.unlink()
+            files.submit(server)
+        assert files.ids() == [f"r{i}" for i in range(6)]
+
+
+def test_results_are_on_the_disk_while_it_runs_and_at_its_end(
+    server: Server, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.submit.SYNC_EVERY", 0.01)
+    synced: list[int] = []
+    sync = os.fdatasync
+
+    def seen(fd: int) -> None:
+        sync(fd)
+        synced.append(os.fstat(fd).st_size)
+        while_it_ran.set()
+
+    while_it_ran = threading.Event()
+    monkeypatch.setattr("cluster.batch.os.fdatasync", seen)
+
+    def answer(body: dict[str, Any], times: int) -> tuple[int, dict[str, str], dict[str, Any]]:
+        if body["prompt"] == "b":
+            assert while_it_ran.wait(10)
+        return 200, {}, {}
+
+    server.answer = answer
+    files.write(*map(line, "ab"))
+    files.submit(server, concurrency=1)
+    assert len(synced) >= 2
+    assert synced[-1] == files.target.stat().st_size
+
+
+def test_a_key_is_shown_and_one_that_is_missing_spoils_no_line(
+    server: Server, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answer = lambda body, times: (401, {}, {"error": {"message": "no"}})
+    files.write(*map(line, "abc"))
+    with pytest.raises(ClusterError, match=r"lets nobody in without a key \(401\); let BATON_API_KEY be"):
+        files.submit(server)
+    assert files.target.read_bytes() == b""
+    monkeypatch.setenv("BATON_API_KEY", "secret")
+    server.answer = lambda body, times: (200, {}, {})
+    files.submit(server)
+    assert server.headers[-1]["authorization"] == "Bearer secret"
+    assert files.ids() == ["a", "b", "c"]
+
+
 def test_empty_files_need_no_server(server: Server, files: Files) -> None:
     files.write("", "   ")
     assert files.submit(server).total == 0
