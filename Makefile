@@ -7,7 +7,7 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test alone beside chaos check format bench clean
+.PHONY: demo test alone beside chaos peers check format bench clean
 
 demo: .venv/installed
 	$(BIN)/baton demo
@@ -17,7 +17,7 @@ demo: .venv/installed
 ALONE := tests/e2e tests/gateway tests/chaos
 BESIDE := tests/kernels tests/ownership
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE))
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) tests/peers)
 	@$(MAKE) --no-print-directory --jobs 2 alone beside
 
 alone: .venv/installed
@@ -31,6 +31,17 @@ beside: .venv/installed
 
 chaos: .venv/installed
 	$(BIN)/pytest tests/chaos
+
+# Programs of others, run as they are against Baton; each in an environment of its own.
+PEERS := $(patsubst tests/peers/requirements/%.txt,.peers/%/installed,$(wildcard tests/peers/requirements/*.txt))
+peers: .venv/installed $(PEERS)
+	$(BIN)/pytest tests/peers
+
+.peers/%/installed: tests/peers/requirements/%.txt | .venv/installed
+	@echo "installing $*"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .peers/$*
+	@VIRTUAL_ENV=.peers/$* $(BIN)/uv pip install --quiet --requirement $<
+	@touch $@
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -55,4 +66,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache

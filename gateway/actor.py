@@ -22,6 +22,10 @@ class GatewayActor:
         self._server.start()
         return {"address": self._server.address, "http_url": self._server.url}
 
+    def url(self) -> str:
+        """Where it takes requests; for jobs that look for it."""
+        return self._server.url
+
     def ready(self) -> bool:
         """Whether the router has said that every role has a worker."""
         return self._server.ready

@@ -21,6 +21,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import openapi
 from gateway.answers import Answer, ErrorAnswer, EventStream, Exchange, WholeAnswer
 from gateway.body import Unread, read_body
 from gateway.choice import Choice, Echo
@@ -33,8 +34,8 @@ from gateway.description import describe, description_of, plan_of
 from gateway.hub import Hub, Order
 from gateway.metrics import Metrics
 from gateway.orders import Plan, Planner, Prompt
-from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode, openapi_schema
-from gateway.request_models import ChatRequest, CompletionRequest, chat_request, completion_request
+from gateway.rendering import ChatRenderer, CompletionRenderer, Renderer, encode
+from gateway.request_models import chat_request, completion_request
 from gateway.streams import Stream, Streams, not_found
 from gateway.tokenization import Tokenizer
 from messages.common import Part
@@ -234,6 +235,16 @@ class Api:
             raise PathNotFound(text, code="trace_not_found")
         return _json(chrome_trace(found, self.hub.traces.clock))
 
+    def document(self) -> dict[str, Any]:
+        return openapi.document(
+            version=version(),
+            model=self.config.served_model_name,
+            vocab_size=self.tokenizer.vocab_size,
+            max_model_len=self.max_model_len,
+            limits=self.config.limits,
+            keyed=False,
+        )
+
     def ready(self) -> Response:
         ready = self.hub.ready
         return _json({"ready": ready}, 200 if ready else 503)
@@ -246,16 +257,14 @@ class Api:
 
 def create_app(api: Api) -> ASGIApp:
     """The application; ``api`` must live on the event loop that runs it."""
-    app = FastAPI(title="Baton", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    described = encode(api.document())
 
-    def post(path: str, body: type[Any], handler: Callable[[Request], Any]) -> None:
-        content = {"application/json": {"schema": openapi_schema(body)}}
-        extra = {"requestBody": {"required": True, "content": content}}
-
+    def post(path: str, handler: Callable[[Request], Any]) -> None:
         async def route(request: Request) -> Any:
             return await handler(request)
 
-        app.add_api_route(path, route, methods=["POST"], openapi_extra=extra, response_model=None, name=path)
+        app.add_api_route(path, route, methods=["POST"], response_model=None, name=path)
 
     def get(path: str, handler: Callable[..., Response]) -> None:
         async def route() -> Response:
@@ -263,13 +272,14 @@ def create_app(api: Api) -> ASGIApp:
 
         app.add_api_route(path, route, methods=["GET"], response_model=None, name=path)
 
-    post("/v1/completions", CompletionRequest, api.complete)
-    post("/v1/chat/completions", ChatRequest, api.chat)
+    post("/v1/completions", api.complete)
+    post("/v1/chat/completions", api.chat)
     get("/v1/models", api.models)
     get("/health", lambda: _json({"status": "ok"}))
     get("/ready", api.ready)
     get("/status", api.status)
     get("/version", lambda: _json({"version": version()}))
+    get("/openapi.json", lambda: Response(described, media_type="application/json"))
     get("/metrics", lambda: Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"))
 
     @app.get("/v1/models/{name:path}", response_model=None)

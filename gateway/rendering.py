@@ -1,6 +1,5 @@
 """Answers as JSON in the shape of OpenAI's API, with vLLM's ``token_ids`` and our ``baton`` where asked for."""
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -209,12 +208,6 @@ class ChatRenderer(Renderer):
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text, raw = self._token_text(token)
         return {"token": text, "logprob": _finite(logprob or 0.0), "bytes": list(raw)}
-
-
-def openapi_schema(body: type[msgspec.Struct]) -> dict[str, Any]:
-    """The JSON schema of a request body, for the OpenAPI document."""
-    (schema,), components = msgspec.json.schema_components([body], ref_template="#/$defs/{name}")
-    return json.loads(json.dumps({**schema, "$defs": components}))  # type: ignore[no-any-return]
 
 
 def _finite(logprob: float) -> float:

@@ -116,10 +116,11 @@ class ChatRequest(SamplingRequest, kw_only=True):
     chat_template: Inert = None
 
 
-_INERT = {
+INERT: dict[type[Struct], tuple[str, ...]] = {
     kind: tuple(name for name, hint in kind.__annotations__.items() if hint is Any and name != "content")
     for kind in (SamplingRequest, CompletionRequest, ChatMessage, ChatRequest)
 }
+"""The fields of each type, without those that it inherits, that are not supported."""
 _completion_decoder = msgspec.json.Decoder(CompletionRequest)
 _chat_decoder = msgspec.json.Decoder(ChatRequest)
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
@@ -128,21 +129,21 @@ _PATH = re.compile(r" - at `\$\.?(.*)`$")
 def completion_request(body: bytes) -> CompletionRequest:
     """Raises ``InvalidRequest``."""
     request: CompletionRequest = _decoded(_completion_decoder, body)
-    _refuse_unsupported(request, _INERT[SamplingRequest] + _INERT[CompletionRequest], "")
+    _refuse_unsupported(request, INERT[SamplingRequest] + INERT[CompletionRequest], "")
     return request
 
 
 def chat_request(body: bytes) -> ChatRequest:
     """Raises ``InvalidRequest``."""
     request: ChatRequest = _decoded(_chat_decoder, body)
-    _refuse_unsupported(request, _INERT[SamplingRequest] + _INERT[ChatRequest], "")
+    _refuse_unsupported(request, INERT[SamplingRequest] + INERT[ChatRequest], "")
     return request
 
 
 def check_message(message: ChatMessage, where: str) -> None:
     """Raises ``InvalidRequest`` for fields that are not supported. Not done while decoding: there may be far more
     messages than a request can have."""
-    _refuse_unsupported(message, _INERT[ChatMessage], where + ".")
+    _refuse_unsupported(message, INERT[ChatMessage], where + ".")
 
 
 def _decoded(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:

@@ -1,9 +1,11 @@
 """Promise: who runs the gateway sees what it does: health, readiness, state and figures, each in its standard form."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -180,10 +182,30 @@ def test_the_status_has_every_field_of_every_worker(http: httpx.Client, cluster:
 
 
 def test_the_api_describes_itself(http: httpx.Client, cluster: FakeCluster) -> None:
+    """Every path and method that there is, and no other; `schemathesis` looks at what they answer."""
     document = http.get("/openapi.json").json()
+    for path, item in document["paths"].items():
+        asked = path.replace("{name}", MODEL)
+        for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+            answer = http.request(method, asked)
+            assert (answer.status_code == 405) == (method.lower() not in item), f"{method} {path}"
+            if method.lower() in item:
+                assert str(answer.status_code) in item[method.lower()]["responses"], f"{method} {path}"
+    referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert referred <= document["components"]["schemas"].keys()
     for path, field in (("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert field in json.dumps(body)
+        name = body["$ref"].rpartition("/")[2]
+        assert field in document["components"]["schemas"][name]["required"]
+
+
+def test_every_route_is_described(http: httpx.Client, server: GatewayServer) -> None:
+    assert server._http is not None
+    app: Any = server._http.config.app
+    while not hasattr(app, "routes"):  # what is around the application
+        app = app._app
+    routes = {route.path.replace(":path}", "}") for route in app.routes}
+    assert routes == set(http.get("/openapi.json").json()["paths"])
 
 
 def test_frames_that_are_no_message_are_counted_and_do_no_harm(
