@@ -4,7 +4,9 @@ doctor | replay | simulate | chaos | demo`.
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +40,37 @@ Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Which cluster,
 Worker = Annotated[str, typer.Argument(metavar="WORKER", help="As `baton status` names it.")]
 ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
 Url = Annotated[str | None, typer.Option(metavar="URL", help="A gateway, such as http://127.0.0.1:8000.")]
+
+
+def _for_this_process(variable: str) -> Callable[[str | None], None]:
+    """An option that says what ``variable`` of the environment would; what is started here shall know it too."""
+
+    def note(value: str | None) -> None:
+        if value is not None:
+            os.environ[variable] = value
+
+    return note
+
+
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        callback=_for_this_process("BATON_API_KEY"),
+        expose_value=False,
+        help="Of a gateway that wants one; better in BATON_API_KEY, where `ps` does not show it.",
+    ),
+]
+CaFile = Annotated[
+    str | None,
+    typer.Option(
+        "--cafile",
+        metavar="FILE",
+        callback=_for_this_process("SSL_CERT_FILE"),
+        expose_value=False,
+        help="Certificates to trust instead of the system's; or SSL_CERT_FILE.",
+    ),
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -87,7 +120,7 @@ def down(name: Name = None) -> None:
 
 
 @app.command()
-def status(name: Name = None) -> None:
+def status(name: Name = None, api_key: ApiKey = None, cafile: CaFile = None) -> None:
     """Show the clusters that run here: every worker, its load, its KV blocks, the bytes it moved.
 
     For example: `baton status`, or `baton status local`
@@ -187,6 +220,8 @@ def submit(
     topology: Annotated[Path | None, typer.Option(help="Start this one for the time of the run.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Requests at a time.")] = 32,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that is away or busy.")] = 300.0,
+    api_key: ApiKey = None,
+    cafile: CaFile = None,
 ) -> None:
     """Run a file of requests in OpenAI's batch format; run it again to go on where it stopped.
 
@@ -216,6 +251,8 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to start with.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    api_key: ApiKey = None,
+    cafile: CaFile = None,
 ) -> None:
     """Talk to the model of a cluster that runs here, or of any gateway with --url.
 
@@ -240,6 +277,8 @@ def trace(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer to --prompt.")] = 8,
     url: Url = None,
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="A cluster that runs here.")] = None,
+    api_key: ApiKey = None,
+    cafile: CaFile = None,
 ) -> None:
     """Show who did what for one request, and when: placed, computed, handed over, decoded.
 
@@ -389,6 +428,45 @@ def keys(
         print(f"{out}: the key pair of a cluster, which only you can read. Name it in the topology:\n")
         print(f"security:\n  keys: {out.name}\n")
         print("It stays on the host of `baton up`, which hands it to the processes. Who has it can join the cluster.")
+
+
+@keys_app.command("api")
+def api_key_for(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose requests share KV, limits and streams.")],
+    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="Made, or added to.")] = Path(
+        "api-keys.json"
+    ),
+    admin: Annotated[
+        bool | None, typer.Option("--admin/--no-admin", help="May see status, metrics and traces of everybody.")
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option("--max-concurrent-requests", min=1, help="Sequences in flight, in each gateway.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option("--requests-per-minute", min=1, help="Of each gateway.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens-per-minute", min=1, help="Of prompts and answers, of each gateway.")
+    ] = None,
+) -> None:
+    """Make a key for a tenant of the gateways, and show it once.
+
+    For example: `baton keys api alice --requests-per-minute 600`
+
+    The file keeps a digest of it, beside the tenant's limits, which can be changed there or here. Another run makes a
+    further key; to take one back, remove its digest. Gateways read the file when they start: `baton restart gateway`.
+    """
+    from cluster.api_keys import add_key
+
+    key = add_key(
+        file,
+        tenant,
+        admin=admin,
+        max_concurrent_requests=concurrent,
+        requests_per_minute=requests,
+        tokens_per_minute=tokens,
+    )
+    print(key)
+    print(f"This is {tenant}'s key, shown only now. {file} has its digest; name it in the topology:\n", file=sys.stderr)
+    print(f"security:\n  api_keys: {file.name}", file=sys.stderr)
 
 
 def _url(url: str | None, name: str | None) -> str:

@@ -1,6 +1,8 @@
 """A small client of the gateway's HTTP API, for the command line."""
 
 import json
+import os
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -15,10 +17,32 @@ TIMELINE = {"X-Baton-Trace": "timeline"}
 """Asks everyone to note what is done for the request when."""
 
 
+KEY_VARIABLE, CA_VARIABLE = "BATON_API_KEY", "SSL_CERT_FILE"
+"""Of the environment: the API key, and a file of certificates to trust instead of the system's."""
+
+
+def credentials() -> dict[str, str]:
+    """Headers that say who asks, where a key is known."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def trust(url: str) -> ssl.SSLContext:
+    """Whose certificates are good; nobody's where there is no TLS, for to read them takes long. ``ClusterError`` where
+    they cannot be read."""
+    if not url.startswith("https:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    file = os.environ.get(CA_VARIABLE) or None
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:
+        raise ClusterError(f"{file} holds no certificates: {error.strerror or error}; name a PEM file") from error
+
+
 def get(url: str, path: str) -> Any:
     """The JSON at ``path``; ``ClusterError`` if there is no gateway."""
     try:
-        response = httpx.get(url + path, timeout=5.0, trust_env=False)
+        response = httpx.get(url + path, headers=credentials(), timeout=5.0, trust_env=False, verify=trust(url))
     except httpx.HTTPError as error:
         advice = "`baton status` lists the clusters that run here"
         raise ClusterError(f"{url} does not answer: {str(error) or type(error).__name__}; {advice}") from error
@@ -43,7 +67,7 @@ def stream(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]
     """The chunks of a streamed answer."""
     try:
         with (
-            httpx.Client(timeout=TIMEOUT, trust_env=False) as client,
+            httpx.Client(headers=credentials(), timeout=TIMEOUT, trust_env=False, verify=trust(url)) as client,
             client.stream("POST", url + path, json={**body, "stream": True}, headers=TRACE) as response,
         ):
             if response.status_code != 200:
@@ -68,7 +92,7 @@ async def astream(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
 
 
 def async_client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, trust_env=False)
+    return httpx.AsyncClient(base_url=url, headers=credentials(), timeout=TIMEOUT, trust_env=False, verify=trust(url))
 
 
 def text_of(chunk: dict[str, Any]) -> str:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.errors import ClusterError
+from cluster.errors import LaunchError
 from kv_transfer.curve import CurveKeys
 
 MAX_BYTES = 4096
 _OTHERS = 0o077
 
 
-class KeyFileError(ClusterError):
+class KeyFileError(LaunchError):
     """A file of keys cannot be used, or made."""
 
 

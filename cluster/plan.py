@@ -3,10 +3,12 @@
 import difflib
 import re
 import secrets
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.api_keys import read_api_keys
 from cluster.document import Loc
 from cluster.errors import TopologyError
 from cluster.keys import KeyFileError, read_keys
@@ -16,7 +18,8 @@ from engine.core.kv_layout import KVLayout
 from engine.core.scheduler import Preemption
 from engine.core.shards import head_shard
 from engine.models.config import ModelConfig
-from gateway.config import GatewayConfig
+from gateway.auth import Tenant
+from gateway.config import GatewayConfig, Tls
 from gateway.core.limits import Limits
 from gateway.core.session import SessionTimeouts
 from kv_transfer.curve import CurveKeys
@@ -96,8 +99,23 @@ class Plan:
         count = self.topology.gateway.replicas
         return tuple(f"gateway-{index}" for index in range(count)) if count > 1 else ("gateway",)
 
+    @property
+    def tenants(self) -> tuple[Tenant, ...] | None:
+        """Of ``security.api_keys`` as they are now, so that a gateway that is started again knows of new ones; raises
+        ``KeyFileError``."""
+        file = self.topology.security.api_keys
+        return None if file is None else read_api_keys(self.topology.file(file))
+
+    @property
+    def tls(self) -> Tls | None:
+        files = self.topology.security.tls
+        if files is None:
+            return None
+        return Tls(str(self.topology.file(files.cert)), str(self.topology.file(files.key)))
+
     def gateway_config(self, router: str, index: int = 0) -> GatewayConfig:
-        """Of one replica: each listens on a port of its own, one after the other, where they are not any free ones."""
+        """Of one replica: each listens on a port of its own, one after the other, where they are not any free ones.
+        Raises ``KeyFileError``."""
         topology = self.topology
         port = topology.gateway.port
         limits = Limits(
@@ -111,6 +129,8 @@ class Plan:
             router=router,
             host=topology.gateway.host,
             port=port + index if port else 0,
+            tenants=self.tenants,
+            tls=self.tls,
             mailbox_host=LOOPBACK,
             curve=self.curve,
             max_model_len=self.max_model_len,
@@ -192,7 +212,7 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
         cluster_key=secrets.token_bytes(32),
         curve=_curve(topology),
     )
-    problems = [*_rank_problems(plan), *_kv_problems(plan)]
+    problems = [*_rank_problems(plan), *_kv_problems(plan), *_security_problems(plan)]
     if problems:
         raise topology.errors(problems)
     return plan
@@ -201,8 +221,8 @@ def make_plan(topology: Topology, *, download: bool = True) -> Plan:
 def _curve(topology: Topology) -> CurveKeys | None:
     file = topology.security.keys
     try:
-        return None if file is None else read_keys(topology.base / Path(file).expanduser())
-    except (KeyFileError, RuntimeError) as error:  # RuntimeError: ~somebody
+        return None if file is None else read_keys(topology.file(file))
+    except KeyFileError as error:
         raise topology.error(("security", "keys"), f"security.keys: {error}") from error
 
 
@@ -317,6 +337,24 @@ def _kv_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
                 text = f"pool {source.name!r} hands over {here.dtype} KV, which cannot become {there.dtype}"
                 advice = f"write kv_dtype: {here.dtype} here, or a float dtype there"
                 yield _kv_dtype_of(index, pool), f"{text}; {advice}"
+
+
+def _security_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
+    """Files without which no gateway would start."""
+    try:
+        _ = plan.tenants
+    except KeyFileError as error:
+        yield ("security", "api_keys"), f"security.api_keys: {error}"
+    if plan.tls is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(plan.tls.cert, plan.tls.key, password=_no_password)
+        except (OSError, ValueError) as error:  # ssl's own errors are OSErrors
+            reason = getattr(error, "strerror", None) or error
+            yield ("security", "tls"), f"security.tls: {plan.tls.cert} and {plan.tls.key} cannot be used: {reason}"
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; nobody is there to say its password")
 
 
 def _kv_dtype_of(index: int, pool: Pool) -> Loc:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from cluster.batch import Request, Results, count_lines, read_requests
+from cluster.client import KEY_VARIABLE, credentials, trust
 from cluster.errors import ClusterError
 
 COME_BACK = (429, 503)
@@ -20,8 +21,7 @@ COME_BACK = (429, 503)
 TRIES = 3
 """For other failures of the server (500, 502, 504) before they are taken for its answer."""
 NO_ENTRY = (401, 403)
-API_KEY = "BATON_API_KEY"
-KEY_ADVICE = f"let {API_KEY} be one of the cluster's API keys, in the environment of what asks"
+KEY_ADVICE = f"let {KEY_VARIABLE} be one of the cluster's API keys, in the environment of what asks"
 PROBLEMS_SHOWN = 10
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 SYNC_EVERY = 1.0
@@ -96,8 +96,8 @@ class Batch:
     async def _run(self, results: Results) -> None:
         requests = read_requests(self.source)
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        options: dict[str, Any] = {"timeout": TIMEOUT, "limits": limits, "headers": headers(), "trust_env": False}
-        async with httpx.AsyncClient(base_url=self.url, **options) as client:
+        options: dict[str, Any] = {"timeout": TIMEOUT, "limits": limits, "headers": credentials(), "trust_env": False}
+        async with httpx.AsyncClient(base_url=self.url, verify=trust(self.url), **options) as client:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     syncing = tasks.create_task(_sync(results))
@@ -180,12 +180,6 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def headers() -> dict[str, str]:
-    """What says who asks."""
-    key = os.environ.get(API_KEY)
-    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def reason_of(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ What depends on the model or on this machine is checked by ``cluster.plan`` and 
 
 import copy
 import ipaddress
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -157,11 +158,23 @@ class Limits(Section):
     """Sequences in flight; more are told to come back later."""
 
 
+class TlsFiles(Section):
+    """PEM files."""
+
+    cert: File
+    """The certificate, and those between it and a root that clients know."""
+    key: File
+
+
 class Security(Section):
     """Files are relative to the topology's; `baton keys` makes them."""
 
     keys: File | None = None
     """The cluster's key pair, with which its processes speak to each other. Without it they are on loopback."""
+    api_keys: File | None = None
+    """Who may use the gateways. Without it everybody may, and they are on loopback."""
+    tls: TlsFiles | None = None
+    """Of the gateways. Without it what clients say, API keys too, can be read on its way."""
 
 
 class Debug(Section):
@@ -244,6 +257,10 @@ class Topology(Section):
         """What all processes take together, in Ray's books."""
         workers = sum(pool.replicas * pool.tensor_parallel * pool.resources.cpus for pool in self.pools)
         return workers + self.router.cpus + self.gateway.cpus * self.gateway.replicas
+
+    def file(self, path: str) -> Path:
+        """Where a file is that the topology names."""
+        return self._base / os.path.expanduser(path)
 
     def error(self, loc: Loc, text: str) -> TopologyError:
         """A complaint about the value at ``loc``, with file and line."""

@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from cluster.client import TIMELINE, TIMEOUT, get, only_model, problem
+from cluster.client import TIMELINE, TIMEOUT, credentials, get, only_model, problem, trust
 from cluster.errors import ClusterError
 from cluster.plan import size
 
@@ -46,7 +46,14 @@ def ask(url: str, prompt: str | list[int], max_tokens: int) -> str:
     """Run a completion that is traced; its id."""
     body = {"model": only_model(url), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     try:
-        answer = httpx.post(url + "/v1/completions", json=body, headers=TIMELINE, timeout=TIMEOUT, trust_env=False)
+        answer = httpx.post(
+            url + "/v1/completions",
+            json=body,
+            headers=TIMELINE | credentials(),
+            timeout=TIMEOUT,
+            trust_env=False,
+            verify=trust(url),
+        )
     except httpx.HTTPError as error:
         raise ClusterError(f"{url} does not answer: {str(error) or type(error).__name__}") from error
     if answer.status_code != 200:

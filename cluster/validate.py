@@ -12,6 +12,7 @@ from cluster.errors import TopologyError
 from cluster.plan import Plan, make_plan, size
 from cluster.topology import Topology
 from engine.core.kv_layout import DTYPE_BYTES
+from kv_transfer.curve import is_loopback
 
 _WAYS = {"auto": "shm on one host, over zmq between hosts", "nccl": "torch.distributed (gloo)"}
 """How transports are told."""
@@ -54,7 +55,11 @@ def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     gateway = topology.gateway
     host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
     last = f" ... {gateway.port + gateway.replicas - 1}" if gateway.port and gateway.replicas > 1 else ""
-    yield "gateway", f"http://{host}:{gateway.port or '(any free port)'}{last}"
+    security = topology.security
+    scheme, clear = ("http", ", in the clear") if security.tls is None else ("https", "")
+    keys = "without API keys" if security.api_keys is None else f"API keys in {security.api_keys}{clear}"
+    yield "gateway", f"{scheme}://{host}:{gateway.port or '(any free port)'}{last}, {keys}"
+    yield "links", "in the clear, on loopback" if security.keys is None else f"encrypted with {security.keys}"
     yield "ray", "started here, on loopback" if topology.cluster.address == "local" else topology.cluster.address
 
 
@@ -78,8 +83,13 @@ def _machine_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
 
 def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
     gateway = topology.gateway
-    for port in range(gateway.port, gateway.port + gateway.replicas) if gateway.port else [0]:
-        yield from _port_problems(gateway.host, port)
+    ports = range(gateway.port, gateway.port + gateway.replicas) if gateway.port else [0]
+    problems = [problem for port in ports for problem in _port_problems(gateway.host, port)]
+    yield from problems
+    if not problems and topology.security.api_keys is None and not is_loopback(gateway.host):
+        text = f"gateway.host: others can connect to {gateway.host}, and there are no API keys"
+        advice = "run `baton keys api TENANT` and name its file as security.api_keys, or write 127.0.0.1"
+        yield ("gateway", "host"), f"{text}; {advice}"
 
 
 def _port_problems(host: str, port: int) -> Iterator[tuple[Loc, str]]:

@@ -2,9 +2,19 @@
 
 from dataclasses import dataclass, field
 
+from gateway.auth import Tenant
 from gateway.core.limits import Limits
 from gateway.core.session import SessionTimeouts
 from kv_transfer.curve import CurveKeys
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of this machine."""
+
+    cert: str
+    """The certificate, and those between it and a root that clients know."""
+    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,11 +25,15 @@ class GatewayConfig:
     router: str
     """The router's mailbox."""
     host: str = "127.0.0.1"
-    """Address that HTTP binds to."""
+    """Address that HTTP binds to; anything but loopback needs ``tenants``."""
     port: int = 8000
     """0: a free one."""
     reuse_port: bool = False
     """Whether another gateway of this user may listen there too: one that is about to be replaced by this one."""
+    tenants: tuple[Tenant, ...] | None = None
+    """Whose API keys are good here; None: nobody needs one."""
+    tls: Tls | None = None
+    """None: what clients say can be read on its way."""
     mailbox_host: str = "127.0.0.1"
     """Address of this machine that the mailbox binds to; workers and router reach it."""
     curve: CurveKeys | None = None

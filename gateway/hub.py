@@ -7,17 +7,19 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from gateway.auth import EVERYONE
 from gateway.core.adoption import Action as AdoptionAction
 from gateway.core.adoption import Adoption, Found, Missing
 from gateway.core.adoption import Event as AdoptionEvent
 from gateway.core.dispatch import Dispatch, Heard, Late, Message
 from gateway.core.errors import GatewayError, InternalError, Unavailable
 from gateway.core.limits import Limits
+from gateway.core.quotas import Allowance, Quota
 from gateway.core.session import (
     Action,
     ClientGone,
@@ -52,7 +54,6 @@ MESSAGES_A_TURN = 64
 """Messages handled in a row before others get the loop."""
 FORGET_AFTER = 60.0
 """Seconds after which the socket to a lost worker is closed; until then it may be frozen and wake up."""
-TENANT = "default"
 STATE_FRESH = 5.0
 """Seconds for which the router's last answer counts."""
 
@@ -75,7 +76,7 @@ class Order:
     prompt: bytes
     sampling: SamplingParams
     request: RequestId = field(default_factory=lambda: RequestId(secrets.token_hex(16)))
-    tenant: str = TENANT
+    tenant: str = EVERYONE.name
     cache_salt: str = ""
     """The client's own; see ``core/salts.py``."""
     description: bytes = b""
@@ -90,6 +91,8 @@ class Relay:
 
     session: Session
     listener: Listener
+    quota: Quota | None = None
+    """Of its tenant, where that has limits."""
     timer: asyncio.TimerHandle | None = None
     outcome: FinishReason | GatewayError | None = None
     """What the listener heard at the end."""
@@ -113,6 +116,7 @@ class _Search:
 
     adoption: Adoption
     found: asyncio.Future[Relay | None]
+    tenant: str
     timer: asyncio.TimerHandle | None = None
 
 
@@ -142,9 +146,11 @@ class Hub:
         max_attempts: int,
         metrics: Metrics,
         state_every: float,
+        allowances: Mapping[str, Allowance] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """``recorder``, if any, writes down what happens to each session."""
+        """``allowances``: of tenants; others have no limits. ``recorder``, if any, writes down what happens to each
+        session."""
         self.metrics = metrics
         self.cluster: ClusterState | None = None
         self.traces = Traces(clock_name())
@@ -156,6 +162,10 @@ class Hub:
         self._state_every = state_every
         self._make_session = Session if recorder is None else partial(RecordedSession, recorder)
         self._loop = asyncio.get_running_loop()
+        self._quotas = {
+            tenant: Quota(allowance, self._loop.time(), retry_after=limits.retry_after)
+            for tenant, allowance in (allowances or {}).items()
+        }
         self._relays: dict[RequestId, Relay] = {}
         self._adoptions: dict[RequestId, _Search] = {}
         self._adoption_numbers = itertools.count(1)
@@ -178,15 +188,20 @@ class Hub:
         return fresh and not self._draining and self.cluster is not None and self.cluster.ready
 
     def open(self, orders: Iterable[tuple[Order, Listener]]) -> list[Relay]:
-        """Run all these sequences, or none: raises ``GatewayError`` where they are too many now."""
+        """Run all these sequences of one request, or none: raises ``GatewayError`` where they are too many now."""
         wanted = list(orders)
-        self._admit(len(wanted))
+        tenant = wanted[0][0].tenant
+        self._admit(len(wanted), tenant)
+        if tenant in self._quotas:
+            self._quotas[tenant].begin(sum(len(prompt) // 4 for prompt in {order.prompt for order, _ in wanted}))
         return [self._open(order, listener) for order, listener in wanted]
 
-    def _admit(self, wanted: int) -> None:
+    def _admit(self, wanted: int, tenant: str) -> None:
         if self._draining:
             raise Unavailable("the server is shutting down", retry_after=1.0)
         refusal = self._limits.admit(len(self._relays), wanted)
+        if refusal is None and tenant in self._quotas:
+            refusal = self._quotas[tenant].refusal(wanted, self._loop.time())
         if refusal is not None:
             raise refusal
 
@@ -206,13 +221,15 @@ class Hub:
             timeouts=self._timeouts,
             max_attempts=self._max_attempts,
         )
-        relay = self._add(session, listener)
+        relay = self._add(session, listener, order.tenant)
         self.metrics.prompt_tokens.inc(len(order.prompt) // 4)
         self._perform(relay, session.start(now), now)
         return relay
 
-    def _add(self, session: Session, listener: Listener) -> Relay:
-        relay = Relay(session, listener)
+    def _add(self, session: Session, listener: Listener, tenant: str) -> Relay:
+        relay = Relay(session, listener, self._quotas.get(tenant))
+        if relay.quota is not None:
+            relay.quota.in_flight += 1
         self._relays[session.request] = relay
         self._idle.clear()
         self.metrics.in_flight.set(len(self._relays))
@@ -234,18 +251,19 @@ class Hub:
         if not relay.session.status.over:
             self._feed(relay, StopMatched())
 
-    async def adopt(self, requests: Sequence[RequestId]) -> list[Relay | None]:
-        """Go on with sequences that another gateway has begun; None for those that nobody has any more. Raises
-        ``GatewayError`` where they are too many now."""
-        self._admit(len(requests))
-        return await asyncio.gather(*(self._adopt(request) for request in requests))
+    async def adopt(self, requests: Sequence[RequestId], tenant: str) -> list[Relay | None]:
+        """Go on with sequences of ``tenant`` that another gateway has begun; None for those that nobody has any more.
+        Raises ``GatewayError`` where they are too many now."""
+        self._admit(len(requests), tenant)
+        return await asyncio.gather(*(self._adopt(request, tenant) for request in requests))
 
-    async def _adopt(self, request: RequestId) -> Relay | None:
+    async def _adopt(self, request: RequestId, tenant: str) -> Relay | None:
         if request in self._relays or request in self._adoptions:
             return None  # its client reads it here, or it is being looked for already
         search = _Search(
             Adoption(request, self._mailbox.address, self._router, next(self._adoption_numbers)),
             self._loop.create_future(),
+            tenant,
         )
         self._adoptions[request] = search
         try:
@@ -273,11 +291,11 @@ class Hub:
                 case WakeAt():
                     search.timer = self._loop.call_at(action.time, self._sought, request, Tick())
                 case Found():
-                    search.found.set_result(self._take_over(action.adopted))
+                    search.found.set_result(self._take_over(action.adopted, search.tenant))
                 case Missing():
                     search.found.set_result(None)
 
-    def _take_over(self, adopted: Adopted) -> Relay:
+    def _take_over(self, adopted: Adopted, tenant: str) -> Relay:
         """A session for it at once, since its tokens may come with the next message."""
         now, work = self._loop.time(), adopted.generation
         session = self._make_session(
@@ -286,7 +304,7 @@ class Hub:
             work.sampling,
             gateway=self._mailbox.address,
             router=self._router,
-            tenant=TENANT,
+            tenant=tenant,
             traced=work.traced,
             description=work.description,
             timeouts=self._timeouts,
@@ -294,7 +312,7 @@ class Hub:
         )
         self._moves_to(adopted.worker)
         self._dispatch.know(adopted.worker)
-        relay = self._add(session, _Nobody())
+        relay = self._add(session, _Nobody(), tenant)
         self._perform(relay, session.adopt(adopted, now), now)
         if session.held is not None:
             holding = Holding(gateway=self._mailbox.address, attempts=(session.held,), last=False)
@@ -425,6 +443,8 @@ class Hub:
             match action:
                 case Deliver():
                     self.metrics.generation_tokens.inc(len(action.tokens))
+                    if relay.quota is not None:
+                        relay.quota.use(len(action.tokens))
                     complete = relay.listener.deliver(action, now)
                 case Send():
                     self._mailbox.send(action.to, action.message)
@@ -455,6 +475,8 @@ class Hub:
     def _close(self, relay: Relay) -> None:
         session = relay.session
         del self._relays[session.request]
+        if relay.quota is not None:
+            relay.quota.in_flight -= 1
         if relay.timer is not None:
             relay.timer.cancel()
         if not self._relays:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import openapi
 from gateway.answers import Answer, ErrorAnswer, EventStream, Exchange, WholeAnswer
+from gateway.auth import Keyring
 from gateway.body import Unread, read_body
 from gateway.choice import Choice, Echo
 from gateway.config import GatewayConfig
@@ -31,6 +33,7 @@ from gateway.core.errors import GatewayError, InternalError, InvalidRequest, Met
 from gateway.core.positions import START, Cursor, at_end, parse
 from gateway.core.stop_strings import StopStrings
 from gateway.description import describe, description_of, plan_of
+from gateway.guard import Guard
 from gateway.hub import Hub, Order
 from gateway.metrics import Metrics
 from gateway.orders import Plan, Planner, Prompt
@@ -89,13 +92,16 @@ class Api:
         plan = planned() if len(body) <= SHORT_BODY else await loop.run_in_executor(self.executor, planned)
         exchange = Exchange(self.hub)
         id, asked = request.state.request_id, request.headers.get(TRACE_HEADER, "")
+        tenant = request.state.tenant.name
+        owned = _owned(id, tenant)
         created, trace = int(time.time()), asked in ("1", TIMELINE)
         render = self._renderer(renderer, id, plan, created=created, trace=trace)
         orders = [
             Order(
                 prompt=(prompt := plan.prompts[i // plan.n]).packed,
                 sampling=sampling,
-                request=_sequence(id, i),
+                request=_sequence(owned, i),
+                tenant=tenant,
                 cache_salt=plan.cache_salt,
                 description=describe(plan, prompt, chat=renderer is ChatRenderer, created=created, trace=trace),
                 trace=id if asked == TIMELINE else "",
@@ -107,7 +113,7 @@ class Api:
             return WholeAnswer(exchange, render(), exchange.close)
         leave = exchange.close
         if plan.resumable:
-            stream = Stream(id, plan, render, exchange.relays, exchange)
+            stream = Stream(owned, plan, render, exchange.relays, exchange)
             self.streams.add(stream)
             leave = partial(self.streams.leave, stream, exchange)
         return self._event_stream(plan, exchange, render(), leave)
@@ -118,7 +124,8 @@ class Api:
         after = request.query_params.get("after", request.headers.get("last-event-id", ""))
         if at_end(after):
             return Response(status_code=204)  # has an EventSource stop asking
-        stream = await self.streams.find(id, partial(self._adopt, id, after))
+        tenant = request.state.tenant.name
+        stream = await self.streams.find(_owned(id, tenant), partial(self._adopt, id, tenant, after))
         request.state.request_id = id
         cursor = parse(after, len(stream.relays))
         for relay, position in zip(stream.relays, cursor.choices, strict=True):
@@ -129,20 +136,21 @@ class Api:
         leave = partial(self.streams.leave, stream, exchange)
         return self._event_stream(stream.plan, exchange, stream.renderer(), leave, cursor)
 
-    async def _adopt(self, id: str, after: str) -> Stream:
+    async def _adopt(self, id: str, tenant: str, after: str) -> Stream:
         """The stream that another gateway has begun. Raises ``StreamNotFound`` where nobody has it."""
         if REQUEST_ID.fullmatch(id) is None:
             raise not_found(id)
         likely = min(after.count(",") + 1, self.config.limits.max_sequences_per_request)
-        relays = await self.hub.adopt([_sequence(id, i) for i in range(likely)])
+        owned = _owned(id, tenant)
+        relays = await self.hub.adopt([_sequence(owned, i) for i in range(likely)], tenant)
         sessions = {i: relay.session for i, relay in enumerate(relays) if relay is not None}
         description = description_of(next(iter(sessions.values()))) if sessions else None
         if description is None:
             self.hub.cancel_all(relays)
             raise not_found(id)
-        more = [_sequence(id, i) for i in range(likely, description.num_choices)]
+        more = [_sequence(owned, i) for i in range(likely, description.num_choices)]
         try:
-            relays = [*relays[: description.num_choices], *await self.hub.adopt(more)]
+            relays = [*relays[: description.num_choices], *await self.hub.adopt(more, tenant)]
             sessions = {i: relay.session for i, relay in enumerate(relays) if relay is not None}
             plan = plan_of(description, sessions)
         except GatewayError:
@@ -152,7 +160,7 @@ class Api:
         render = self._renderer(renderer, id, plan, created=description.created, trace=description.trace)
         exchange = Exchange(self.hub)
         exchange.relays = relays
-        stream = Stream(id, plan, render, relays, exchange)
+        stream = Stream(owned, plan, render, relays, exchange)
         self.streams.add(stream)
         self.streams.leave(stream, exchange)  # it is kept like any other until somebody reads it
         return stream
@@ -242,7 +250,7 @@ class Api:
             vocab_size=self.tokenizer.vocab_size,
             max_model_len=self.max_model_len,
             limits=self.config.limits,
-            keyed=False,
+            keyed=self.config.tenants is not None,
         )
 
     def ready(self) -> Response:
@@ -295,7 +303,8 @@ def create_app(api: Api) -> ASGIApp:
         return api.trace(request_id)
 
     _add_error_handlers(app)
-    return Envelope(app, api.metrics, {getattr(route, "path", "") for route in app.routes})
+    keyring = None if api.config.tenants is None else Keyring(api.config.tenants)
+    return Envelope(Guard(app, keyring), api.metrics, {getattr(route, "path", "") for route in app.routes})
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -347,9 +356,14 @@ class Envelope:
         await self._app(scope, receive, labelled)
 
 
-def _sequence(request_id: str, choice: int) -> RequestId:
+def _owned(request_id: str, tenant: str) -> str:
+    """What the cluster calls a request. Whoever else learns its id, and asks for it, asks for another."""
+    return f"{request_id}-{sha256(tenant.encode()).hexdigest()[:16]}"
+
+
+def _sequence(owned: str, choice: int) -> RequestId:
     """One choice's id in the cluster."""
-    return RequestId(f"{request_id}-{choice}")
+    return RequestId(f"{owned}-{choice}")
 
 
 def _json(body: Any, status: int = 200) -> Response:

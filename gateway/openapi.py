@@ -35,6 +35,7 @@ NULL: Schema = {"type": "null"}
 ERRORS = {
     400: "The request is not valid.",
     401: "The API key is missing, or none of the cluster's.",
+    403: "This path is for an admin's key.",
     404: "There is no such thing.",
     405: "This path does not take this method.",
     408: "The request did not arrive in time.",
@@ -84,13 +85,13 @@ def _paths() -> Schema:
             stream_id, after, last,
         ),
         "/traces/{request_id}": _get(
-            {200: _json("Trace"), 404: None}, "Who did what when for a request, for Perfetto.", request_id
+            {200: _json("Trace"), 403: None, 404: None}, "Who did what when for a request, for Perfetto.", request_id
         ),
         "/health": _get({200: _json("Health")}, "Whether this process answers.", open=True),
         "/ready": _get({200: _json("Ready"), 503: _json("Ready")}, "Whether the cluster takes requests.", open=True),
-        "/status": _get({200: _json("Status")}, "What runs, and how busy it is."),
+        "/status": _get({200: _json("Status"), 403: None}, "What runs, and how busy it is."),
         "/version": _get({200: _json("Version")}, "Which Baton this is."),
-        "/metrics": _get({200: {"text/plain": {"schema": TEXT}}}, "For Prometheus."),
+        "/metrics": _get({200: {"text/plain": {"schema": TEXT}}, 403: None}, "For Prometheus."),
         "/openapi.json": _get({200: {"application/json": {"schema": {"type": "object"}}}}, "This document."),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gateway.openai_api import Api, create_app
 from gateway.orders import Planner
 from gateway.streams import Streams
 from gateway.tokenization import Tokenizer, UnusableModel
+from kv_transfer.curve import Exposed, is_loopback
 from messages.codec import decoder_for
 from messages.ids import Address
 from runtime.mailbox import AsyncMailbox
@@ -64,7 +66,7 @@ class GatewayServer:
     @property
     def url(self) -> str:
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        return f"http://{host}:{self._port}"
+        return f"{'http' if self._config.tls is None else 'https'}://{host}:{self._port}"
 
     @property
     def ready(self) -> bool:
@@ -73,8 +75,13 @@ class GatewayServer:
 
     def start(self, timeout: float = 60.0) -> int:
         """Bind, start the thread, return HTTP's port. Raises what kept it from starting."""
-        tokenizer = Tokenizer(Path(self._config.model))
         config = self._config
+        if config.tenants is None and not is_loopback(config.host):
+            raise Exposed(
+                f"will not serve {config.host}, where others can connect, without API keys; run"
+                " `baton keys api TENANT`, and name its file in the topology as security.api_keys"
+            )
+        tokenizer = Tokenizer(Path(config.model))
         listener = _listen(config.host, config.port, config.client_stall, reuse_port=config.reuse_port)
         self._port = listener.getsockname()[1]
         started: Future[None] = Future()
@@ -117,6 +124,9 @@ class GatewayServer:
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket, started: "Future[None]") -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        if self._config.tls is not None:  # uvicorn has no setting for it
+            listen = partial(self._loop.create_server, ssl_handshake_timeout=self._config.headers_timeout)
+            self._loop.create_server = listen  # type: ignore[method-assign]
         mailbox = AsyncMailbox(self._config.mailbox_host, decoder_for(*Messages), curve=self._config.curve)
         recorder = Recorder(Path(self._config.record), "gateway") if self._config.record else None
         with thread_pool(PLANNERS, "gateway-planner") as executor:
@@ -153,6 +163,7 @@ class GatewayServer:
             max_attempts=config.max_attempts,
             metrics=metrics,
             state_every=config.state_every,
+            allowances={tenant.name: tenant.allowance for tenant in config.tenants or ()},
             recorder=recorder,
         )
 
@@ -179,6 +190,8 @@ class GatewayServer:
         settings = uvicorn.Config(
             create_app(api),
             http=connections.protocol(),
+            ssl_certfile=None if config.tls is None else config.tls.cert,
+            ssl_keyfile=None if config.tls is None else config.tls.key,
             timeout_keep_alive=config.keep_alive,
             ws="none",
             lifespan="off",

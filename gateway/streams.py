@@ -24,7 +24,7 @@ class Stream:
     """One answer, whoever reads it."""
 
     id: str
-    """Of its request."""
+    """Of its request, and of whose it is."""
     plan: Plan
     renderer: Callable[[], Renderer]
     """A fresh one."""

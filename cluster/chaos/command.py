@@ -41,6 +41,10 @@ def chaos(
             raise ClusterError(f"there is no folder {file.parent} for {file.name}; make it, or name another file")
     quiet = Console(stderr=True, quiet=as_json and not console.is_terminal)
     topology = Topology.load(source)
+    if topology.security.tls is not None:
+        raise topology.error(
+            ("security", "tls"), "security.tls: `baton chaos` speaks plain HTTP; write another topology"
+        )
     topology = topology.with_overrides({**OVERRIDES, "cluster.name": f"{topology.name}-chaos"[:40]})
     head = BackOff(at_once=HEAD_SECONDS, first=HEAD_SECONDS)
     up = running(topology, quiet, source=source.resolve(), head_back_off=head)

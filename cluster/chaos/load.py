@@ -17,7 +17,7 @@ import httpx
 from cluster.chaos.catalogue import Case
 from cluster.chaos.core.answers import Answer, Comparison, Verdict
 from cluster.chaos.recorder import Recorder
-from cluster.client import TRACE
+from cluster.client import TRACE, credentials
 from cluster.errors import ClusterError
 from cluster.submit import retry_after
 
@@ -155,7 +155,7 @@ class Load:
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-        return httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, limits=limits, verify=NO_TLS)
+        return httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, limits=limits, verify=NO_TLS, headers=credentials())
 
     async def _each(self, do: Callable[[Case], Any], cases: list[Case]) -> None:
         waiting = iter(cases)

@@ -25,7 +25,7 @@ from cluster.chaos.load import NO_TLS, Load, Stream
 from cluster.chaos.meters import Meters, Uses, shared_memory, uses
 from cluster.chaos.processes import Gone, Life, Processes, kill, set_links, stop
 from cluster.chaos.recorder import Recorder, incarnation, lost
-from cluster.client import only_model
+from cluster.client import credentials, only_model
 from cluster.errors import ClusterError
 from kv_transfer.transports.faulty import Fault as LinkFault
 from kv_transfer.transports.switched import SOUND, LinkState
@@ -343,7 +343,7 @@ class Session:
         if role in ("router", "gateway"):
             return
         await asyncio.sleep(1.0)  # longer than the gateway's view of the cluster is old
-        async with httpx.AsyncClient(trust_env=False, timeout=5.0, verify=NO_TLS) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=5.0, verify=NO_TLS, headers=credentials()) as client:
 
             async def alive() -> bool:
                 try:

@@ -3,9 +3,11 @@
 GatewayError
 ├── InvalidRequest (400)
 │   └── ContextExceeded
+├── Unauthorized (401), AdminOnly (403)
 ├── ModelNotFound (404), PathNotFound (404), StreamNotFound (404), MethodNotAllowed (405)
 ├── HeadersTimeout (408), BodyTimeout (408), StreamTaken (409), BodyTooLarge (413), UnsupportedMediaType (415)
 ├── Overloaded (429)
+│   └── RateLimited
 ├── Unavailable (503)
 │   └── AttemptsExhausted
 └── InternalError (500)
@@ -39,6 +41,18 @@ class InvalidRequest(GatewayError):
 
 class ContextExceeded(InvalidRequest):
     default_code = "context_length_exceeded"
+
+
+class Unauthorized(InvalidRequest):
+    """The client has shown no key that is known here."""
+
+    status = 401
+    default_code = "invalid_api_key"
+
+
+class AdminOnly(InvalidRequest):
+    status = 403
+    default_code = "permission_denied"
 
 
 class ModelNotFound(InvalidRequest):
@@ -92,6 +106,12 @@ class Overloaded(GatewayError):
     status = 429
     type = "rate_limit_error"
     default_code = "overloaded"
+
+
+class RateLimited(Overloaded):
+    """This tenant has asked for as much as it may."""
+
+    default_code = "rate_limit_exceeded"
 
 
 class Unavailable(GatewayError):

@@ -6,7 +6,9 @@ import httpx
 import openai
 import pytest
 
+from gateway.auth import EVERYONE
 from gateway.config import GatewayConfig
+from gateway.openai_api import _owned, _sequence
 from gateway.server import GatewayServer
 from gateway.tokenization import Tokenizer
 from tests.gateway.fake_cluster import FakeCluster
@@ -17,6 +19,11 @@ MODEL = "tiny-llama"
 @pytest.fixture(scope="session")
 def tokenizer(tiny_llama: Path) -> Tokenizer:
     return Tokenizer(tiny_llama)
+
+
+def sequence(id: str, choice: int) -> str:
+    """What the cluster calls a choice of an answer, where there are no API keys."""
+    return _sequence(_owned(id, EVERYONE.name), choice)
 
 
 @contextlib.contextmanager

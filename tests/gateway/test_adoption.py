@@ -13,7 +13,7 @@ from gateway.server import GatewayServer
 from gateway.tokenization import Tokenizer
 from messages.gateway_to_router import AdoptionWanted
 from messages.gateway_to_worker import Abort, EndAck, Prefill
-from tests.gateway.conftest import MODEL, serving
+from tests.gateway.conftest import MODEL, sequence, serving
 from tests.gateway.fake_cluster import FakeCluster
 from tests.gateway.raw import until
 from tests.gateway.test_resume import CASES, COMPLETION, ask, events_of, path_of, reading, tell, text
@@ -106,9 +106,9 @@ def test_an_attempt_after_the_adoption_knows_everything(pair: Pair) -> None:
     with here.stream("POST", path_of(body), json=body) as first:
         id, earlier = first.headers["x-request-id"], events_of(first.iter_lines())
         seen = [next(earlier)]
-        until(lambda: len(cluster.made(f"{id}-0").tokens) == 4, "it stands still")
+        until(lambda: len(cluster.made(sequence(id, 0)).tokens) == 4, "it stands still")
         with there.stream("GET", f"/v1/streams/{id}", params={"after": seen[0].id}):
-            cluster.fail(f"{id}-0")
+            cluster.fail(sequence(id, 0))
             order = cluster.wait_for(Prefill, 2)[1]
             assert order.attempt == 3 and len(order.generation.generated) == 4 * 4
             assert len(order.generation.logprobs.sampled) == 4
@@ -124,7 +124,7 @@ def test_nobody_has_it_is_said_fast(pair: Pair) -> None:
     for id in ("0" * 32, "nonsense", "0" * 31 + "/"):
         answer = there.get(f"/v1/streams/{id}", params={"after": "3"})
         assert answer.status_code == 404
-    assert {wanted.request for wanted in cluster.of(AdoptionWanted)} == {"0" * 32 + "-0"}
+    assert {wanted.request for wanted in cluster.of(AdoptionWanted)} == {sequence("0" * 32, 0)}
 
 
 def test_a_stream_of_which_a_choice_is_lost_is_not_read_on(pair: Pair) -> None:
@@ -132,7 +132,7 @@ def test_a_stream_of_which_a_choice_is_lost_is_not_read_on(pair: Pair) -> None:
     cluster, here, there = pair
     cluster.reset()
     id, events = ask(here, PLAIN["several"])
-    cluster.forget(f"{id}-1")
+    cluster.forget(sequence(id, 1))
     tokens = reading(events).usage["completion_tokens"] // 2
     lost = there.get(f"/v1/streams/{id}", params={"after": f"3,{tokens - 1}"})
     assert (lost.status_code, lost.json()["error"]["code"]) == (404, "stream_not_found")
