@@ -1,5 +1,5 @@
-"""The command line: `baton up | down | status | drain | flip | restart | validate | keys | submit | chat | trace |
-doctor | replay | simulate | chaos | demo`.
+"""The command line: `baton up | down | status | drain | flip | restart | validate | keys | submit | job | chat |
+trace | doctor | replay | simulate | chaos | demo`.
 
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ClusterError
+from cluster.job_cli import app as job_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(job_app, name="job")
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The YAML file that says what runs.")]
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Which cluster, where several run.")]
@@ -214,10 +217,19 @@ def validate(topology: TopologyFile) -> None:
 @app.command()
 def submit(
     requests: Annotated[Path, typer.Argument(metavar="PROMPTS.JSONL", help="One request a line.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="RESULTS.JSONL", help="One result a line.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="RESULTS.JSONL", help="One result a line.")
+    ] = None,
     url: Url = None,
-    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="A cluster that runs here.")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="Which, where several run.")] = None,
     topology: Annotated[Path | None, typer.Option(help="Start this one for the time of the run.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Run it as a job of the Ray whose dashboard this is, and bring the results."),
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="With --address: return when the job has its input.")
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Requests at a time.")] = 32,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that is away or busy.")] = 300.0,
     api_key: ApiKey = None,
@@ -232,16 +244,37 @@ def submit(
     Every line gets exactly one result, over however many runs, in the order in which they are done; a line that is no
     request gets an error for a result. Lines that failed are named, and the exit code is 1.
 
-    Without --url, --cluster or --topology the one cluster that runs here is used.
+    Without --url, --cluster or --topology the one cluster that runs here is used, and in a Ray job the one that runs
+    on that Ray: `ray job submit --working-dir . -- baton submit prompts.jsonl -o /a/folder/that/stays/results.jsonl`
+
+    With --address, such as http://127.0.0.1:8265, nothing but that dashboard has to be reached: the input goes through
+    it in pieces, the results come back as they are made, and the job goes on without its client: see `baton job`.
     """
-    from cluster import batch_run
+    from cluster import batch_run, job_commands
     from cluster.submit import check_files
 
-    if sum(option is not None for option in (url, cluster, topology)) > 1:
-        raise typer.BadParameter("name one of --url, --cluster and --topology")
+    if sum(option is not None for option in (url, topology, address)) + (address is None and cluster is not None) > 1:
+        raise typer.BadParameter("name one of --url, --cluster, --topology and --address")
+    if no_wait and address is None:
+        raise typer.BadParameter("--no-wait is for a job: name its --address")
+    if (output is None) != no_wait:
+        raise typer.BadParameter("name a file for the results with -o" if output is None else "--no-wait needs no -o")
+    dashboard = None if address is None else gateway(address, "--address")
     check_files(requests, output)
-    run = batch_run.BatchRun(_console(), requests, output, concurrency=concurrency, patience=patience)
-    _tell(run.on_topology(topology) if topology is not None else run.on_url(_url(url, cluster)))
+    console = _console()
+    if dashboard is not None:
+        options = job_commands.Options(concurrency, patience, cluster)
+        summary = job_commands.submit(console, dashboard, requests, output, options)
+        if summary is not None:
+            tell(summary)
+        return
+    assert output is not None
+    run = batch_run.BatchRun(console, requests, output, concurrency=concurrency, patience=patience)
+    if topology is not None:
+        tell(run.on_topology(topology))
+        return
+    job_commands.warn_of_a_passing_folder(output)
+    tell(run.on_url(_url(url, cluster)))
 
 
 @app.command()
@@ -470,17 +503,20 @@ def api_key_for(
 
 
 def _url(url: str | None, name: str | None) -> str:
-    from cluster import state
+    from cluster import discovery, state
 
     if url is not None:
-        return _gateway(url)
+        return gateway(url, "--url")
+    if discovery.in_a_job():
+        return discovery.url_on_this_ray(name)
     found = state.find(name)
     if found.url is None:
         raise ClusterError(f"{found.name} is still starting; `baton status` says when it is ready")
     return found.url
 
 
-def _gateway(url: str) -> str:
+def gateway(url: str, option: str) -> str:
+    """``url`` as it is used; ``BadParameter`` if it cannot be."""
     from urllib.parse import urlsplit
 
     try:
@@ -489,11 +525,12 @@ def _gateway(url: str) -> str:
     except ValueError:  # no port that there could be
         usable = False
     if not usable:
-        raise typer.BadParameter(f"--url must look like http://127.0.0.1:8000, got {url!r}")
+        raise typer.BadParameter(f"{option} must look like http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _tell(summary: "Summary") -> None:
+def tell(summary: "Summary") -> None:
+    """How it went, with exit code 1 where lines have failed."""
     speed = summary.completion_tokens / summary.seconds if summary.seconds else 0.0
     parts = [
         f"{summary.finished} of {summary.total} lines have their results",

@@ -11,13 +11,16 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import psutil
 import pytest
 
 from tests.e2e.conftest import CONFIGS, remains, wait_until
+from tests.e2e.jobs import use_jobs
 
 pytestmark = pytest.mark.ray
 BATON = Path(sys.executable).with_name("baton")
@@ -46,7 +49,11 @@ def ours() -> set[int]:
 
 def baton(*arguments: str, code: int = 0, stdin: str = "") -> str:
     """What the command prints."""
-    done = subprocess.run([BATON, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
+    return run(BATON, *arguments, code=code, stdin=stdin)
+
+
+def run(program: Path, *arguments: str, code: int = 0, stdin: str = "") -> str:
+    done = subprocess.run([program, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -132,17 +139,26 @@ def test_up_interrupted_while_it_starts_leaves_nothing() -> None:
         assert launcher.wait(60) == 130
 
 
+class SomebodysRay(NamedTuple):
+    address: str
+    dashboard: str
+
+
 @pytest.fixture
-def somebodys_ray(tmp_path: Path) -> Iterator[str]:
-    """The address of a Ray that was started without us, on loopback."""
-    with socket.socket() as probe:
+def somebodys_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SomebodysRay]:
+    """A Ray that was started without us, on loopback; `baton` is on the path of its jobs."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("PATH", str(BATON.parent), prepend=os.pathsep)
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, dashboard = probe.getsockname()[1], other.getsockname()[1]
     # Ray's sockets have long paths: not below the test's own folder.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         command = [
             BATON.with_name("ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1",
-            "--include-dashboard=false", "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={folder}",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2",
+            "--object-store-memory=80000000", f"--temp-dir={folder}",
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
             assert head.stdout is not None
@@ -150,25 +166,29 @@ def somebodys_ray(tmp_path: Path) -> Iterator[str]:
                 for line in head.stdout:
                     if "--block" in line:  # "This command will now block"
                         break
-                yield f"127.0.0.1:{port}"
+                yield SomebodysRay(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
             finally:
                 head.terminate()
                 head.stdout.read()
                 head.wait(30)
 
 
-def test_up_joins_a_ray_that_is_there_and_gives_everything_back(tmp_path: Path, somebodys_ray: str) -> None:
+def test_up_joins_a_ray_that_is_there_and_gives_everything_back(tmp_path: Path, somebodys_ray: SomebodysRay) -> None:
+    address = somebodys_ray.address
     topology = tmp_path / "joined.yaml"
     text = Path(COLOCATED).read_text().replace("../../models/tiny-llama", str(CONFIGS.parents[1] / "models/tiny-llama"))
-    topology.write_text(f"{text}\ncluster: {{address: '{somebodys_ray}'}}\ndebug: {{record: journals}}\n")
+    topology.write_text(f"{text}\ncluster: {{address: '{address}'}}\ndebug: {{record: journals}}\n")
     shown = baton("up", "--detach", str(topology), "--port", "0")
     url = re.search(r"http://127\.0\.0\.1:\d+", shown)
     assert url is not None and "ready" in shown
     body = {"model": "tiny-llama", "prompt": "Once", "max_tokens": 4}
-    assert httpx.post(url[0] + "/v1/completions", json=body, timeout=30).status_code == 200
-    assert "is stopped" in baton("down")
+    try:
+        assert httpx.post(url[0] + "/v1/completions", json=body, timeout=30).status_code == 200
+        use_jobs(partial(run, BATON.with_name("ray")), baton, somebodys_ray.dashboard, tmp_path / "jobs")
+    finally:
+        assert "is stopped" in baton("down")
     look = (
-        f"import ray; ray.init('{somebodys_ray}', logging_level='ERROR', log_to_driver=False)\n"
+        f"import ray; ray.init('{address}', logging_level='ERROR', log_to_driver=False)\n"
         "from ray.util import list_named_actors, placement_group_table\n"
         "groups = [group for group in placement_group_table().values() if group['state'] != 'REMOVED']\n"
         "print(groups, list_named_actors(all_namespaces=True), ray.available_resources()['CPU'])"
