@@ -6,6 +6,7 @@ disk yet, when its process or host died has none, and is asked again: at least o
 Which line a result belongs to is told by its ``custom_id``; lines that have none, being broken, go by their number.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -21,6 +22,7 @@ from typing import Any, Self
 from cluster.errors import ClusterError
 
 MAX_LINE = 16 << 20
+MAKE_ROOM = "make room, then run the same command again to go on where it stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +109,10 @@ class Results:
             raise ClusterError(f"{path} is no file; name one for the results")
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            _sync_folder(path.parent)
         except OSError as error:
-            raise ClusterError(f"{path} cannot be written: {error.strerror}; name another file") from error
+            raise self._cannot(error, "name another file") from error
         try:
+            _sync_folder(path.parent)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -157,9 +159,8 @@ class Results:
     ) -> None:
         self.close()
 
-    def _cannot(self, error: OSError) -> ClusterError:
-        again = "make room, then run the same command again to go on where it stopped"
-        return ClusterError(f"{self._path} cannot be written: {error.strerror}; {again}")
+    def _cannot(self, error: OSError, cure: str = MAKE_ROOM) -> ClusterError:
+        return ClusterError(f"{self._path} cannot be written: {error.strerror}; {cure}")
 
     def _read(self) -> Iterator[int]:
         """Keys of all whole results; cuts a torn last one off, and what a crash of the host has left unwritten."""
@@ -187,6 +188,9 @@ def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing
+            raise
     finally:
         os.close(fd)
 

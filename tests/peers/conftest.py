@@ -23,11 +23,16 @@ def program(peer: str, name: str) -> Path:
     return path
 
 
-def run(*command: str | Path, within: float = 240.0, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path | None = None, within: float = 240.0, **environment: str) -> str:
     """What it prints; it must end well."""
     own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=within, env=own | environment
+        [str(part) for part in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=within,
+        env=own | environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -35,9 +40,16 @@ def run(*command: str | Path, within: float = 240.0, **environment: str) -> str:
 
 @pytest.fixture(scope="package")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The gateway of a real cluster: prefill and decode apart, every prompt handed over."""
-    environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path_factory.mktemp("run"))}
-    command = [BATON, "up", "--detach", str(TOPOLOGY), "--port", "0"]
+    """The gateway of a real cluster, prefill and decode apart, in fp32; or BATON_URL, one that serves tiny-llama so."""
+    if "BATON_URL" in os.environ:
+        yield os.environ["BATON_URL"]
+        return
+    folder = tmp_path_factory.mktemp("run")
+    topology = folder / "local.yaml"
+    text = TOPOLOGY.read_text().replace("../../models", str(ROOT / "models"))
+    topology.write_text(text.replace("dtype: auto ", "dtype: float32 ", 1))
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(folder)}
+    command = [BATON, "up", "--detach", str(topology), "--port", "0"]
     up = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert up.returncode == 0, up.stdout + up.stderr
     found = re.search(r"http://127\.0\.0\.1:\d+", up.stdout)
