@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from cluster.state import started_at
+from runtime import heap
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Host:
             self._actor = self._make(config)
         self._actor.on_failure = self._fail
         started: dict[str, Any] = self._actor.start()
+        heap.settle()
         return started
 
     def call(self, method: str, *arguments: Any) -> Any:

@@ -39,6 +39,7 @@ from cluster.processes import (
     units_of,
 )
 from cluster.ray_session import RaySession
+from runtime import heap
 from runtime.core.actions import WakeAt
 
 AS_KUBERNETES = BackOff()
@@ -157,6 +158,7 @@ class Cluster:
             self.supervise(POLL / 4)
         self.url = self._processes.urls[self.plan.gateways[0]]
         self._wait_until_ready()
+        heap.settle()
         self._events.put(Up())
 
     def supervise(self, seconds: float) -> None:
