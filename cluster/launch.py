@@ -43,6 +43,8 @@ from runtime import heap
 from runtime.core.actions import WakeAt
 
 AS_KUBERNETES = BackOff()
+TRIM_EVERY = 30.0
+"""Seconds between two times that the launcher gives memory back."""
 READY_WITHIN = 30.0
 """Seconds from loaded models to a cluster that answers."""
 
@@ -152,6 +154,7 @@ class Cluster:
         self._processes = Processes(self.plan, self._session, self._events.put, self._note)
         self._thread = threading.Thread(target=self._control, args=(self._processes,), name="controller", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._trim, name="heap", daemon=True).start()
         self._events.put(Begin())
         while not all(status.phase is Phase.RUNNING for status in self.status()):
             self._check()
@@ -247,6 +250,11 @@ class Cluster:
                 raise LaunchError(
                     f"not ready after {READY_WITHIN:.0f} s: the router knows {known} of {workers} workers"
                 )
+
+    def _trim(self) -> None:
+        """In a thread of its own, until the controller ends: starting and watching others leaves much that is free."""
+        while not self._ended.wait(TRIM_EVERY):
+            heap.trim()
 
     # The controller's thread
 
