@@ -7,7 +7,7 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test alone beside chaos peers check format bench clean
+.PHONY: demo test alone beside chaos peers check format bench protos clean
 
 demo: .venv/installed
 	$(BIN)/baton demo
@@ -52,6 +52,11 @@ check: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What is kept beside each .proto; tests/gateway/grpc compares them with what is generated.
+protos: .venv/installed
+	$(BIN)/python -m grpc_tools.protoc --proto_path . --python_out . --pyi_out . gateway/protos/*.proto
+	$(BIN)/python -m grpc_tools.protoc --proto_path . --grpc_python_out . $(addprefix gateway/protos/,vllm_engine.proto open_inference.proto)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/engine.py --shape 135m

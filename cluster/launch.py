@@ -121,6 +121,11 @@ class Cluster:
         return [] if self._processes is None else [self._processes.urls[name] for name in self.plan.gateways]
 
     @property
+    def grpc_ports(self) -> list[int | None]:
+        """Of all gateways."""
+        return [] if self._processes is None else [self._processes.grpc_ports[name] for name in self.plan.gateways]
+
+    @property
     def processes(self) -> dict[str, Process]:
         """By name, in their newest incarnation."""
         return {} if self._processes is None else dict(self._processes.newest)

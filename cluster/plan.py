@@ -129,6 +129,7 @@ class Plan:
             router=router,
             host=topology.gateway.host,
             port=port + index if port else 0,
+            grpc_port=topology.gateway.grpc_port and topology.gateway.grpc_port + index,
             tenants=self.tenants,
             tls=self.tls,
             mailbox_host=LOOPBACK,

@@ -122,6 +122,7 @@ class Processes:
         self.newest: dict[str, Process] = {}
         """By name, alive or not."""
         self.urls: dict[str, str] = {}
+        self.grpc_ports: dict[str, int | None] = {}
         """Of each gateway that has listened."""
         self._plan = plan
         self._session = session
@@ -315,8 +316,10 @@ class Processes:
         if name in self.urls:
             port = urlsplit(self.urls[name]).port
             assert port is not None
-            config = replace(config, port=port, reuse_port=True)  # the former one may listen still
-        self.urls[name] = self._configure(incarnation, {process: config}, "loading")[name]["http_url"]
+            # The former one may listen still.
+            config = replace(config, port=port, grpc_port=self.grpc_ports[name], reuse_port=True)
+        started = self._configure(incarnation, {process: config}, "loading")[name]
+        self.urls[name], self.grpc_ports[name] = started["http_url"], started["grpc_port"]
 
     def _start_worker(self, incarnation: Incarnation) -> None:
         planned = [each for each in self._plan.workers("") if each.config.worker == incarnation.unit]

@@ -136,8 +136,10 @@ class Gateway(Section):
     host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0: any free port."""
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """0: any free port; without it there is no gRPC."""
     replicas: Annotated[int, Field(ge=1, le=64)] = 1
-    """Each a process with a port of its own: ``port``, the one after it, ..."""
+    """Each a process with ports of its own: ``port``, the one after it, ...; so for ``grpc_port``."""
     cpus: Annotated[float, Field(gt=0, le=1024)] = 0.1
 
 
@@ -285,8 +287,19 @@ class Topology(Section):
             yield ("kv", "preemption"), "kv.preemption swap needs room to swap to; write kv.swap_space, such as 1GiB"
         if gateway.port and gateway.port + gateway.replicas > 65536:
             yield ("gateway", "replicas"), f"{gateway.replicas} ports from {gateway.port} on are too many; write fewer"
+        yield from self._impossible_grpc()
         if self.device == "cuda":
             yield ("device",), "pools on GPUs come next; write cpu"
+
+    def _impossible_grpc(self) -> Iterator[tuple[Loc, str]]:
+        port, grpc, replicas = self.gateway.port, self.gateway.grpc_port, self.gateway.replicas
+        if not grpc:
+            return
+        if grpc + replicas > 65536:
+            yield ("gateway", "grpc_port"), f"{replicas} ports from {grpc} on are too many; write a lower one"
+        if port and abs(port - grpc) < replicas:
+            text = f"gateway.grpc_port {grpc} meets the ports of HTTP, {port} ... {port + replicas - 1}"
+            yield ("gateway", "grpc_port"), f"{text}; write one that is {replicas} further"
 
     def _impossible_pools(self) -> Iterator[tuple[Loc, str]]:
         roles = {pool.role for pool in self.pools}

@@ -60,6 +60,9 @@ def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     keys = "without API keys" if security.api_keys is None else f"API keys in {security.api_keys}{clear}"
     yield "gateway", f"{scheme}://{host}:{gateway.port or '(any free port)'}{last}, {keys}"
     yield "links", "in the clear, on loopback" if security.keys is None else f"encrypted with {security.keys}"
+    if gateway.grpc_port is not None:
+        last = f" ... {gateway.grpc_port + gateway.replicas - 1}" if gateway.grpc_port and gateway.replicas > 1 else ""
+        yield "grpc", f"{host}:{gateway.grpc_port or '(any free port)'}{last}"
     yield "ray", "started here, on loopback" if topology.cluster.address == "local" else topology.cluster.address
 
 
@@ -83,8 +86,15 @@ def _machine_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
 
 def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
     gateway = topology.gateway
-    ports = range(gateway.port, gateway.port + gateway.replicas) if gateway.port else [0]
-    problems = [problem for port in ports for problem in _port_problems(gateway.host, port)]
+    ports = [("port", gateway.port)]
+    if gateway.grpc_port is not None:
+        ports.append(("grpc_port", gateway.grpc_port))
+    problems = [
+        problem
+        for name, first in ports
+        for port in (range(first, first + gateway.replicas) if first else [0])
+        for problem in _port_problems(gateway.host, port, name)
+    ]
     yield from problems
     if not problems and topology.security.api_keys is None and not is_loopback(gateway.host):
         text = f"gateway.host: others can connect to {gateway.host}, and there are no API keys"
@@ -92,7 +102,7 @@ def _gateway_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
         yield ("gateway", "host"), f"{text}; {advice}"
 
 
-def _port_problems(host: str, port: int) -> Iterator[tuple[Loc, str]]:
+def _port_problems(host: str, port: int, name: str) -> Iterator[tuple[Loc, str]]:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):  # UnicodeError: a part of the name is too long
@@ -107,7 +117,8 @@ def _port_problems(host: str, port: int) -> Iterator[tuple[Loc, str]]:
                 yield ("gateway", "host"), f"gateway.host: {host} is not an address of this machine; write one that is"
             else:
                 text = "is taken by another program" if error.errno == errno.EADDRINUSE else f"{error.strerror}"
-                yield ("gateway", "port"), f"gateway.port: {port} {text}; write another, or 0 for any free one"
+                advice = "write another, or 0 for any free one"
+                yield ("gateway", name), f"gateway.{name}: {port} {text}; {advice}"
 
 
 def _memory(plan: Plan) -> int:

@@ -16,11 +16,15 @@ class GatewayActor:
         self.on_failure: Callable[[BaseException], None] | None = None
         """Called from the gateway's thread when it fails; set before ``start``."""
 
-    def start(self) -> dict[str, str]:
-        """Take requests: the mailbox's ``address`` and the ``http_url``."""
+    def start(self) -> dict[str, Any]:
+        """Take requests: the mailbox's ``address``, the ``http_url``, and the ``grpc_port``, which may be None."""
         self._server.on_failure = self.on_failure
         self._server.start()
-        return {"address": self._server.address, "http_url": self._server.url}
+        return {
+            "address": self._server.address,
+            "http_url": self._server.url,
+            "grpc_port": self._server.grpc_port,
+        }
 
     def url(self) -> str:
         """Where it takes requests; for jobs that look for it."""

@@ -115,6 +115,11 @@ class Choice:
         return self.finish is not None or self.error is not None
 
     @property
+    def stop_string(self) -> str:
+        """That has ended it; empty where none has."""
+        return self._stops.matched
+
+    @property
     def ttft(self) -> float | None:
         return None if self.first_at is None or self._resumed else self.first_at - self._arrived
 

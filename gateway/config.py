@@ -25,9 +25,11 @@ class GatewayConfig:
     router: str
     """The router's mailbox."""
     host: str = "127.0.0.1"
-    """Address that HTTP binds to; anything but loopback needs ``tenants``."""
+    """Address that HTTP and gRPC bind to; anything but loopback needs ``tenants``."""
     port: int = 8000
     """0: a free one."""
+    grpc_port: int | None = None
+    """0: a free one; None: no gRPC."""
     reuse_port: bool = False
     """Whether another gateway of this user may listen there too: one that is about to be replaced by this one."""
     tenants: tuple[Tenant, ...] | None = None
@@ -44,7 +46,8 @@ class GatewayConfig:
     limits: Limits = field(default_factory=Limits)
     timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
     max_connections: int = 4096
-    """Open HTTP connections; further ones hear 503. At most half of the process's file descriptors are used."""
+    """Open HTTP connections; further ones hear 503. At most half of the process's file descriptors are used. As many
+    gRPC calls may be under way."""
     headers_timeout: float = 30.0
     """Seconds that a client may take from connecting, or from beginning its next request, to the end of the headers."""
     keep_alive: int = 75

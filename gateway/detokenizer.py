@@ -5,7 +5,7 @@ Pure functions of the tokens: replaying a transcript gives the same text in the 
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -38,13 +38,19 @@ class Vocabulary:
         self.is_byte_level = (state.get("decoder") or {}).get("type") == "ByteLevel"
         self._bytes: dict[int, bytes] = {}
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """A fresh one for what follows ``prompt``; special tokens have no text."""
-        return ByteDetokenizer(self) if self.is_byte_level else WindowDetokenizer(self, prompt)
+    def detokenizer(self, prompt: Sequence[int], *, special: bool = False) -> Detokenizer:
+        """A fresh one for what follows ``prompt``; special tokens have no text unless ``special``."""
+        if self.is_byte_level:
+            return ByteDetokenizer(self.token_bytes if special else self.text_bytes)
+        return WindowDetokenizer(self, prompt, special=special)
 
     def is_silent(self, token: int) -> bool:
         """Whether ``token`` is special, or an id without a token: neither has text."""
-        return token in self._special or self.backend.id_to_token(token) is None
+        return token in self._special or self.is_unknown(token)
+
+    def is_unknown(self, token: int) -> bool:
+        """Whether ``token`` is an id without a token."""
+        return self.backend.id_to_token(token) is None
 
     def text_bytes(self, token: int) -> bytes:
         """What ``token`` adds to a text: nothing for special tokens, and for ids without a token."""
@@ -66,8 +72,9 @@ class Vocabulary:
 
 
 class ByteDetokenizer:
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._text_bytes = vocabulary.text_bytes
+    def __init__(self, text_bytes: Callable[[int], bytes]) -> None:
+        """``text_bytes``: what a token adds to the text."""
+        self._text_bytes = text_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def step(self, token: int) -> str:
@@ -85,9 +92,11 @@ class WindowDetokenizer:
     space that a text begins with, which the output's first word must keep.
     """
 
-    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int]) -> None:
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], *, special: bool = False) -> None:
+        """``special``: special tokens have text too."""
         self._backend = vocabulary.backend
-        self._is_silent = vocabulary.is_silent
+        self._special = special
+        self._is_silent = vocabulary.is_unknown if special else vocabulary.is_silent
         self._window = self._context(prompt)
         self._known = len(self._window)  # tokens of the window whose text is emitted
 
@@ -129,7 +138,7 @@ class WindowDetokenizer:
         return context
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._backend.decode(tokens, skip_special_tokens=True)
+        text: str = self._backend.decode(tokens, skip_special_tokens=not self._special)
         return text
 
 

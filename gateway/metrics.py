@@ -85,6 +85,7 @@ class Metrics(Collector):
             return Histogram(f"baton_{name}_seconds", text, buckets=buckets, registry=self.registry)
 
         self.responses = counter("http_responses", "HTTP responses", ("route", "code"))
+        self.grpc_responses = counter("grpc_responses", "gRPC calls that have ended", ("method", "code"))
         self.finished = counter("sequences_finished", "sequences that ended well", ("reason",))
         self.failed = counter("sequences_failed", "sequences that ended with an error", ("code",))
         self.prompt_tokens = counter("prompt_tokens", "prompt tokens of sequences begun")

@@ -65,7 +65,15 @@ class Planner:
         self._max_model_len = max_model_len
         self._limits = limits
 
-    def completion(self, request: CompletionRequest) -> Plan:
+    def completion(
+        self,
+        request: CompletionRequest,
+        *,
+        default: int | None = DEFAULT_COMPLETION_TOKENS,
+        prompt_logprobs: int | None = None,
+    ) -> Plan:
+        """``default``: tokens where the request does not say how many; None: all that there is room for.
+        ``prompt_logprobs``: wanted of each prompt token, whether it is repeated or not."""
         self._check_model(request.model)
         n = 1 if request.n is None else request.n
         if request.best_of is not None and request.best_of != n:
@@ -80,15 +88,16 @@ class Planner:
         if request.max_tokens == 0 and not echo:
             raise InvalidRequest("max_tokens must be at least 1, or 0 with echo", param="max_tokens")
         logprobs = _logprobs("logprobs", request.logprobs)
+        scores = _logprobs("prompt_logprobs", prompt_logprobs)
         return self._plan(
             request,
             encoded,
             n,
             length="max_tokens",
             wanted=request.max_tokens,
-            default=DEFAULT_COMPLETION_TOKENS,
+            default=default,
             logprobs=logprobs,
-            prompt_logprobs=logprobs if echo else None,
+            prompt_logprobs=logprobs if echo else scores,
             echo=echo,
         )
 

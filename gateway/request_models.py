@@ -140,6 +140,16 @@ def chat_request(body: bytes) -> ChatRequest:
     return request
 
 
+def completion_of(fields: dict[str, Any]) -> CompletionRequest:
+    """From values that may be written as strings: "5" is an integer here. Raises ``InvalidRequest``."""
+    try:
+        request = msgspec.convert(fields, CompletionRequest, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+    _refuse_unsupported(request, INERT[SamplingRequest] + INERT[CompletionRequest], "")
+    return request
+
+
 def check_message(message: ChatMessage, where: str) -> None:
     """Raises ``InvalidRequest`` for fields that are not supported. Not done while decoding: there may be far more
     messages than a request can have."""
@@ -150,14 +160,18 @@ def _decoded(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        message = str(error)
-        path = _PATH.search(message)
-        param = path.group(1)[:200] if path else None
-        raise InvalidRequest(_PATH.sub("", message)[:300], param=param or _unknown_field(message)) from error
+        raise _invalid(error) from error
     except RecursionError as error:
         raise InvalidRequest("the JSON body is nested too deeply") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from error
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidRequest:
+    message = str(error)
+    path = _PATH.search(message)
+    param = path.group(1)[:200] if path else None
+    return InvalidRequest(_PATH.sub("", message)[:300], param=param or _unknown_field(message))
 
 
 def _unknown_field(message: str) -> str | None:

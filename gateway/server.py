@@ -1,11 +1,11 @@
-"""One gateway as a thread with an event loop of its own: HTTP in front, the mailbox behind, the hub between them."""
+"""One gateway as a thread with an event loop of its own: HTTP and gRPC in front, the mailbox behind, the hub amid."""
 
 import asyncio
 import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import uvicorn
 from gateway.config import GatewayConfig
 from gateway.connections import Connections, affordable
 from gateway.core.dispatch import Messages
+from gateway.grpc_server import GrpcServer
 from gateway.hub import Hub
 from gateway.metrics import Metrics
 from gateway.openai_api import Api, create_app
@@ -50,13 +51,20 @@ class GatewayServer:
         self._stop: asyncio.Event | None = None
         self._hub: Hub | None = None
         self._http: uvicorn.Server | None = None
+        self._grpc: GrpcServer | None = None
         self._port = 0
+        self._grpc_port: int | None = None
         self._address = Address("")
 
     @property
     def port(self) -> int:
         """That HTTP is bound to."""
         return self._port
+
+    @property
+    def grpc_port(self) -> int | None:
+        """That gRPC is bound to; None without gRPC."""
+        return self._grpc_port
 
     @property
     def address(self) -> Address:
@@ -84,6 +92,12 @@ class GatewayServer:
         tokenizer = Tokenizer(Path(config.model))
         listener = _listen(config.host, config.port, config.client_stall, reuse_port=config.reuse_port)
         self._port = listener.getsockname()[1]
+        if config.grpc_port and not config.reuse_port:
+            try:
+                _check_free(_family(config.host), config.host, config.grpc_port)
+            except OSError:
+                listener.close()
+                raise
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(tokenizer, listener, started), name="gateway", daemon=True
@@ -96,7 +110,13 @@ class GatewayServer:
         """Listen no more, and let the requests that are here finish; whether they all have within ``grace`` seconds.
         The mailbox stays open: ``stop`` comes after it."""
         assert self._loop is not None and self._http is not None, "not started"
-        return asyncio.run_coroutine_threadsafe(_let_finish(self._http, grace), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._let_finish(self._http, grace), self._loop).result()
+
+    async def _let_finish(self, http: uvicorn.Server, grace: float) -> bool:
+        finishing = [_let_finish(http, grace)]
+        if self._grpc is not None:
+            finishing.append(self._grpc.drain(grace))
+        return all(await asyncio.gather(*finishing))
 
     def stop(self, timeout: float = 30.0) -> None:
         """Finish or fail what is in flight, close everything. Harmless if it does not run."""
@@ -134,9 +154,10 @@ class GatewayServer:
                 metrics = Metrics()
                 self._hub = hub = self._make_hub(mailbox, metrics, recorder)
                 streams = Streams(grace=self._config.resume_grace, most=self._config.limits.max_sequences)
-                self._http = http = self._make_http(tokenizer, hub, streams, metrics, executor)
+                api = self._make_api(tokenizer, hub, streams, metrics, executor)
+                self._http = http = self._make_http(api)
                 self._address = mailbox.address
-                async with asyncio.TaskGroup() as tasks:
+                async with self._serving_grpc(api), asyncio.TaskGroup() as tasks:
                     messages = tasks.create_task(hub.run())
                     serving = tasks.create_task(http.serve(sockets=[listener]))
                     while not http.started and not serving.done():
@@ -167,15 +188,23 @@ class GatewayServer:
             recorder=recorder,
         )
 
-    def _make_http(
-        self, tokenizer: Tokenizer, hub: Hub, streams: Streams, metrics: Metrics, executor: Any
-    ) -> uvicorn.Server:
+    @contextlib.asynccontextmanager
+    async def _serving_grpc(self, api: Api) -> AsyncIterator[None]:
+        """Where it is wanted."""
+        if self._config.grpc_port is None:
+            yield
+            return
+        self._grpc = GrpcServer(api)
+        async with self._grpc.serving(self._config.host, self._config.grpc_port) as self._grpc_port:
+            yield
+
+    def _make_api(self, tokenizer: Tokenizer, hub: Hub, streams: Streams, metrics: Metrics, executor: Any) -> Api:
         config = self._config
         max_model_len = config.max_model_len or tokenizer.max_position_embeddings
         if max_model_len is None:
             raise UnusableModel(f"{config.model} does not say how long its context is; set max_model_len")
         planner = Planner(tokenizer, config.served_model_name, max_model_len, config.limits)
-        api = Api(
+        return Api(
             config=config,
             hub=hub,
             streams=streams,
@@ -185,6 +214,9 @@ class GatewayServer:
             executor=executor,
             max_model_len=max_model_len,
         )
+
+    def _make_http(self, api: Api) -> uvicorn.Server:
+        config = self._config
         most = affordable(config.max_connections)
         connections = Connections(most=most, headers_timeout=config.headers_timeout)
         settings = uvicorn.Config(
@@ -207,7 +239,7 @@ class GatewayServer:
 
 def _listen(host: str, port: int, stall: float, *, reuse_port: bool) -> socket.socket:
     """``reuse_port``: another socket may listen there; a later one with this flag always may beside this one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = _family(host)
     if not reuse_port:
         _check_free(family, host, port)
     # With the protocol named, asyncio turns Nagle's algorithm off; else small writes wait 40 ms for the client's ack.
@@ -225,6 +257,10 @@ def _listen(host: str, port: int, stall: float, *, reuse_port: bool) -> socket.s
         listener.close()
         raise
     return listener
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _check_free(family: socket.AddressFamily, host: str, port: int) -> None:

@@ -28,7 +28,9 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Raises ``UnusableModel`` or ``OSError``."""
-        config = json.loads((folder / "config.json").read_text())
+        self.config: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
+        """What config.json says."""
+        config = self.config
         self.vocab_size = int(config["vocab_size"])
         """Ids that the model has a row for; the tokenizer may know fewer."""
         self.max_position_embeddings: int | None = config.get("max_position_embeddings")
@@ -63,9 +65,9 @@ class Tokenizer:
         text: str = self._backend.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """For the output that follows ``prompt``."""
-        return self.vocabulary.detokenizer(prompt)
+    def detokenizer(self, prompt: Sequence[int], *, special: bool = False) -> Detokenizer:
+        """For the output that follows ``prompt``. ``special``: special tokens have text too."""
+        return self.vocabulary.detokenizer(prompt, special=special)
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """One token alone, as log-probabilities show it: its text, and its bytes. A piece of a character is shown as

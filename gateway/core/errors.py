@@ -6,6 +6,7 @@ GatewayError
 ├── Unauthorized (401), AdminOnly (403)
 ├── ModelNotFound (404), PathNotFound (404), StreamNotFound (404), MethodNotAllowed (405)
 ├── HeadersTimeout (408), BodyTimeout (408), StreamTaken (409), BodyTooLarge (413), UnsupportedMediaType (415)
+├── NotOffered (501)
 ├── Overloaded (429)
 │   └── RateLimited
 ├── Unavailable (503)
@@ -100,6 +101,14 @@ class BodyTooLarge(InvalidRequest):
 class UnsupportedMediaType(InvalidRequest):
     status = 415
     default_code = "unsupported_media_type"
+
+
+class NotOffered(GatewayError):
+    """A method of an interface that others define, and that has no meaning here."""
+
+    status = 501
+    type = "invalid_request_error"
+    default_code = "not_offered"
 
 
 class Overloaded(GatewayError):

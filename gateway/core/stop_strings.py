@@ -22,6 +22,8 @@ class StopStrings:
         self._states = [0] * len(stops)  # characters of each stop string that the text ends with
         self._include = include
         self._held = ""
+        self.matched = ""
+        """The stop string that has ended the text."""
 
     def feed(self, text: str) -> Emitted:
         """The text that is safe to emit now. After a match there is nothing more to feed."""
@@ -44,6 +46,7 @@ class StopStrings:
                 states[i] = state
             if match:
                 self._held = ""
+                self.matched = pending[position + 1 - match : position + 1]
                 return Emitted(pending[: position + 1 if self._include else position + 1 - match], True)
         safe = len(pending) - max(states)
         self._held = pending[safe:]

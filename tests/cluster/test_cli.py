@@ -209,6 +209,17 @@ def test_a_taken_port_is_named(baton: Baton, topology: Path) -> None:
     assert said.err == f"{topology}:3: {why}\n"
 
 
+def test_a_taken_port_of_grpc_is_named(baton: Baton, topology: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        topology.write_text(topology.read_text().replace("port: 0", f"port: 0, grpc_port: {port}"))
+        said = baton("validate", topology)
+    assert said.code == 2
+    assert f"gateway.grpc_port: {port} is taken by another program" in said.err
+
+
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 80])
 def test_a_host_that_nobody_knows_is_named(baton: Baton, topology: Path, host: str) -> None:
     topology.write_text(topology.read_text().replace("port: 0", f"host: {host}"))

@@ -341,3 +341,14 @@ def test_each_gateway_has_a_name_and_a_port_of_its_own() -> None:
     assert gateways(8000, 1) == [("gateway", 8000)]
     assert gateways(8000, 3) == [("gateway-0", 8000), ("gateway-1", 8001), ("gateway-2", 8002)]
     assert gateways(0, 2) == [("gateway-0", 0), ("gateway-1", 0)]
+
+
+def test_so_has_grpc_where_it_is_wanted() -> None:
+    def ports(**gateway: int) -> list[int | None]:
+        topology = Topology.load(ROOT / "configs/topologies/local.yaml")
+        plan = make_plan(topology.with_overrides({f"gateway.{key}": value for key, value in gateway.items()}))
+        return [plan.gateway_config("r", index).grpc_port for index in range(len(plan.gateways))]
+
+    assert ports() == [None]
+    assert ports(grpc_port=9000, replicas=2) == [9000, 9001]
+    assert ports(grpc_port=0, replicas=2) == [0, 0]

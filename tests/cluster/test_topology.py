@@ -194,6 +194,14 @@ WRONG = {
             "7: 2 ports from 65535 on are too many; write fewer",
         ],
     ),
+    "ports of gRPC that meet others": (
+        GOOD + "gateway: {replicas: 2, port: 65500, grpc_port: 65501}\n",
+        ["4: gateway.grpc_port 65501 meets the ports of HTTP, 65500 ... 65501; write one that is 2 further"],
+    ),
+    "ports of gRPC that are too many": (
+        GOOD + "gateway: {replicas: 2, grpc_port: 65535}\n",
+        ["4: 2 ports from 65535 on are too many; write a lower one"],
+    ),
     "GPUs without a GPU": (
         "model: m\npools:\n  - {name: a, role: colocated, resources: {gpus: 1}}\n",
         ["3: resources.gpus asks for GPUs, but device is cpu; write gpus: 0"],

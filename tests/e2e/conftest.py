@@ -31,7 +31,7 @@ def ranks_of(pool: int) -> dict[str, Any]:
 
 
 CLUSTERS = {
-    "shm": ("local.yaml", {**FP32, "kv.transport": "shm", "gateway.replicas": 2}),
+    "shm": ("local.yaml", {**FP32, "kv.transport": "shm", "gateway.replicas": 2, "gateway.grpc_port": 0}),
     "zmq": ("local.yaml", {**FP32, "kv.transport": "zmq"}),
     "two-to-one": ("local.yaml", {**FP32, "kv.transport": "zmq", **ranks_of(0)}),
     "one-to-two": ("local.yaml", {**FP32, "kv.transport": "shm", **ranks_of(1)}),
@@ -71,6 +71,10 @@ class Running:
     def urls(self) -> list[str]:
         """Of its gateways."""
         return list(self._ask("urls"))
+
+    def grpc_ports(self) -> list[int]:
+        """Of its gateways."""
+        return list(self._ask("grpc"))
 
     def restart(self, *units: str) -> str:
         """Have them restarted one after the other; what went wrong, or nothing."""
@@ -115,6 +119,7 @@ def launch(kind: str, tests: Connection) -> None:
         "status": cluster.status,
         "pids": lambda: {name: process.pid for name, process in cluster.processes.items()} | {"ray": cluster.head_pid},
         "urls": lambda: cluster.urls,
+        "grpc": lambda: cluster.grpc_ports,
         "restart": lambda *units: operate(cluster, RestartWanted(0, units)),
         "drain": lambda worker: operate(cluster, DrainWanted(0, worker)),
         "undrain": lambda worker: operate(cluster, UndrainWanted(0, worker)),

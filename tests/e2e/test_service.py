@@ -9,10 +9,14 @@ import time
 from functools import partial
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import pytest
 
+from gateway.protos import open_inference_pb2, vllm_engine_pb2
+from gateway.protos.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from gateway.protos.vllm_engine_pb2_grpc import VllmEngineStub
 from tests.e2e.conftest import Running, wait_until, wait_until_idle, workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("cluster", ["shm"], indirect=True)]
@@ -187,3 +191,40 @@ def test_the_openai_client_chats_counts_and_hears_of_errors(cluster: Running, cl
 ENDLESS_FOR_CLIENT: Any = {
     "model": MODEL, "prompt": "Once", "max_tokens": 3000, "temperature": 0, "extra_body": {"ignore_eos": True},
 }  # fmt: skip
+
+
+def test_grpc_gives_the_tokens_of_http_and_frees_what_its_clients_leave(
+    cluster: Running, client: openai.OpenAI
+) -> None:
+    http = client.completions.create(
+        model=MODEL, prompt="Once upon a time", max_tokens=40, temperature=0, extra_body={"return_token_ids": True}
+    )
+    (choice,) = http.choices
+    tokens, prompt = choice.model_extra["token_ids"], choice.model_extra["prompt_token_ids"]  # type: ignore[index]
+    for port in cluster.grpc_ports():
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            engine, inference = VllmEngineStub(channel), GRPCInferenceServiceStub(channel)
+            greedy = vllm_engine_pb2.SamplingParams(temperature=0, max_tokens=40)
+            request = vllm_engine_pb2.GenerateRequest(sampling_params=greedy, stream=True)
+            request.tokenized.input_ids.extend(prompt)
+            *chunks, end = engine.Generate(request, timeout=60)
+            assert [token for chunk in chunks for token in chunk.chunk.token_ids] == tokens
+            assert end.complete.finish_reason == choice.finish_reason
+
+            asked = open_inference_pb2.ModelInferRequest(model_name=MODEL)
+            asked.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(
+                b"Once upon a time"
+            )
+            asked.inputs.add(name="stream", datatype="BOOL", shape=[1]).contents.bool_contents.append(True)
+            asked.parameters["temperature"].double_param = 0
+            asked.parameters["max_tokens"].int64_param = 40
+            answers = inference.ModelStreamInfer(iter([asked]), timeout=60)
+            said = [answer.infer_response.outputs[0].contents.bytes_contents[0] for answer in answers]
+            assert b"".join(said).decode() == choice.text
+
+            request.sampling_params.MergeFrom(vllm_engine_pb2.SamplingParams(n=3, max_tokens=3000, ignore_eos=True))
+            endless = engine.Generate(request, timeout=60)
+            next(endless)
+            assert held(cluster) > 0
+            endless.cancel()
+            wait_until_idle(cluster, within=2)

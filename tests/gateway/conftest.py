@@ -31,7 +31,7 @@ def serving(model: Path, **settings: object) -> Iterator[tuple[FakeCluster, Gate
     """A gateway before a scripted cluster; both are gone afterwards."""
     cluster = FakeCluster()
     config = GatewayConfig(
-        model=str(model), served_model_name=MODEL, router=cluster.address, port=0, **({"drain": 0.2} | settings)
+        model=str(model), served_model_name=MODEL, router=cluster.address, **({"port": 0, "drain": 0.2} | settings)
     )
     server = GatewayServer(config)
     try:
