@@ -58,7 +58,8 @@ class Host:
         return getattr(self._actor, method)(*arguments)
 
     def watch(self) -> None:
-        self._stopped.wait()
+        while not self._stopped.wait(heap.TRIM_EVERY):
+            heap.trim()
         if self._failure:
             raise RuntimeError(self._failure)
 

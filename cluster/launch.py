@@ -43,8 +43,6 @@ from runtime import heap
 from runtime.core.actions import WakeAt
 
 AS_KUBERNETES = BackOff()
-TRIM_EVERY = 30.0
-"""Seconds between two times that the launcher gives memory back."""
 READY_WITHIN = 30.0
 """Seconds from loaded models to a cluster that answers."""
 
@@ -258,7 +256,7 @@ class Cluster:
 
     def _trim(self) -> None:
         """In a thread of its own, until the controller ends: starting and watching others leaves much that is free."""
-        while not self._ended.wait(TRIM_EVERY):
+        while not self._ended.wait(heap.TRIM_EVERY):
             heap.trim()
 
     # The controller's thread

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 
+TRIM_EVERY = 30.0
+"""Seconds between two calls of ``trim``: it takes some milliseconds."""
 _libc = ctypes.CDLL(None)
 
 

@@ -19,6 +19,9 @@ GRPC_POOLS = {
 """Threads that gRPC, which Ray speaks by, keeps in pools of its own: the name that they give themselves, cut off as the
 kernel does, and how many a pool may have at rest. They come with the calls that are under way at a time, and some go
 again, so a process that has just made fewer calls than another has fewer; more than this many are a leak."""
+LATE = Counter({"threads": 1})
+"""What Ray's core starts once in a process, at some need of its own: the thread of a ``boost::asio::thread_pool``, told
+by its stack. It has no name, so one thread more is none of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Uses:
     def beyond(self, other: "Uses") -> dict[str, int]:
         """What is more here than in ``other``."""
         at_rest = Counter({_threads_of(pool): most for pool, most in GRPC_POOLS.items()})
-        return dict(self.counts - (other.counts | at_rest))
+        return dict(self.counts - (other.counts | at_rest) - LATE)
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ REACTION = 0.3
 """Seconds after a fault in which what was under way may still come."""
 WARM_UP = 120.0
 """Seconds of load, and of a process's life, in which caches fill up; memory is judged from then on."""
-LEAST_SPAN = 180.0
+LEAST_SPAN = 300.0
 """Seconds that memory must have been watched for after that, to be judged: over less, a cache that still fills and the
 grain of what allocators take are as steep as a leak."""
 MOST_GROWTH = 0.5
