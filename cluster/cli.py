@@ -99,16 +99,22 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Instead of gateway.port; 0: any free one.")
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="RAY", help="Instead of cluster.address: `local`, `auto` for the Ray here, HOST:PORT."),
+    ] = None,
 ) -> None:
     """Start a cluster and stay with it; Ctrl-C takes it down.
 
     In the foreground: `baton up configs/topologies/local.yaml`
 
     In the background: `baton up -d configs/topologies/local.yaml`, and later `baton down`
+
+    On the hosts of a Ray that `ray up` has made, on its head: `baton up --address auto TOPOLOGY`
     """
     from cluster import updown
 
-    (updown.up_detached if detach else updown.up)(_console(), topology, port)
+    (updown.up_detached if detach else updown.up)(_console(), topology, port, address)
 
 
 @app.command()

@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any
 
+from cluster.marks import mark as mark_process
+from cluster.model_folder import ModelSource, locate
 from cluster.state import started_at
 from runtime import heap
 
@@ -24,10 +26,11 @@ class Host:
 
     ``watch`` returns when ``stop`` is through. If the process dies, whoever waits for ``watch`` hears of it at once.
     When the actor's own loop fails, ``watch`` says why, and then the process ends, for without its loop it would only
-    look alive.
+    look alive. ``mark``: by which it is found without Ray (``marks``).
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, mark: str) -> None:
+        mark_process(mark)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         module, _, name = target.partition(":")
         self._make: Any = getattr(importlib.import_module(module), name)
@@ -38,6 +41,10 @@ class Host:
     def identity(self) -> tuple[int, int | None]:
         """Its pid, and when it started: see ``state.started_at``."""
         return os.getpid(), started_at(os.getpid())
+
+    def locate(self, source: ModelSource, host: str) -> str:
+        """The model's folder on this host; ``LaunchError``."""
+        return str(locate(source, host))
 
     def prepare(self, config: Any) -> str:
         """What a worker's other ranks need to know before they start: rank 0's address."""
@@ -62,6 +69,10 @@ class Host:
             heap.trim()
         if self._failure:
             raise RuntimeError(self._failure)
+
+    def hold(self) -> None:
+        """Never returns; whoever waits for it hears, on another host too, when this process ends."""
+        threading.Event().wait()
 
     def stop(self) -> None:
         try:

@@ -1,6 +1,7 @@
 """Starts everything that a plan names, keeps it running, and takes it down.
 
-1. A Ray: our own on loopback, or the one at the given address. Is there room for everything?
+1. A Ray: our own on loopback, or the one at the given address. Is there room for everything? On a Ray of several
+   hosts each worker waits for room: a host may still be joining.
 2. The controller (``core/controller.py``) has every unit started, all at once, in a thread of its own. The processes
    import their code while the router starts; with its address, the workers load the model, the gateway its tokenizer.
 3. When the router knows every worker and the gateway says that it is ready, the cluster is up. What fails until then
@@ -26,6 +27,7 @@ from cluster.core.events import Action, Begin, Done, Event, GiveUp, Note, Tick, 
 from cluster.core.operations import Refused
 from cluster.core.units import NEVER, BackOff, Kind, Phase, Status
 from cluster.errors import ClusterError, LaunchError
+from cluster.hosts import Hosts
 from cluster.plan import Plan, PlannedWorker
 from cluster.processes import (
     POLL,
@@ -109,6 +111,11 @@ class Cluster:
         return self._session.folder
 
     @property
+    def ray_address(self) -> str | None:
+        """HOST:PORT of a Ray that was joined."""
+        return self._session.joined
+
+    @property
     def head_pid(self) -> int | None:
         """Of our own Ray's head."""
         return self._session.head_pid
@@ -153,7 +160,10 @@ class Cluster:
         self._note("ray", "starting" if where == "local" else f"joining {where}")
         self._session.start()
         self._note("ray", "ready")
-        self._check_room(self.plan.workers(router=""))
+        if self.plan.spread:
+            self._wait_for_hosts(Hosts(self._session.ray))
+        else:
+            self._check_room(self.plan.workers(router=""))
         self._processes = Processes(self.plan, self._session, self._events.put, self._note)
         self._thread = threading.Thread(target=self._control, args=(self._processes,), name="controller", daemon=True)
         self._thread.start()
@@ -212,14 +222,31 @@ class Cluster:
             self._events.put(None)
             self._thread.join()
             self._thread = None
+        left = []
         if self._processes is not None:
-            self._processes.close()
+            left = self._processes.close()
             self._processes = None
         died = any(status.cause for status in self.status())
         logs = self._keep_logs() if self._failed or died else None
-        return Remains(self._session.stop(), logs)
+        return Remains([*left, *self._session.stop()], logs)
 
     # Up
+
+    def _wait_for_hosts(self, hosts: Hosts) -> None:
+        wanted = self.plan.topology.cluster
+        deadline, told = time.monotonic() + wanted.wait_for_room, 0
+        while len(there := hosts.alive()) < wanted.min_hosts:
+            if len(there) != told:
+                told = len(there)
+                self._note("ray", f"{told} of {wanted.min_hosts} hosts have joined")
+            self._check()
+            if time.monotonic() > deadline:
+                text = f"{wanted.min_hosts} are wanted, and after {wanted.wait_for_room:g} s there are {told}"
+                advice = "`ray status` says what is known of the others"
+                raise self.plan.topology.error(
+                    ("cluster", "min_hosts"), f"cluster.min_hosts: {text}: {', '.join(map(str, there))}; {advice}"
+                )
+            self.supervise(POLL)
 
     def _check_room(self, workers: list[PlannedWorker]) -> None:
         """Say what is missing before Ray waits for it."""

@@ -12,6 +12,7 @@ from cluster.api_keys import read_api_keys
 from cluster.document import Loc
 from cluster.errors import TopologyError
 from cluster.keys import KeyFileError, read_keys
+from cluster.model_folder import MODEL_FILES, ModelSource, fingerprint
 from cluster.topology import Pool, Topology
 from engine.core.errors import ModelError
 from engine.core.kv_layout import KVLayout
@@ -32,8 +33,6 @@ from runtime.worker_config import WorkerConfig
 LOOPBACK = "127.0.0.1"
 DEFAULT_KV_MEMORY = 256 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-"""What a served model needs; nothing that could be run."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,24 @@ class Plan:
     cluster_key: bytes = field(repr=False)
     curve: CurveKeys | None = None
     """With which all processes speak to each other; None: in the clear, on loopback."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether processes may run on other hosts than this one, and so listen on their hosts' addresses: on a Ray
+        that was there, if there are keys for it. Without keys a placement is kept where all hosts are on loopback."""
+        wanted = self.curve is not None or any(pool.placement for pool in self.topology.pools)
+        return wanted and self.topology.cluster.address != "local"
+
+    @property
+    def model_source(self) -> ModelSource:
+        """Where other hosts find the model."""
+        on_hub = not any(_is_dir(folder) for folder in _places(self.topology))
+        return ModelSource(
+            folder=str(self.model),
+            hub_id=self.topology.model if on_hub else "",
+            revision=self.model.name if on_hub else "",  # the Hub's cache has a folder for each
+            fingerprint=fingerprint(self.model),
+        )
 
     def workers(self, router: str) -> list[PlannedWorker]:
         """Every rank of all workers, given the router's address; a worker's ranks beside each other, 0 first."""
@@ -285,7 +302,7 @@ def _from_hub(topology: Topology, *, download: bool) -> Path:
 
     try:
         return Path(
-            snapshot_download(topology.model, allow_patterns=_MODEL_FILES, local_files_only=not download)
+            snapshot_download(topology.model, allow_patterns=MODEL_FILES, local_files_only=not download)
         ).resolve()
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

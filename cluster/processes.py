@@ -1,8 +1,11 @@
-"""The cluster's processes: actors on Ray, all on this host. Made, started, stopped and killed a unit at a time.
+"""The cluster's processes: actors on Ray. Made, started, stopped and killed a unit at a time.
 
 Starting and stopping take long and wait for Ray, so each goes on in a thread of its own, and posts what came of it to
-the controller. A death is heard of by the process's pidfd, at once and also while Ray's head is away; its cause by the
-call of ``Host.watch``, where the process could still say one.
+the controller. On this host a death is heard of by the process's pidfd, at once and also while Ray's head is away; on
+another one by the call of ``Host.hold``, which Ray ends with the process or its host. The cause comes by the call of
+``Host.watch``, where the process could still say one.
+
+Router and gateways run on this host, beside the launcher; workers where their pool's placement says.
 """
 
 import logging
@@ -32,11 +35,14 @@ from cluster.core.events import (
     ToProcesses,
     Undrain,
 )
+from cluster.core.placing import Node
 from cluster.core.units import BackOff, Kind, Unit
 from cluster.deaths import Deaths, Pid
 from cluster.errors import LaunchError
 from cluster.host import GATEWAY, ROUTER, WORKER, Host
-from cluster.plan import Plan, PlannedWorker, size
+from cluster.hosts import Hosts
+from cluster.marks import name_of
+from cluster.plan import LOOPBACK, Plan, PlannedWorker, size
 from cluster.ray_session import RaySession
 from cluster.state import started_at
 from messages.common import Role
@@ -48,6 +54,7 @@ Progress = Callable[[str, str], None]
 """Called with who ("prefill-0") and what ("loading the model")."""
 HEAD, ROUTER_NAME = "ray", "router"
 PLACE_WITHIN = 10.0
+"""Seconds in which Ray finds a place on this host."""
 NAME_WITHIN = 10.0
 """Seconds in which Ray lets go of the name of an actor that is dead."""
 RETIRE_WITHIN = 600.0
@@ -70,6 +77,8 @@ class Process:
     handle: Any
     watch: Any
     """The call of ``Host.watch``."""
+    node: Node
+    """Where it runs."""
     worker: str = ""
     """That it is a rank of; empty for the router and the gateway."""
     pid: int | None = None
@@ -78,6 +87,9 @@ class Process:
     address: str = ""
     """The mailbox of a gateway or router."""
     watched: Pid | None = None
+    """Of a process of this host."""
+    held: bool = False
+    """Of one of another host: its call of ``Host.hold`` goes on."""
     alive: bool = True
     cause: str = ""
     """Why it will end in a moment, in its own words."""
@@ -133,13 +145,15 @@ class Processes:
         self._incarnations: dict[str, Incarnation] = {}
         self._former: dict[tuple[str, int], Incarnation] = {}
         """Gateways that are replaced, and not gone yet."""
-        self._groups: dict[str, Any] = {}
         self._router: Future[str] = Future()
         """Its address, the same for every router to come."""
         self._threads: set[threading.Thread] = set()
         ray = session.ray
         self._host: Any = ray.remote(Host)
-        self._here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # processes find each other on loopback
+        self._hosts = Hosts(ray)
+        self._here = next(node for node in self._hosts.alive() if node.id == self._hosts.here)
+        self._on_this_host = {f"node:{self._here.address}": 0.001}
+        self._mark = name_of(plan.topology.name, ray.get_runtime_context().gcs_address)
         self._performers: dict[type[Any], Callable[..., None]] = {
             Start: self.start,
             Stop: self.stop,
@@ -252,8 +266,9 @@ class Processes:
     def _ask_router(self, method: str, *arguments: str) -> Any:
         return self._session.ray.get(self.newest[ROUTER_NAME].handle.call.remote(method, *arguments))
 
-    def close(self) -> None:
-        """Stop all processes, the gateways first, which let requests finish; what does not go is killed."""
+    def close(self) -> list[str]:
+        """Stop all processes, the gateways first, which let requests finish; what does not go is killed. Returns what
+        is still there, which should be nothing."""
         with self._lock:
             for incarnation in self._incarnations.values():
                 incarnation.cancelled = True
@@ -272,11 +287,14 @@ class Processes:
         for thread in list(self._threads):
             thread.join(STOP_WITHIN)
         self._deaths.close()
-        if self._session.folder is None:  # our own Ray takes them along
-            from ray.util.placement_group import remove_placement_group
-
-            for group in self._groups.values():
-                remove_placement_group(group)
+        if self._session.folder is not None:  # our own Ray takes along what there is
+            return []
+        self._hosts.remove_groups()
+        if not self._plan.spread:
+            return []
+        for node in self._hosts.lost():
+            self._progress("ray", f"{node} is lost: what runs there ends with its Ray")
+        return self._hosts.sweep(self._mark)
 
     # Up
 
@@ -302,17 +320,19 @@ class Processes:
 
     def _start_router(self, incarnation: Incarnation) -> None:
         cpus = self._plan.topology.router.cpus
-        process = self._create(incarnation, ROUTER_NAME, ROUTER, {"num_cpus": cpus, "resources": self._here})
+        process = self._create_here(incarnation, ROUTER_NAME, ROUTER, cpus)
         port = urlsplit(self._router.result()).port if self._router.done() else 0
         assert port is not None
-        started = self._configure(incarnation, {process: self._plan.router_config(port)}, "starting")[ROUTER_NAME]
+        config = replace(self._plan.router_config(port), host=self._address_on(process.node))
+        started = self._configure(incarnation, {process: config}, "starting")[ROUTER_NAME]
         if not self._router.done():
             self._router.set_result(started["address"])
 
     def _start_gateway(self, incarnation: Incarnation) -> None:
         name, cpus = incarnation.unit, self._plan.topology.gateway.cpus
-        process = self._create(incarnation, name, GATEWAY, {"num_cpus": cpus, "resources": self._here})
+        process = self._create_here(incarnation, name, GATEWAY, cpus)
         config = self._plan.gateway_config(self._router_address(incarnation), self._plan.gateways.index(name))
+        config = replace(config, mailbox_host=self._address_on(process.node))
         if name in self.urls:
             port = urlsplit(self.urls[name]).port
             assert port is not None
@@ -323,11 +343,21 @@ class Processes:
 
     def _start_worker(self, incarnation: Incarnation) -> None:
         planned = [each for each in self._plan.workers("") if each.config.worker == incarnation.unit]
-        group = self._place(incarnation.unit, planned)
-        processes = [self._create_rank(incarnation, each, group) for each in planned]
-        router = self._router_address(incarnation)
-        role, number = Role(incarnation.role), incarnation.number
-        configs = [replace(each.config, router=router, role=role, incarnation=number) for each in planned]
+        group, node = self._place(incarnation, planned)
+        processes = [self._create_rank(incarnation, each, group, node) for each in planned]
+        model = str(self._plan.model)
+        if node.id != self._here.id:
+            self._progress(incarnation.unit, f"looking for the model on {node}")
+            found = processes[0].handle.locate.remote(self._plan.model_source, str(node))
+            model = self._result(found, incarnation.unit)
+        told: dict[str, Any] = {
+            "router": self._router_address(incarnation),
+            "host": self._address_on(node),
+            "model": model,
+            "role": Role(incarnation.role),
+            "incarnation": incarnation.number,
+        }
+        configs = [replace(each.config, **told) for each in planned]
         if len(configs) > 1:  # the first opens its mailbox, which the others must know
             leader = self._result(processes[0].handle.prepare.remote(configs[0]), incarnation.unit)
             configs[1:] = [replace(config, leader=leader) for config in configs[1:]]
@@ -348,34 +378,50 @@ class Processes:
             if leader.gone.wait(POLL):
                 raise LaunchError(f"{leader.name}: its process ended before the router knew it")
 
-    def _place(self, worker: str, planned: list[PlannedWorker]) -> Any:
-        """The room that Ray keeps for a worker's ranks, from their first start to the end of the cluster."""
-        from ray.util.placement_group import placement_group
+    def _place(self, incarnation: Incarnation, planned: list[PlannedWorker]) -> tuple[Any, Node]:
+        """The room that Ray keeps for a worker's ranks, from their first start to the end of the cluster, or of the
+        host."""
+        worker, spread, placement = incarnation.unit, self._plan.spread, planned[0].pool.placement
+        labels = {} if placement is None else placement.labels
+        return self._hosts.place(
+            worker,
+            planned[0].pool.name,
+            [needs(each) if spread else {**needs(each), **self._on_this_host} for each in planned],
+            labels,
+            within=self._plan.topology.cluster.wait_for_room if spread else PLACE_WITHIN,
+            waits=lambda: self._progress(worker, f"waits for a host with room {placement or ''}".rstrip()),
+            cancelled=lambda: incarnation.cancelled,
+        )
 
-        group = self._groups.get(worker)
-        if group is None:
-            bundles = [{**needs(each), **self._here} for each in planned]
-            group = self._groups[worker] = placement_group(bundles, strategy="STRICT_PACK", name=worker)
-        if not group.wait(PLACE_WITHIN):
-            wanted = ", ".join(amount_of(name, amount) for name, amount in needs(planned[0]).items())
-            raise LaunchError(f"Ray found no place for {worker} ({wanted}) on this machine")
-        return group
+    def _address_on(self, node: Node) -> str:
+        """What a process there listens on."""
+        return node.address if self._plan.spread else LOOPBACK
 
-    def _create_rank(self, incarnation: Incarnation, planned: PlannedWorker, group: Any) -> Process:
+    def _create_here(self, incarnation: Incarnation, name: str, target: str, cpus: float) -> Process:
+        options = {"num_cpus": cpus, "resources": self._on_this_host}
+        return self._create(incarnation, name, target, options, self._here)
+
+    def _create_rank(self, incarnation: Incarnation, planned: PlannedWorker, group: Any, node: Node) -> Process:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        wanted = needs(planned)
+        wanted = dict(needs(planned))
         options = {
             "num_cpus": wanted.pop("CPU"),
             "num_gpus": wanted.pop("GPU", 0),
             "memory": wanted.pop("memory", None),
-            "resources": self._here,
+            "resources": wanted if self._plan.spread else {**wanted, **self._on_this_host},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, planned.config.rank),
         }
-        return self._create(incarnation, planned.config.process, WORKER, options, incarnation.unit)
+        return self._create(incarnation, planned.config.process, WORKER, options, node, incarnation.unit)
 
     def _create(
-        self, incarnation: Incarnation, name: str, target: str, options: Mapping[str, Any], worker: str = ""
+        self,
+        incarnation: Incarnation,
+        name: str,
+        target: str,
+        options: Mapping[str, Any],
+        node: Node,
+        worker: str = "",
     ) -> Process:
         """An actor that imports its code; by ``_watch`` its death is heard of."""
         former, actor = self.newest.get(name), name
@@ -386,10 +432,11 @@ class Processes:
             self._session.ray.kill(former.handle)
         try:
             # Calls run beside each other: `watch` waits all the time, and a status is asked for while a model loads.
-            handle = self._host.options(name=actor, max_restarts=0, max_concurrency=8, **options).remote(target)
+            actors = self._host.options(name=actor, max_restarts=0, max_concurrency=8, **options)
+            handle = actors.remote(target, self._mark)
         except ValueError as error:  # the name is taken
             raise LaunchError(f"a cluster {self._plan.topology.name!r} runs on this Ray already: {error}") from error
-        process = Process(name, handle, handle.watch.remote(), worker)
+        process = Process(name, handle, handle.watch.remote(), node, worker)
         with self._lock:
             incarnation.processes[name] = process
             self.newest[name] = process
@@ -419,8 +466,13 @@ class Processes:
         return started
 
     def _identify(self, incarnation: Incarnation, process: Process) -> int:
-        """Its pid. From now on its death is heard of without Ray."""
+        """Its pid. From now on its death is heard of, on this host without Ray."""
         pid, began = self._result(process.handle.identity.remote(), process.name)
+        if process.node.id != self._here.id:
+            process.held = True
+            held = process.handle.hold.remote().future()
+            held.add_done_callback(lambda ended: self._died(incarnation, process, _first_line(ended.exception())))
+            return int(pid)
         died = partial(self._died, incarnation, process, f"its process (pid {pid}) ended")
         process.watched = self._deaths.watch(pid, began, died)
         if process.watched is None:
@@ -462,9 +514,8 @@ class Processes:
         error = watch.exception()
         if isinstance(error, RayTaskError):  # its loop has failed, and it says so before it ends
             process.cause = _first_line(error.cause if isinstance(error.cause, Exception) else error)
-            if process.watched is not None:
-                self._deaths.kill(process.watched)
-        if error is not None and process.watched is None:
+            self._end(process)
+        if error is not None and process.watched is None and not process.held:
             self._died(incarnation, process, _first_line(error))
 
     def _end(self, process: Process) -> None:
@@ -509,7 +560,8 @@ class Processes:
             self._end(process)
         for process in processes:
             while not process.gone.wait(GONE_WITHIN):  # its memory and devices are not free before
-                self._progress(process.name, f"still there {GONE_WITHIN:.0f} s after SIGKILL: stuck in the kernel?")
+                why = "stuck in the kernel?" if process.watched is not None else f"{process.node} does not answer"
+                self._progress(process.name, f"still there {GONE_WITHIN:.0f} s after SIGKILL: {why}")
         self._post(Gone(incarnation.unit, incarnation.number))
 
     def _stop_together(self, processes: Iterable[Process]) -> None:
@@ -569,11 +621,15 @@ def needs(worker: PlannedWorker) -> Needs:
         wanted["GPU"] = resources.gpus
     if resources.memory is not None:
         wanted["memory"] = resources.memory
+    if worker.pool.placement is not None:
+        wanted |= worker.pool.placement.resources
     return wanted
 
 
 def amount_of(name: str, amount: float) -> str:
-    return f"{size(amount)} of memory" if name == "memory" else f"{amount:.4g} {name}s"
+    if name == "memory":
+        return f"{size(amount)} of memory"
+    return f"{amount:.4g} {name}s" if name in ("CPU", "GPU") else f"{amount:.4g} {name}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -54,6 +54,8 @@ class RaySession:
         self.ray: Any = None
         self.folder: Path | None = None
         """Our own Ray's files; None where we joined one."""
+        self.joined: str | None = None
+        """HOST:PORT of a Ray that was there."""
 
     @property
     def logs(self) -> Path | None:
@@ -84,8 +86,11 @@ class RaySession:
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
             except Exception as error:  # a node that does not start in time is no more than that for Ray
                 raise LaunchError(self._cannot(error)) from error
+        address = ray.get_runtime_context().gcs_address
         if self.folder is not None:
-            (self.folder / ADDRESS).write_text(ray.get_runtime_context().gcs_address)
+            (self.folder / ADDRESS).write_text(address)
+        elif self._private is None:
+            self.joined = address
 
     @property
     def head_pid(self) -> int | None:

@@ -78,8 +78,8 @@ def running(
 
         def note(who: str, what: str) -> None:
             nonlocal file
-            if cluster.ray_folder is not None and file.ray_folder is None:
-                file = state.update(file, url=None, ray_folder=cluster.ray_folder)
+            if (cluster.ray_folder or cluster.ray_address) and not (file.ray_folder or file.ray_address):
+                file = state.update(file, url=None, ray_folder=cluster.ray_folder, ray_address=cluster.ray_address)
             progress.note(who, what)
 
         logs = state.folder() / f"{topology.name}-logs"
@@ -88,7 +88,9 @@ def running(
             with progress:
                 cluster.start()
             with contextlib.closing(ControlServer(topology.name, cluster)):
-                file = state.update(file, url=cluster.url, ray_folder=cluster.ray_folder)
+                file = state.update(
+                    file, url=cluster.url, ray_folder=cluster.ray_folder, ray_address=cluster.ray_address
+                )
                 signals.raise_at_once()
                 try:
                     yield cluster, signals

@@ -33,6 +33,9 @@ class ClusterFile:
     url: str | None = None
     """None until the cluster is ready."""
     ray_folder: str | None = None
+    """Of a Ray of its own."""
+    ray_address: str | None = None
+    """Of a Ray that was joined: HOST:PORT."""
 
     @property
     def alive(self) -> bool:
@@ -91,9 +94,11 @@ def claim(name: str, topology: Path) -> ClusterFile:
     return mine
 
 
-def update(file: ClusterFile, *, url: str | None, ray_folder: Path | None) -> ClusterFile:
+def update(
+    file: ClusterFile, *, url: str | None, ray_folder: Path | None, ray_address: str | None = None
+) -> ClusterFile:
     """Write what is known now."""
-    newer = replace(file, url=url, ray_folder=None if ray_folder is None else str(ray_folder))
+    newer = replace(file, url=url, ray_folder=None if ray_folder is None else str(ray_folder), ray_address=ray_address)
     _write(newer)
     return newer
 

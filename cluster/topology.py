@@ -23,6 +23,11 @@ from runtime.core.disaggregation import MAX_LOCAL_PREFILL_LENGTH
 
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_LABEL_VALUE = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_SELECTOR = re.compile(rf"!?{_LABEL_VALUE}|!?in\({_LABEL_VALUE}(?:, ?{_LABEL_VALUE})*\)")
+_LABEL_KEY = re.compile(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_LABEL_VALUE}")
+_RESOURCE = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,99}")
+_OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 def parse_size(value: object) -> object:
@@ -59,6 +64,24 @@ def _ray_address(address: str) -> str:
     return address
 
 
+def _selector(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not _LABEL_KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is no label; write one as `ray start --labels` takes it, such as role")
+        if not _SELECTOR.fullmatch(value):
+            raise ValueError(f"{value!r} selects nothing; write a value, !value, in(a, b) or !in(a, b)")
+    return labels
+
+
+def _own_resources(resources: dict[str, float]) -> dict[str, float]:
+    for name in resources:
+        if name in _OWN_RESOURCES:
+            raise ValueError(f"{name} belongs into resources; here stand those of `ray start --resources`")
+        if not _RESOURCE.fullmatch(name):
+            raise ValueError(f"{name!r} is no resource; write one as `ray start --resources` takes it")
+    return resources
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 SizeOrNone = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Host = Annotated[str, AfterValidator(_plain_host)]
@@ -80,6 +103,11 @@ class ClusterSection(Section):
     address: Annotated[str, AfterValidator(_ray_address)] = "local"
     chaos: bool = False
     """Whether `baton chaos` may put faults into the links between its workers."""
+    min_hosts: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Hosts of the Ray, this one included, that have to be there before workers are placed: the first to come would
+    get them all."""
+    wait_for_room: Annotated[float, Field(ge=0, le=86400)] = 120.0
+    """Seconds to wait for these, and that a worker waits for room: on a host that joins, comes back, or is made."""
 
 
 class Resources(Section):
@@ -90,6 +118,21 @@ class Resources(Section):
     memory: Size | None = None
 
 
+class Placement(Section):
+    """The hosts for a pool's workers, of a Ray of several. All ranks of a worker run on one host."""
+
+    labels: Annotated[dict[str, str], Field(max_length=16), AfterValidator(_selector)] = {}
+    """As `ray start --labels` gives them; ``value``, ``!value``, ``in(a, b)`` or ``!in(a, b)``."""
+    resources: Annotated[
+        dict[str, Annotated[float, Field(gt=0, le=1_000_000)]], Field(max_length=16), AfterValidator(_own_resources)
+    ] = {}
+    """As `ray start --resources` gives them; a worker takes as much for each of its ranks."""
+
+    def __str__(self) -> str:
+        labels = ", ".join(f"{key}={value}" for key, value in self.labels.items())
+        return labels and f"labelled {labels}"
+
+
 class Pool(Section):
     name: Name
     role: Literal["prefill", "decode", "colocated"]
@@ -97,6 +140,8 @@ class Pool(Section):
     tensor_parallel: Annotated[int, Field(ge=1, le=256)] = 1
     """Ranks of each worker: processes that hold a part of the model each."""
     resources: Resources = Resources()
+    placement: Placement | None = None
+    """Any host that has room, if it is not given."""
     max_num_seqs: Positive = 32
     max_num_batched_tokens: Positive = 2048
     prefill_chunk: Positive = 512

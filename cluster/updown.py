@@ -13,7 +13,9 @@ from rich.markup import escape
 
 from cluster import state
 from cluster.errors import ClusterError
-from cluster.ray_session import remove_remains
+from cluster.hosts import Hosts
+from cluster.marks import name_of
+from cluster.ray_session import RaySession, remove_remains
 from cluster.running import running
 from cluster.topology import Topology
 
@@ -22,9 +24,9 @@ STOP_WITHIN = 60.0
 LOG_LINES = 20
 
 
-def up(console: Console, source: Path, port: int | None) -> None:
+def up(console: Console, source: Path, port: int | None, address: str | None) -> None:
     """Start, stay until SIGINT or SIGTERM, take down."""
-    topology = load(source, port)
+    topology = load(source, port, address)
     with running(topology, console, source=source.resolve()) as (cluster, signals):
         signals.only_note()
         _banner(console, cluster.url, cluster.plan.served_model_name, topology.name)
@@ -35,9 +37,9 @@ def up(console: Console, source: Path, port: int | None) -> None:
     console.print("stopped")
 
 
-def up_detached(console: Console, source: Path, port: int | None) -> None:
+def up_detached(console: Console, source: Path, port: int | None, address: str | None) -> None:
     """Start a launcher of its own session; return when its cluster is ready, or raise with what it said."""
-    topology = load(source, port)
+    topology = load(source, port, address)
     name, log = topology.name, state.log_file(topology.name)
     running_already = state.read(name)
     if running_already is not None and running_already.alive:
@@ -45,6 +47,8 @@ def up_detached(console: Console, source: Path, port: int | None) -> None:
     command = [sys.executable, "-m", "cluster.cli", "up", str(source)]
     if port is not None:
         command += ["--port", str(port)]
+    if address is not None:
+        command += ["--address", address]
     with log.open("wb") as output:
         launcher = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -69,24 +73,44 @@ def down(console: Console, name: str | None) -> None:
     if len(files) > 1:
         raise ClusterError(f"several clusters run ({', '.join(file.name for file in files)}); name the one to stop")
     (file,) = files
+    in_good_order = False
     if file.alive:
         launcher = psutil.Process(file.pid)
         with console.status(f"stopping {file.name}"), contextlib.suppress(psutil.NoSuchProcess):
             launcher.send_signal(signal.SIGTERM)
             try:
                 launcher.wait(STOP_WITHIN)
+                in_good_order = state.read(file.name) is None  # it removes that last
             except psutil.TimeoutExpired:
                 launcher.kill()
                 launcher.wait(5)
+    left = []
     if file.ray_folder is not None:
         remove_remains(Path(file.ray_folder))
+    if file.ray_address is not None and not in_good_order:
+        with console.status("looking through the hosts"):
+            left = _sweep(file.name, file.ray_address)
     state.remove(file)
+    if left:
+        raise ClusterError(f"could not remove: {', '.join(left)}")
     console.print(f"{file.name} is stopped", highlight=False)
 
 
-def load(source: Path, port: int | None) -> Topology:
+def _sweep(name: str, ray_address: str) -> list[str]:
+    """End what a launcher that was killed has left on the hosts of a Ray that it had joined; what is left of that."""
+    session = RaySession(ray_address, f"baton-{name}")
+    session.start()
+    try:
+        return Hosts(session.ray).sweep(name_of(name, ray_address))
+    finally:
+        session.stop()
+
+
+def load(source: Path, port: int | None, address: str | None) -> Topology:
     topology = Topology.load(source)
-    return topology if port is None else topology.with_overrides({"gateway.port": port})
+    wanted = {"gateway.port": port, "cluster.address": address}
+    overrides = {key: value for key, value in wanted.items() if value is not None}
+    return topology.with_overrides(overrides) if overrides else topology
 
 
 def _wait_until_ready(launcher: subprocess.Popen[bytes], name: str, log: Path, show: object) -> str:

@@ -49,7 +49,8 @@ def summary(plan: Plan) -> Iterator[tuple[str, str]]:
         names = f"{pool.name}-0" if pool.replicas == 1 else f"{pool.name}-0 ... {pool.name}-{pool.replicas - 1}"
         kv = f"{plan.num_blocks(pool)} blocks ({size(plan.kv_memory(pool))}) of {plan.layout(pool).dtype} KV each"
         cpus = f"{pool.resources.cpus:g} CPUs"
-        yield pool.role, f"{names}: {pool.max_num_seqs} sequences a step, {cpus} and {kv}"
+        where = f", on hosts {pool.placement}" if pool.placement is not None and pool.placement.labels else ""
+        yield pool.role, f"{names}: {pool.max_num_seqs} sequences a step, {cpus} and {kv}{where}"
     yield "kv", f"blocks of {topology.kv.block_size} tokens, moved over {_WAYS.get(plan.transport, plan.transport)}"
     yield "context", f"{plan.max_model_len} tokens"
     gateway = topology.gateway
@@ -78,6 +79,10 @@ def _model_problems(plan: Plan) -> Iterator[tuple[Loc, str]]:
 
 def _machine_problems(topology: Topology) -> Iterator[tuple[Loc, str]]:
     yield from _gateway_problems(topology)
+    for index, pool in enumerate(topology.pools):
+        if pool.placement is not None and topology.cluster.address == "local":
+            text = "placement names hosts, but cluster.address is local, which is this machine alone"
+            yield ("pools", index, "placement"), f"{text}; write address: auto, or start with `--address auto`"
     cpus = len(os.sched_getaffinity(0))
     if topology.cluster.address == "local" and topology.cpus > cpus + 1e-9:
         text = f"all processes together take {topology.cpus:,.6g} CPUs, this machine has {cpus}"

@@ -11,7 +11,7 @@ from cluster.host import ROUTER, Host
 from router.actor import RouterConfig
 from router.core.machine import RouterSettings
 
-host = Host(ROUTER)
+host = Host(ROUTER, "test")
 host.start(RouterConfig(host="127.0.0.1", settings=RouterSettings(cluster_key=b"k" * 32)))
 host._actor._loop.ask(lambda router: 1 / 0)
 host.watch()
@@ -22,7 +22,7 @@ import zmq
 from cluster.host import GATEWAY, Host
 from gateway.config import GatewayConfig
 
-host = Host(GATEWAY)
+host = Host(GATEWAY, "test")
 router = "tcp://127.0.0.1:9"
 started = host.start(GatewayConfig(model=sys.argv[1], served_model_name="m", router=router, host="127.0.0.1", port=0))
 host._actor._server._hub._mailbox._decode = lambda frame: 1 / 0
