@@ -14,7 +14,7 @@ demo: .venv/installed
 
 # Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed. Those wait
 # much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
-ALONE := tests/e2e tests/gateway tests/chaos
+ALONE := tests/e2e tests/gateway tests/chaos tests/hosts
 BESIDE := tests/kernels tests/ownership
 test: .venv/installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) tests/peers)
