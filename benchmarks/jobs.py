@@ -1,23 +1,31 @@
 """A long file through `baton submit` against a real cluster: memory while it runs, lines a second, what a kill costs.
 
     baton up -d configs/topologies/local.yaml
-    python benchmarks/jobs.py --lines 100000
+    python benchmarks/jobs.py --lines 20000
+    python benchmarks/jobs.py --lines 100000 --scripted    # a real gateway, behind it workers that only say tokens
 
 The file is run three times: until a quarter is done, when the process is killed; on to the end; and once more, where
 every line has its result. Then each line must have exactly one.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil
+# This folder's files must not stand in for packages of the same name.
+sys.path[0] = str(Path(__file__).parents[1])
 
-from cluster import state
+import psutil  # noqa: E402
+
+from cluster import state  # noqa: E402
 
 MIB = 1 << 20
 
@@ -28,9 +36,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--url", help="of a gateway; else the cluster that runs here")
+    parser.add_argument("--scripted", action="store_true", help="a gateway of its own before workers without a model")
     options = parser.parse_args()
-    url = options.url or state.find(None).url
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(scripted()) if options.scripted else options.url or state.find(None).url
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         prompts, results = Path(folder) / "prompts.jsonl", Path(folder) / "results.jsonl"
         write(prompts, options.lines, options.max_tokens)
         print(
@@ -42,6 +52,35 @@ def main() -> None:
         submit("resumed", run, results)
         submit("done already", run, results)
         check(results, options.lines, kept)
+
+
+@contextlib.contextmanager
+def scripted() -> Iterator[str]:
+    """The URL of a gateway in a process of its own; its workers are those of the gateway's tests."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        yield ours.recv()
+    finally:
+        ours.send(None)
+        process.join()
+
+
+def serve(benchmark: Connection) -> None:
+    from tests.gateway.conftest import serving
+    from tests.gateway.fake_cluster import counting
+
+    with serving(Path(__file__).parents[1] / "models" / "tiny-llama") as (cluster, server):
+
+        def say(prompt: list[int], max_tokens: int) -> list[int]:
+            cluster.received.clear()  # what it keeps for tests to look at
+            return counting(prompt, max_tokens)
+
+        cluster.script = say
+        benchmark.send(server.url)
+        benchmark.recv()
 
 
 def write(path: Path, lines: int, max_tokens: int) -> None:
