@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from cluster import job_commands
 from cluster.errors import ClusterError
 from cluster.jobs import ATTEMPT, JOB, LINES, OPTIONS, SOURCE, Copy, Dashboard, Follower, Input, new_job, next_attempt
 from cluster.submit import Summary
@@ -140,3 +142,30 @@ def test_a_dashboard_that_cannot_be_used_is_told(ray: Ray, server: Server) -> No
         Dashboard(server.url)
     with pytest.raises(ClusterError, match=r"does not answer; is this the address of Ray's dashboard"):
         Dashboard("http://127.0.0.1:9")
+
+
+def test_jobs_are_listed_and_shown(ray: Ray, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    ray.job("RUNNING", lines=7, log="4 of 7 lines\n")
+    job_commands.show_all(server.url)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["job", "status", "lines", "started", "attempt", "input"]
+    assert [row.split() for row in rows] == [[ID, "running", "7", "not", "yet", "1", "p.jsonl"]], "and no other's job"
+    job_commands.show(server.url, ID)
+    assert f"{ID}: running; 7 lines of p.jsonl" in capsys.readouterr().out
+    job_commands.show_logs(server.url, ID, follow=False)
+    assert capsys.readouterr().out == "4 of 7 lines\n"
+
+
+def test_nothing_is_started_or_stopped_that_cannot_be(ray: Ray, server: Server, tmp_path: Path) -> None:
+    source, target = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
+    source.write_text("{}\n")
+    target.write_bytes(ANSWERED % 1)
+    with pytest.raises(ClusterError, match=r"has results of something else; name another file, or go on with that job"):
+        job_commands.submit(Console(), server.url, source, target, job_commands.Options(1, 1.0, None))
+    assert target.read_bytes() == ANSWERED % 1
+    with pytest.raises(ClusterError, match=rf"{ID} has ended already: succeeded"):
+        job_commands.stop(server.url, ID)
+    ray.job("RUNNING", lines=3)
+    with pytest.raises(ClusterError, match=rf"{ID} is running; `baton job results {ID} -o FILE` follows it"):
+        job_commands.resume(server.url, ID, None)
+    assert server.bodies == [], "no POST"
