@@ -3,6 +3,7 @@
     baton up -d configs/topologies/local.yaml
     python benchmarks/jobs.py --lines 20000
     python benchmarks/jobs.py --lines 100000 --scripted    # a real gateway, behind it workers that only say tokens
+    python benchmarks/jobs.py --lines 100000 --before 90000 --scripted    # as the last run of several
 
 The file is run three times: until a quarter is done, when the process is killed; on to the end; and once more, where
 every line has its result. Then each line must have exactly one.
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=100_000)
     parser.add_argument("--max-tokens", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--before", type=int, default=0, help="lines that have their results from an earlier run")
     parser.add_argument("--url", help="of a gateway; else the cluster that runs here")
     parser.add_argument("--scripted", action="store_true", help="a gateway of its own before workers without a model")
     options = parser.parse_args()
@@ -47,7 +49,8 @@ def main() -> None:
             f"{options.lines} lines, {prompts.stat().st_size / MIB:.1f} MiB; at {url}, {options.concurrency} at a time"
         )
         run = [prompts, "-o", results, "--url", url, "--concurrency", options.concurrency]
-        submit("killed", run, results, kill_at=options.lines // 4)
+        finish(results, options.before)
+        submit("killed", run, results, kill_at=(options.lines - options.before) // 4)
         kept = sum(1 for _ in results.open("rb"))
         submit("resumed", run, results)
         submit("done already", run, results)
@@ -88,6 +91,15 @@ def write(path: Path, lines: int, max_tokens: int) -> None:
         for number in range(lines):
             body = {"model": "tiny-llama", "prompt": f"Story {number}: once upon a time", "max_tokens": max_tokens}
             line = {"custom_id": f"story-{number}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+
+
+def finish(results: Path, lines: int) -> None:
+    """Results as a run that was broken off leaves them."""
+    with results.open("w") as file:
+        for number in range(lines):
+            response = {"status_code": 200, "request_id": f"{number:032x}", "body": {"choices": [{"text": " there"}]}}
+            line = {"id": f"line-{number + 1}", "custom_id": f"story-{number}", "response": response, "error": None}
             file.write(json.dumps(line) + "\n")
 
 
