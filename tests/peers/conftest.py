@@ -3,12 +3,15 @@ makes; without it they are skipped."""
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BATON = Path(sys.executable).with_name("baton")
@@ -38,23 +41,52 @@ def run(*command: str | Path, cwd: Path | None = None, within: float = 240.0, **
     return done.stdout + done.stderr
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Served(NamedTuple):
+    """A cluster's only gateway."""
+
+    url: str
+    grpc: str
+    """Its address."""
+
+
 @pytest.fixture(scope="package")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The gateway of a real cluster, prefill and decode apart, in fp32; or BATON_URL, one that serves tiny-llama so."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real cluster, prefill and decode apart, in fp32; or BATON_URL and BATON_GRPC, one that serves tiny-llama so."""
     if "BATON_URL" in os.environ:
-        yield os.environ["BATON_URL"]
+        yield Served(os.environ["BATON_URL"], os.environ.get("BATON_GRPC", ""))
         return
-    folder = tmp_path_factory.mktemp("run")
-    topology = folder / "local.yaml"
-    text = TOPOLOGY.read_text().replace("../../models", str(ROOT / "models"))
-    topology.write_text(text.replace("dtype: auto ", "dtype: float32 ", 1))
+    folder, port = tmp_path_factory.mktemp("run"), free_port()
+    topology = yaml.safe_load(TOPOLOGY.read_text())
+    topology |= {"model": str(ROOT / "models" / "tiny-llama"), "dtype": "float32"}
+    topology["gateway"] |= {"port": 0, "grpc_port": port}
+    file = folder / TOPOLOGY.name
+    file.write_text(yaml.safe_dump(topology))
     environment = os.environ | {"XDG_RUNTIME_DIR": str(folder)}
-    command = [BATON, "up", "--detach", str(topology), "--port", "0"]
+    command = [BATON, "up", "--detach", str(file)]
     up = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert up.returncode == 0, up.stdout + up.stderr
     found = re.search(r"http://127\.0\.0\.1:\d+", up.stdout)
     assert found is not None, up.stdout
     try:
-        yield found[0]
+        yield Served(found[0], f"127.0.0.1:{port}")
     finally:
         subprocess.run([BATON, "down"], check=True, capture_output=True, timeout=120, env=environment)
+
+
+@pytest.fixture(scope="package")
+def url(served: Served) -> str:
+    return served.url
+
+
+@pytest.fixture(scope="package")
+def grpc_address(served: Served) -> str:
+    if not served.grpc:
+        pytest.skip("BATON_URL is there, and no BATON_GRPC")
+    return served.grpc
