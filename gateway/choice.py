@@ -179,6 +179,8 @@ class Choice:
 
     def finished(self, reason: FinishReason) -> None:
         """There are no more tokens."""
+        if self._scores is not None:
+            self._scores.scored(None)  # they will not come, where they have not yet
         if not self._stopped:
             text, self._stopped = self._stops.feed(self._detokenizer.flush())
             self._text.append(text if self._stopped else text + self._stops.flush())

@@ -47,9 +47,10 @@ class GatewayConfig:
     timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
     max_connections: int = 4096
     """Open HTTP connections; further ones hear 503. At most half of the process's file descriptors are used. As many
-    gRPC calls may be under way."""
+    of gRPC, of a quarter of the descriptors, and as many calls."""
     headers_timeout: float = 30.0
-    """Seconds that a client may take from connecting, or from beginning its next request, to the end of the headers."""
+    """Seconds that a client may take from connecting, or from beginning its next request, to the end of the headers; of
+    gRPC to the end of the handshake."""
     keep_alive: int = 75
     """Seconds that a connection may be idle between an answer and the next request."""
     body_timeout: float = 10.0

@@ -24,14 +24,14 @@ REFUSALS = 64
 """Refused connections that may linger until their clients have read why; further ones are closed without a word."""
 
 
-def affordable(wanted: int) -> int:
-    """``wanted`` connections, or as many as half of this process's file descriptors are enough for: a mailbox that gets
-    no descriptor ends the process."""
+def affordable(wanted: int, what: str = "HTTP", part: int = 2) -> int:
+    """``wanted`` connections, or as many as one ``part``-th of this process's file descriptors is enough for: a mailbox
+    that gets no descriptor ends the process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or wanted <= soft // 2:
+    if soft == resource.RLIM_INFINITY or wanted <= soft // part:
         return wanted
-    log.warning("at most %d HTTP connections, not %d: the limit of open files is %d", soft // 2, wanted, soft)
-    return soft // 2
+    log.warning("at most %d %s connections, not %d: the limit of open files is %d", soft // part, what, wanted, soft)
+    return soft // part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

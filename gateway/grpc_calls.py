@@ -5,6 +5,7 @@ Each is counted by its method and status.
 
 import asyncio
 import contextlib
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
@@ -122,14 +123,16 @@ class Calls(grpc.aio.ServerInterceptor):
 
             return streamed
 
-        make, name, wrap = {
-            (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary", answer),
-            (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream", stream),
-            (True, False): (grpc.stream_unary_rpc_method_handler, "stream_unary", answer),
-            (True, True): (grpc.stream_stream_rpc_method_handler, "stream_stream", stream),
+        make, name = {
+            (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary"),
+            (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream"),
+            (True, False): (grpc.stream_unary_rpc_method_handler, "stream_unary"),
+            (True, True): (grpc.stream_stream_rpc_method_handler, "stream_stream"),
         }[handler.request_streaming, handler.response_streaming]
+        behaviour = getattr(handler, name)
+        writes_itself = inspect.iscoroutinefunction(behaviour)  # as health does where it streams
         return make(
-            wrap(getattr(handler, name)),
+            stream(behaviour) if handler.response_streaming and not writes_itself else answer(behaviour),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )

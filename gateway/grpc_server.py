@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from gateway.auth import Keyring
+from gateway.connections import affordable
 from gateway.grpc_calls import Calls
 from gateway.grpc_engine import VllmEngine
 from gateway.grpc_generation import Generator
@@ -31,6 +32,8 @@ SERVICES = (
 SEND_BYTES = 64 << 20
 """The longest message that is sent: a long prompt's log-probabilities."""
 HEADER_BYTES = 32 << 10
+IDLE_MS = 300_000
+"""After so long without a call a connection is closed; clients make another one."""
 PING_MS = 30_000
 """After so long without a byte the client is asked whether it is there, and is gone if it does not answer."""
 PING_TIMEOUT_MS = 10_000
@@ -52,6 +55,9 @@ class GrpcServer:
             interceptors=[Calls(Guard(keyring), api.metrics, config.client_stall)],
             maximum_concurrent_rpcs=config.max_connections,
             options=[
+                ("grpc.max_allowed_incoming_connections", affordable(config.max_connections, "gRPC", 4)),
+                ("grpc.server_handshake_timeout_ms", round(1000 * config.headers_timeout)),
+                ("grpc.max_connection_idle_ms", IDLE_MS),
                 ("grpc.max_receive_message_length", config.limits.max_body_bytes),
                 ("grpc.max_send_message_length", SEND_BYTES),
                 ("grpc.max_metadata_size", HEADER_BYTES),

@@ -1,5 +1,7 @@
 """Promise: gRPC is as well guarded and bounded as HTTP: keys, sizes, overload, clients that do not read, and an end."""
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gateway.auth import Tenant, digest_of
 from gateway.config import Tls
 from gateway.core.quotas import Allowance
+from gateway.protos import open_inference_pb2
 from gateway.protos import vllm_engine_pb2 as pb
 from gateway.protos.vllm_engine_pb2_grpc import VllmEngineStub
 from gateway.server import GatewayServer
@@ -69,6 +72,16 @@ def test_health_is_told_of_each_service(channel: grpc.Channel, cluster: FakeClus
     assert error.code() is grpc.StatusCode.NOT_FOUND
 
 
+def test_health_can_be_watched(channel: grpc.Channel, cluster: FakeCluster) -> None:
+    watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""), timeout=10)
+    told = (answer.status for answer in watching)
+    while next(told) != SERVING:
+        pass
+    cluster.ready = False
+    assert next(told) == NOT_SERVING
+    watching.cancel()
+
+
 def test_its_services_can_be_found_by_reflection(channel: grpc.Channel) -> None:
     found = list_services(channel)
     assert found >= {"vllm.grpc.engine.VllmEngine", "inference.GRPCInferenceService", "grpc.health.v1.Health"}
@@ -80,6 +93,24 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(engine: VllmEn
     error = failed(lambda: engine.Generate(generate(), timeout=10, metadata=[("long", "x" * 100_000)]))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert not cluster.of(PlacementWanted)
+
+
+METHODS = [
+    f"/{service.full_name}/{method.name}"
+    for file in (pb, open_inference_pb2, health_pb2, reflection_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", bytes(range(256)) * 40])
+def test_bytes_that_are_no_message_harm_nobody(garbage: bytes, channel: grpc.Channel, cluster: FakeCluster) -> None:
+    for path in METHODS:
+        error = failed(lambda path=path: channel.stream_stream(path)(iter([garbage]), timeout=10))
+        assert error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE), path
+        assert "0x" not in error.details() and ".py" not in error.details()
+    assert not cluster.of(PlacementWanted)
+    assert list(VllmEngineStub(channel).Generate(generate(), timeout=10))
 
 
 @pytest.mark.parametrize(
@@ -128,17 +159,8 @@ def keyed(tiny_llama: Path) -> Iterator[tuple[FakeCluster, GatewayServer, grpc.C
 def test_without_a_key_nothing_but_health_is_answered(keyed: Any, metadata: Any) -> None:
     cluster, _, channel = keyed
     cluster.reset()
-    methods = [
-        (f"/{service.full_name}/{method.name}", method)
-        for service in (
-            *pb.DESCRIPTOR.services_by_name.values(),
-            *health_pb2.DESCRIPTOR.services_by_name.values(),
-            *reflection_pb2.DESCRIPTOR.services_by_name.values(),
-        )
-        for method in service.methods
-    ]
-    assert len(methods) > 12
-    for path, _ in [*methods, ("/inference.GRPCInferenceService/ModelStreamInfer", None), ("/no/such", None)]:
+    assert len(METHODS) > 20
+    for path in [*METHODS, "/no/such"]:
         call = channel.stream_stream(path)
         if path == "/grpc.health.v1.Health/Check":
             assert list(call(iter([b""]), timeout=10, metadata=metadata))
@@ -209,6 +231,30 @@ def test_who_does_not_read_loses_the_request_and_hears_so(tiny_llama: Path) -> N
         idle(http)
         error = failed(lambda: stream)
         assert error.code() is grpc.StatusCode.ABORTED and "nothing was read" in error.details()
+
+
+def test_connections_are_bounded_and_must_speak_http2(tiny_llama: Path) -> None:
+    with serving(tiny_llama, grpc_port=0, max_connections=3, headers_timeout=0.5) as (_, server):
+        assert server.grpc_port is not None
+        address = ("127.0.0.1", server.grpc_port)
+        with contextlib.ExitStack() as open_sockets:
+            first = [open_sockets.enter_context(socket.create_connection(address, 10)) for _ in range(3)]
+            assert all(connection.recv(9) for connection in first)  # the server's settings: it has accepted
+            one_more = open_sockets.enter_context(socket.create_connection(address, 10))
+            assert closed(one_more)
+            assert all(closed(connection) for connection in first)
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            assert list(VllmEngineStub(channel).Generate(generate(), timeout=10, wait_for_ready=True))
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the server closes it, sooner or later; raises ``TimeoutError`` where it does not."""
+    try:
+        while connection.recv(4096):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
 
 
 def test_at_its_end_it_answers_what_it_has(tiny_llama: Path) -> None:

@@ -232,6 +232,26 @@ def test_abort_ends_the_request_of_that_name(engine: Any, cluster: FakeCluster, 
     idle(http)
 
 
+def test_what_is_aborted_before_its_first_token_says_so_too(engine: Any, cluster: FakeCluster) -> None:
+    cluster.hold_after = 0
+    stream = engine.Generate(generate(stream=True, n=2, prompt_logprobs=1, logprobs=1), timeout=10)
+    cluster.wait_for(Prefill, 2)
+    engine.Abort(pb.AbortRequest(request_ids=["r"]), timeout=10)
+    assert [answer.complete.finish_reason for answer in stream] == ["abort", "abort"]
+
+
+def test_a_stream_goes_on_when_its_worker_fails(engine: Any, cluster: FakeCluster) -> None:
+    cluster.hold_after = 4
+    stream = engine.Generate(generate(stream=True, max_tokens=20), timeout=10)
+    tokens = list(next(stream).chunk.token_ids)
+    (order,) = cluster.of(Prefill)
+    cluster.hold_after = None
+    cluster.fail(order.request)
+    *chunks, end = stream
+    assert tokens + [token for chunk in chunks for token in chunk.chunk.token_ids] == counting(PROMPT, 20)
+    assert end.complete.finish_reason == "length" and len(cluster.of(Prefill)) == 2
+
+
 def cancel(stream: Any) -> None:
     stream.cancel()
 

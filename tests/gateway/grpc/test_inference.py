@@ -178,6 +178,17 @@ def test_a_client_that_leaves_a_stream_frees_all_of_it(
     idle(http)
 
 
+def test_a_client_that_leaves_an_answer_in_one_piece_frees_it(
+    inference: Any, speaking: FakeCluster, http: httpx.Client
+) -> None:
+    speaking.hold_after = 2
+    asked = inference.ModelInfer.future(infer(), timeout=10)
+    speaking.wait_for(Prefill)
+    asked.cancel()
+    speaking.wait_for(Finished)
+    idle(http)
+
+
 def wrong(change: Any) -> pb.ModelInferRequest:
     request = infer()
     change(request)
