@@ -120,7 +120,7 @@ class ControlServer:
         with connection, connection.makefile("rwb") as stream, contextlib.suppress(OSError):  # it has gone away
             try:
                 question = _questions.decode(stream.readline(MAX_LINE))
-            except msgspec.MsgspecError as error:
+            except (ValueError, RecursionError) as error:  # msgspec's own errors, and text that is no UTF-8
                 answers: Iterator[Answer] = iter([Ended(f"this is no question that is understood here: {error}")])
             else:
                 answers = self._answer(question)

@@ -69,7 +69,7 @@ def description_of(session: Session) -> Description | None:
     """None for what no gateway of this version has made."""
     try:
         return _decoder.decode(session.description)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # msgspec's own errors, and text that is no UTF-8
         return None
 
 
