@@ -42,9 +42,14 @@ def decoder_for(*types: type[msgspec.Struct]) -> Decode:
         try:
             return decoder.decode(frame)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:  # msgspec's errors are ValueErrors
-            raise BadMessage(str(error)) from error
+            raise BadMessage(one_line(error)) from error
 
     return decode
+
+
+def one_line(error: BaseException) -> str:
+    """What it says, for a log: it may quote the name of a field that its sender has made up."""
+    return ascii(str(error)[:300])[1:-1]
 
 
 def pack_tokens(tokens: NDArray[np.int32] | list[int]) -> Tokens:
