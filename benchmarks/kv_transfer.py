@@ -11,6 +11,7 @@ Ways take turns, in one run, with blocks scattered at both ends:
   blocks), while another thread takes the sender's digests, as in a worker: the later of both counts. ``verified``
   adds what the receiver does then in a worker: hash what stands in its pool. Every transfer is verified, and blocks
   change from one to the next;
+- ``zmq+curve``: the same, encrypted, as between hosts;
 - ``--peer``: libraries of another Python, see ``kv_peers.py``, without digests, and stopped while it is not their turn;
   ``--peer-env UCX_TLS=tcp`` is for them.
 
@@ -48,13 +49,15 @@ from engine.core.kv_layout import KVLayout  # noqa: E402
 from kv_transfer.core.events import Blocks, Pushed, TransferKey  # noqa: E402
 from kv_transfer.core.fanout import DigestLane  # noqa: E402
 from kv_transfer.core.lanes import heads_of, layout_of, shard_of  # noqa: E402
+from kv_transfer.curve import CurveKeys  # noqa: E402
 from kv_transfer.transports.build import allocate_pool, make_receiver, make_sender  # noqa: E402
 from kv_transfer.transports.memory import Mapped  # noqa: E402
 from messages.common import KVEndpoint, KVShard  # noqa: E402
 from messages.ids import Attempt, RequestId  # noqa: E402
 from runtime.kv_port import LaneHasher  # noqa: E402
 
-OURS = ("shm", "zmq", "nccl")
+CURVE = "zmq+curve"
+OURS = ("shm", "zmq", CURVE, "nccl")
 DTYPES = ["float32", "bfloat16", "float16", "int8", "fp8"]
 KEY = TransferKey(RequestId("b" * 32), Attempt(1))
 LATENCIES = 20
@@ -93,6 +96,11 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def kind(way: str) -> str:
+    """The transport's name."""
+    return way.partition("+")[0]
+
+
 def moved(call: Callable[[list[Any]], int], views: list[Any]) -> None:
     """Have ``call`` send, or fill, all of ``views``, some at a time."""
     at_once = max(1, min(1000, IOV_BYTES // len(views[0])))
@@ -120,8 +128,12 @@ class Sending:
         self.copy = np.zeros(self.pool.nbytes, np.uint8)
         self.shard, self.there = task.shard(receiver=False), task.shard(receiver=True)
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.to = {way: KVEndpoint(way, ports[way], self.there, task.num_blocks) for way in OURS if way in ports}
-        self.senders = {way: make_sender(way, self.pool, self.shard, self.events.put) for way in self.to}
+        self.to = {way: KVEndpoint(kind(way), ports[way], self.there, task.num_blocks) for way in OURS if way in ports}
+        keys = CurveKeys.of(ports["secret"].encode())
+        self.senders = {
+            way: make_sender(kind(way), self.pool, self.shard, self.events.put, keys if way == CURVE else None)
+            for way in self.to
+        }
         self.socket = socket.create_connection(("127.0.0.1", int(ports["tcp"])))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.hasher, self.thread = LaneHasher(self.pool, self.shard), ThreadPoolExecutor(1)
@@ -167,14 +179,16 @@ class Receiving:
         stack.callback(self.memory.release)
         self.hasher = LaneHasher(self.memory.pool, self.shard)
         self.receivers = []
+        keys = CurveKeys.make()
         for way in ways:
-            receiver = make_receiver(way, "127.0.0.1", self.memory, self.shard, lambda _: None)
+            curve = keys if way == CURVE else None
+            receiver = make_receiver(kind(way), "127.0.0.1", self.memory, self.shard, lambda _: None, curve)
             stack.callback(receiver.shutdown)
             self.receivers.append(receiver)
         self.rows: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ports = {way: each.endpoint.address for way, each in zip(ways, self.receivers, strict=True)}
-        ports["tcp"] = str(listener.getsockname()[1])
+        ports |= {"tcp": str(listener.getsockname()[1]), "secret": keys.secret.decode()}
         command = [sys.executable, __file__, "--send", json.dumps([task, ports])]
         self.sender, _ = stack.enter_context(piped(command))
         self.socket = stack.enter_context(listener.accept()[0])

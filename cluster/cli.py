@@ -340,6 +340,8 @@ def doctor(
     ] = None,
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="A cluster that runs here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say it in JSON.")] = False,
+    api_key: ApiKey = None,
+    cafile: CaFile = None,
 ) -> None:
     """Examine every prefill-decode pair before traffic: do they go together, and how fast does KV move?
 

@@ -29,7 +29,8 @@ def up(console: Console, source: Path, port: int | None, address: str | None) ->
     topology = load(source, port, address)
     with running(topology, console, source=source.resolve()) as (cluster, signals):
         signals.only_note()
-        _banner(console, cluster.url, cluster.plan.served_model_name, topology.name)
+        keyed = topology.security.api_keys is not None
+        _banner(console, cluster.url, cluster.plan.served_model_name, topology.name, keyed=keyed)
         console.print("Ctrl-C stops it", style="dim")
         while not signals.seen.is_set():
             cluster.supervise(0.5)
@@ -59,9 +60,10 @@ def up_detached(console: Console, source: Path, port: int | None, address: str |
         except BaseException:
             _terminate(launcher)
             raise
-    from cluster.client import only_model
+    from cluster.plan import find_model
 
-    _banner(console, url, only_model(url), name)
+    model = topology.served_model_name or find_model(topology, download=False).name
+    _banner(console, url, model, name, keyed=topology.security.api_keys is not None)
     console.print(f"log: {log}; `baton down {name}` stops it", style="dim", soft_wrap=True, highlight=False)
 
 
@@ -144,8 +146,9 @@ def _tail(log: Path, lines: int) -> list[str]:
         return []
 
 
-def _banner(console: Console, url: str, model: str, name: str) -> None:
+def _banner(console: Console, url: str, model: str, name: str, *, keyed: bool) -> None:
+    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if keyed else ""
     body = f'{{"model": "{model}", "prompt": "Once upon a time", "max_tokens": 32, "stream": true}}'
     console.print(f"\n[bold green]ready[/]  {name}: [bold]{model}[/] at [bold]{url}[/]\n", highlight=False)
-    example = f"  curl -N {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n"
+    example = f"  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n"
     console.print(example, highlight=False, markup=False, soft_wrap=True)
