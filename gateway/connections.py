@@ -1,5 +1,7 @@
 """HTTP connections within bounds: how many there are, and how long one may go without asking for anything.
 
+With TLS, a connection counts from accept too, and has as long for its handshake.
+
 From accept, and from the first byte after an answer, a client has ``headers_timeout`` seconds for a complete head of a
 request; between an answer and that byte, uvicorn's keep-alive timeout runs. From a complete head on, the body's own
 deadline counts (``body.py``), and whether the client reads (``answers.py``).
@@ -10,6 +12,7 @@ import logging
 import resource
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -41,7 +44,10 @@ class Connections:
     most: int
     headers_timeout: float
     """Seconds."""
+    tls: bool = False
     taken: set[asyncio.Protocol] = field(default_factory=set)
+    coming: "WeakSet[asyncio.Protocol]" = field(default_factory=WeakSet)
+    """In their TLS handshake; nobody tells of those that fail."""
 
     def protocol(self) -> type[H11Protocol]:
         """What uvicorn makes for each connection."""
@@ -58,12 +64,17 @@ class BoundedProtocol(H11Protocol):
     bounds: ClassVar[Connections]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if self.bounds.tls and len(self.bounds.coming) + len(self.bounds.taken) >= self.bounds.most + REFUSALS:
+            # asyncio drops the connection, before it spends a handshake on it.
+            raise ConnectionAbortedError("too many connections are open, or are in their TLS handshake")
         super().__init__(*args, **kwargs)
+        self.bounds.coming.add(self)
         self._deadline: asyncio.TimerHandle | None = None
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.bounds.coming.discard(self)
         if len(self.bounds.taken) < self.bounds.most:
             self.bounds.taken.add(self)
             self._expect_request()

@@ -218,7 +218,7 @@ class GatewayServer:
     def _make_http(self, api: Api) -> uvicorn.Server:
         config = self._config
         most = affordable(config.max_connections)
-        connections = Connections(most=most, headers_timeout=config.headers_timeout)
+        connections = Connections(most=most, headers_timeout=config.headers_timeout, tls=config.tls is not None)
         settings = uvicorn.Config(
             create_app(api),
             http=connections.protocol(),

@@ -6,6 +6,7 @@ import re
 import socket
 import stat
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.keys import KeyFileError
 from cluster.plan import make_plan
 from cluster.topology import Topology
 from cluster.validate import check
+from gateway import connections
 from gateway.auth import Keyring
 from gateway.config import GatewayConfig, Tls
 from gateway.core.quotas import Allowance
@@ -28,6 +30,7 @@ from gateway.server import GatewayServer
 from kv_transfer.curve import Exposed, is_loopback
 from messages.ids import Address
 from tests.gateway.conftest import MODEL, serving
+from tests.gateway.raw import until
 from tests.security.conftest import ALICE, TENANTS
 from tests.security.test_curve import Wire
 
@@ -165,6 +168,32 @@ def test_who_does_not_end_the_tls_handshake_loses_the_connection(tiny_llama: Pat
         socket.create_connection(("127.0.0.1", server.port), 10) as silent,
     ):
         assert silent.recv(1) == b""
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # asyncio leaves it to the garbage collector
+def test_handshakes_that_do_not_end_take_no_more_than_their_share(
+    tiny_llama: Path, tls: tuple[Tls, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "REFUSALS", 2)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls[1]))
+    monkeypatch.setenv("BATON_API_KEY", ALICE)
+    with ExitStack() as stack:
+        _, server = stack.enter_context(serving(tiny_llama, tenants=TENANTS, tls=tls[0], max_connections=3))
+        address = ("127.0.0.1", server.port)
+        silent = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(5)]
+        for _ in range(20):  # one after the other: what was accepted before them waits for its handshake
+            with socket.create_connection(address, 10) as refused:
+                assert refused.recv(1) == b""
+        for connection in silent:
+            connection.close()
+        until(lambda: answers(server), "others are served again")
+
+
+def answers(server: GatewayServer) -> bool:
+    try:
+        return bool(get(server.url, "/v1/models"))
+    except ClusterError:
+        return False
 
 
 def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path, tiny_llama: Path, tls: tuple[Tls, Path]) -> None:

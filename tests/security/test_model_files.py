@@ -1,6 +1,7 @@
 """Promise (row 14): nothing of a model's folder is run, whichever process reads it. `tests/engine` shows the same of
 the configuration and of pickled weights, `tests/gateway/test_text.py` of chat templates (row 15)."""
 
+import ast
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from cluster.topology import Topology
 from engine.core.errors import ModelError
 from engine.models.config import ModelConfig
 from gateway.tokenization import Tokenizer
+from tests.test_shape import PACKAGES, ROOT
 
 OWN = "from pathlib import Path\nPath({canary!r}).touch()\nclass Own: pass\n"
 AUTO_MAP = {
@@ -58,14 +60,23 @@ def test_code_beside_a_model_is_never_run(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("tokenizer", ["own.Own"])
-def test_a_tokenizer_of_a_models_own_is_not_run(model: Path, tmp_path: Path, tokenizer: str) -> None:
-    change(model / "tokenizer_config.json", tokenizer_class=tokenizer, auto_map=AUTO_MAP)
-    try:
-        Tokenizer(model)
-    except (ValueError, OSError, AttributeError, ImportError) as error:
-        assert "canary" not in str(error)
-    assert not (tmp_path / "canary").exists()
+def test_nobody_asks_transformers_to_trust_a_folder() -> None:
+    """Whoever reads a model or a tokenizer says so: what transformers would do by itself, it may do otherwise one day.
+    (To have it refuse a tokenizer's own code takes it seconds; that is what this setting means.)"""
+    found = []
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            source = path.read_text()
+            for node in ast.walk(ast.parse(source)) if "from_pretrained" in source else ():
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                    said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    found.append((path.name, said.get("trust_remote_code"), said.get("use_safetensors")))
+    assert {file for file, _, _ in found} == {"tokenization.py", "fallback.py", "fallback_config.py"}
+    for file, trusted, safe in found:
+        if file == "fallback.py":  # asks a class of transformers' own for weights
+            assert safe == "True" and trusted is None
+        else:
+            assert trusted == "False", file
 
 
 def test_an_architecture_of_a_models_own_is_not_run(model: Path, tmp_path: Path) -> None:
