@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import TopologyError
-from cluster.plan import _MODEL_FILES, make_plan
+from cluster.model_folder import MODEL_FILES
+from cluster.plan import make_plan
 from cluster.topology import Topology
 from engine.core.errors import ModelError
 from engine.models.config import ModelConfig
@@ -99,4 +100,4 @@ def test_pickled_weights_are_no_weights(model: Path, tmp_path: Path, name: str) 
 
 
 def test_nothing_that_could_be_run_is_fetched() -> None:
-    assert set(_MODEL_FILES) == {"*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"}
+    assert set(MODEL_FILES) == {"*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"}
