@@ -7,17 +7,19 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test alone beside chaos peers check format bench protos clean
+.PHONY: demo test alone beside chaos hosts peers check format bench protos clean
 
 demo: .venv/installed
 	$(BIN)/baton demo
 
 # Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed. Those wait
 # much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
-ALONE := tests/e2e tests/gateway tests/chaos tests/hosts
-BESIDE := tests/kernels tests/ownership
+ALONE := tests/e2e tests/gateway
+BESIDE := tests/kernels tests/ownership tests/simulator
+# With targets of their own: what needs other programs, other hosts, or some minutes more.
+APART := tests/peers tests/chaos tests/hosts
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) tests/peers)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) $(APART))
 	@$(MAKE) --no-print-directory --jobs 2 alone beside
 
 alone: .venv/installed
@@ -29,8 +31,8 @@ beside: .venv/installed
 	@nice -n 19 $(BIN)/pytest --timeout 1200 $(BESIDE) >.pytest_cache/beside.log 2>&1; \
 		ended=$$?; echo; cat .pytest_cache/beside.log; exit $$ended
 
-chaos: .venv/installed
-	$(BIN)/pytest tests/chaos
+chaos hosts: .venv/installed
+	$(BIN)/pytest tests/$@
 
 # Programs of others, run as they are against Baton; each in an environment of its own.
 PEERS := $(patsubst tests/peers/requirements/%.txt,.peers/%/installed,$(wildcard tests/peers/requirements/*.txt))
