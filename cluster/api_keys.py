@@ -5,9 +5,12 @@
 It holds no key; who can write it can let himself in.
 """
 
+import contextlib
+import fcntl
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +60,11 @@ def read_api_keys(path: Path) -> tuple[Tenant, ...]:
 def add_key(path: Path, tenant: str, **changes: Any) -> str:
     """A fresh key for ``tenant``, whose digest is in ``path`` from now on; ``changes``: of ``admin`` and its limits,
     None for none. ``KeyFileError`` where that cannot be."""
+    with _one_at_a_time(path.parent):
+        return _add_key(path, tenant, changes)
+
+
+def _add_key(path: Path, tenant: str, changes: dict[str, Any]) -> str:
     known = _read(path) if path.exists() else _File()
     key = f"bt-{secrets.token_urlsafe(32)}"
     entry = known.tenants.get(tenant, _Entry())
@@ -70,6 +78,20 @@ def add_key(path: Path, tenant: str, **changes: Any) -> str:
         raise KeyFileError(f"{tenant!r} cannot be a tenant: {error}") from error
     _replace(path, content + b"\n")
     return key
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Between reading a file and replacing it nobody else does the same."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise KeyFileError(f"{folder} is no folder to write to: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _read(path: Path) -> _File:

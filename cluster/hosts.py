@@ -163,6 +163,8 @@ class Hosts:
         with self._lock:
             if found not in self.known:
                 self._look()
+            if found not in self.known:
+                raise LaunchError(f"{worker}: its host was lost while it was placed")
             self._at[worker] = found
             return self.known[found]
 

@@ -305,7 +305,11 @@ class Follower:
             if not self.job.ended:
                 await self._while_it_runs(http)
             if self.summary.finished < self.summary.total and self.job.node is not None:
-                await self._copy(http, "file")
+                try:
+                    await self._copy(http, "file")
+                except httpx.HTTPError as error:
+                    cure = f"`baton job results {self.job.id}` goes on"
+                    raise ClusterError(f"{http.base_url} has gone away ({type(error).__name__}); {cure}") from error
 
     async def _while_it_runs(self, http: httpx.AsyncClient) -> None:
         copying = asyncio.create_task(self._copy_on(http))

@@ -47,8 +47,12 @@ def write_secret(path: Path, content: bytes) -> None:
         ) from None
     except (OSError, ValueError) as error:
         raise KeyFileError(f"{path} cannot be written: {_reason(error)}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        path.unlink()
+        raise KeyFileError(f"{path} cannot be written: {_reason(error)}") from error
 
 
 def read_secret(path: Path, most: int = MAX_BYTES) -> bytes:

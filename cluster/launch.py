@@ -222,10 +222,12 @@ class Cluster:
             self._events.put(None)
             self._thread.join()
             self._thread = None
-        left = []
-        if self._processes is not None:
-            left = self._processes.close()
-            self._processes = None
+        processes, self._processes = self._processes, None
+        try:
+            left = [] if processes is None else processes.close()
+        except BaseException:
+            self._session.stop()
+            raise
         died = any(status.cause for status in self.status())
         logs = self._keep_logs() if self._failed or died else None
         return Remains([*left, *self._session.stop()], logs)

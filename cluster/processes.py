@@ -300,8 +300,6 @@ class Processes:
 
     def _start(self, incarnation: Incarnation) -> None:
         """In a thread of its own."""
-        from ray.exceptions import RayError
-
         unit, number = incarnation.unit, incarnation.number
         try:
             if unit == ROUTER_NAME:
@@ -312,7 +310,7 @@ class Processes:
                 self._start_worker(incarnation)
         except LaunchError as error:
             self._post(Failed(unit, number, str(error)))
-        except (RayError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, somebody waits to hear of it
             log.exception("%s could not be started", unit)
             self._post(Failed(unit, number, f"{unit}: {_first_line(error)}"))
         else:

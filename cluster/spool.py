@@ -41,6 +41,7 @@ class JobFolder:
 
     def make(self) -> None:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.utime(self.path)  # a job that is resumed is none of the old ones
 
     def receive(self, job: str, size: int, digest: str, take: Take, *, within: float = PIECE_WITHIN) -> None:
         """Write the input; nothing to do where it is there already. ``take`` gives a piece once and then forgets it;

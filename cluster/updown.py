@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import state
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, LaunchError
 from cluster.hosts import Hosts
 from cluster.marks import name_of
 from cluster.ray_session import RaySession, remove_remains
@@ -91,7 +91,12 @@ def down(console: Console, name: str | None) -> None:
         remove_remains(Path(file.ray_folder))
     if file.ray_address is not None and not in_good_order:
         with console.status("looking through the hosts"):
-            left = _sweep(file.name, file.ray_address)
+            try:
+                left = _sweep(file.name, file.ray_address)
+            except (
+                LaunchError
+            ) as error:  # its Ray is gone too, and what was on its hosts with it, as far as one can tell
+                left = [f"what may be left on the hosts of the Ray at {file.ray_address}: {error}"]
     state.remove(file)
     if left:
         raise ClusterError(f"could not remove: {', '.join(left)}")

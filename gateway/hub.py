@@ -196,12 +196,14 @@ class Hub:
             self._quotas[tenant].begin(sum(len(prompt) // 4 for prompt in {order.prompt for order, _ in wanted}))
         return [self._open(order, listener) for order, listener in wanted]
 
-    def _admit(self, wanted: int, tenant: str) -> None:
+    def _admit(self, wanted: int, tenant: str, *, adopted: bool = False) -> None:
+        """``adopted``: they are no new requests, so nothing that counts by the minute is in their way."""
         if self._draining:
             raise Unavailable("the server is shutting down", retry_after=1.0)
         refusal = self._limits.admit(len(self._relays), wanted)
         if refusal is None and tenant in self._quotas:
-            refusal = self._quotas[tenant].refusal(wanted, self._loop.time())
+            quota = self._quotas[tenant]
+            refusal = quota.crowded(wanted) if adopted else quota.refusal(wanted, self._loop.time())
         if refusal is not None:
             raise refusal
 
@@ -254,7 +256,9 @@ class Hub:
     async def adopt(self, requests: Sequence[RequestId], tenant: str) -> list[Relay | None]:
         """Go on with sequences of ``tenant`` that another gateway has begun; None for those that nobody has any more.
         Raises ``GatewayError`` where they are too many now."""
-        self._admit(len(requests), tenant)
+        if not requests:
+            return []
+        self._admit(len(requests), tenant, adopted=True)
         return await asyncio.gather(*(self._adopt(request, tenant) for request in requests))
 
     async def _adopt(self, request: RequestId, tenant: str) -> Relay | None:

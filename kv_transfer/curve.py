@@ -135,11 +135,11 @@ def _admit(context: "zmq.Context[zmq.Socket[bytes]]", curve: CurveKeys) -> None:
     try:
         socket.set(zmq.LINGER, 0)
         socket.bind(_ZAP)
-    except zmq.ZMQError:
+        expected = zmq.utils.z85.decode(curve.public)
+        threading.Thread(target=_answer, args=(socket, expected), name="zmq-zap", daemon=True).start()
+    except BaseException:  # whoever terminates the context would wait for it
         socket.close()
         raise
-    expected = zmq.utils.z85.decode(curve.public)
-    threading.Thread(target=_answer, args=(socket, expected), name="zmq-zap", daemon=True).start()
 
 
 def _answer(socket: "zmq.Socket[bytes]", expected: bytes) -> None:

@@ -71,9 +71,11 @@ class Outbox:
             peer.set(zmq.SNDHWM, QUEUED_MESSAGES)
             peer.set(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES)
             connect(peer, to, self._curve)
-        except (zmq.ZMQError, Unreachable) as error:
+        except BaseException as error:
             if peer is not None:
                 peer.close(linger=0)  # else the context would wait for it at the end
+            if not isinstance(error, zmq.ZMQError | Unreachable):
+                raise
             self.unreachable += 1
             warn_now_and_then(self.unreachable, "cannot send to %r: %s", to, error)
             return None

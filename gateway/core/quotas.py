@@ -46,11 +46,18 @@ class Quota:
         self.in_flight = 0
         """Sequences."""
 
+    def crowded(self, sequences: int) -> GatewayError | None:
+        """Why there is no room for so many more."""
+        if self._most is None or self.in_flight + sequences <= self._most:
+            return None
+        text = f"more than {self._most} sequences of this tenant would be in flight"
+        return RateLimited(text, retry_after=self._retry_after)
+
     def refusal(self, sequences: int, now: float) -> GatewayError | None:
         """Why a request of so many sequences cannot be taken now."""
-        if self._most is not None and self.in_flight + sequences > self._most:
-            text = f"more than {self._most} sequences of this tenant would be in flight"
-            return RateLimited(text, retry_after=self._retry_after)
+        crowded = self.crowded(sequences)
+        if crowded is not None:
+            return crowded
         for bucket, what in ((self._requests, "requests"), (self._tokens, "tokens")):
             wait = 0.0 if bucket is None else bucket.wait(now)
             if wait > 0:

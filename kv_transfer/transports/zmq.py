@@ -276,9 +276,11 @@ class _Link:
             _set(self.socket, LINGER=0, IMMEDIATE=1, SNDHWM=WINDOW_MESSAGES, RCVHWM=WINDOW_MESSAGES, MAXMSGSIZE=1024,
                  HEARTBEAT_IVL=1000, HEARTBEAT_TIMEOUT=10_000, RECONNECT_IVL_MAX=1000)  # fmt: skip
             connect(self.socket, address, curve)
-        except (zmq.ZMQError, Unreachable) as error:
+        except BaseException as error:
             if self.socket is not None:
-                self.socket.close(0)
+                self.socket.close(0)  # else the context would wait for it at the end
+            if not isinstance(error, zmq.ZMQError | Unreachable):
+                raise
             raise TransportError(f"cannot connect to {address}: {error}") from error
 
     @property

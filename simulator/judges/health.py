@@ -42,6 +42,8 @@ class Health:
         """Since when a role has no able worker, while router and gateway are there to say so."""
         self._processes: dict[str, Process] = {}
         """By name: the incarnation that came last."""
+        self._turning: dict[str, float] = {}
+        """By name: since when it turns; ``NEVER`` while it does not."""
         self._cuts: dict[tuple[str, str], None] = {}
         self._needs: dict[RequestId, int] = {}
         self._kept: deque[tuple[float, RequestId]] = deque()
@@ -112,6 +114,10 @@ class Health:
         cut = {frozenset(link) for link in self._cuts}
         return len(cut) + sum(process.up and process.frozen for process in self._processes.values())
 
+    def turning_since(self, name: str) -> float:
+        """``NEVER`` while it does not; a process that nobody has told of is taken for granted."""
+        return self._turning.get(name, -NEVER)
+
     def get(self, process: Incarnation) -> Process | None:
         found = self._processes.get(process.name)
         return found if found is not None and found.started.process == process else None
@@ -146,6 +152,8 @@ class Health:
                 setattr(known, name, value)
 
     def _judge(self, at: float) -> None:
+        for name, process in self._processes.items():
+            self._turning[name] = _since(process.turns, self._turning.get(name, NEVER), at)
         router, gateway = self._turns("router"), self._turns("gateway")
         prefill, decode = self._able(Role.PREFILL), self._able(Role.DECODE)
         workers = any(process.started.kind == "worker" for process in self._processes.values())

@@ -56,7 +56,8 @@ class Waits:
             (max(calm, health.spare_since), lasting * bounds.silence + bounds.compute, Invariant.RESUMED,
              "with capacity to spare"),
             (max(calm, health.capable_since), bounds.stall, Invariant.RESUMED, "with every role there"),
-            (max(heard, health.gone_since), error, Invariant.TYPED_ERROR, "and nobody to serve it"),
+            (max(heard, health.gone_since, health.turning_since(request.gateway)), error, Invariant.TYPED_ERROR,
+             "and nobody to serve it"),
         )  # fmt: skip
         for since, bound, invariant, when in owed:
             if case.now - since > bound:

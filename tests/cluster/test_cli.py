@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from cluster import cli, state
 from cluster.doctor import _workers_of
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, LaunchError
 from cluster.findings import Known
+from cluster.ray_session import RaySession
 from messages.common import Role
 from tests.cluster.server import Server
 
@@ -319,6 +320,19 @@ def test_status_shows_every_cluster_also_those_that_do_not_answer(baton: Baton, 
 def test_down_takes_the_note_of_a_dead_launcher_away(baton: Baton) -> None:
     runs("dead", None, started=1)
     assert baton("down") == (0, "dead is stopped\n", "")
+    assert state.every() == []
+
+
+def test_down_takes_it_away_where_its_ray_is_gone_too_and_says_what_it_could_not_look_at(
+    baton: Baton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(self: RaySession) -> None:
+        raise LaunchError("there is no Ray to join")
+
+    monkeypatch.setattr(RaySession, "start", gone)
+    runs("dead", None, started=1, ray_address="10.0.0.1:6379")
+    code, _, said = baton("down")
+    assert code == 1 and "10.0.0.1:6379: there is no Ray to join" in said
     assert state.every() == []
 
 

@@ -76,3 +76,14 @@ def test_files_of_jobs_that_nobody_touches_are_removed() -> None:
     forget_old(now + KEPT + 50)
     assert not old.path.exists()
     assert new.path.exists() and other.exists()
+
+
+def test_an_old_job_that_is_resumed_keeps_its_files() -> None:
+    job = JobFolder(JOB)
+    job.make()
+    for path in (job.input, job.results, job.path):
+        path.touch()
+        os.utime(path, (0, 0))
+    job.make()
+    forget_old(job.path.stat().st_mtime + 50)
+    assert job.input.exists() and job.results.exists()

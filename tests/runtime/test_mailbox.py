@@ -75,6 +75,11 @@ def test_what_cannot_be_connected_to_is_counted_and_the_mailbox_closes_all_the_s
         assert here.outbox.unreachable in (0, 3)  # libzmq looks at some addresses later, and then silently
 
 
+def test_a_mailbox_closes_also_after_what_is_no_address_at_all() -> None:
+    with Mailbox("127.0.0.1", decoder_for(Abort)) as here, pytest.raises(TypeError):
+        here.send(None, ABORT)  # type: ignore[arg-type]
+
+
 def test_more_addresses_than_sockets_cost_only_the_oldest_their_own() -> None:
     with Mailbox("127.0.0.1", decoder_for(Abort)) as here:
         for port in range(1000, 1000 + 3 * MAX_PEERS):

@@ -6,6 +6,7 @@ import re
 import socket
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def test_a_key_is_shown_once_and_kept_as_a_digest(
     assert bob.admin and not alice.admin
     assert [Keyring((alice, bob)).identify(f"Bearer {key}") for key in keys] == [alice, bob, alice]
     assert not [key for key in keys if key in repr((alice, bob))] and "digests" not in repr(alice)
+
+
+def test_keys_that_are_made_at_once_are_all_there(tmp_path: Path) -> None:
+    file = tmp_path / "api-keys.json"
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(lambda number: add_key(file, f"t{number % 3}"), range(8)))
+    known = Keyring(read_api_keys(file))
+    assert all(known.identify(f"Bearer {key}") is not None for key in keys)
 
 
 @pytest.mark.parametrize("tenant", ["", "-x", "a b", "a\nb", "../a", "x" * 101, "\N{GREEK SMALL LETTER ALPHA}"])

@@ -276,6 +276,17 @@ def test_nothing_is_left_of_a_socket_that_could_not_listen() -> None:
     assert threading.active_count() == threads
 
 
+def test_nothing_is_left_of_a_socket_that_nobody_could_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading.Thread, "start", no_more)
+        mailbox()
+    with mailbox():
+        pass
+
+
 def test_keys_are_checked() -> None:
     assert CurveKeys.of(KEYS.secret) == KEYS
     for wrong in (b"", b"x" * 39, b"x" * 41, b"~" * 40, "é".encode() * 20):

@@ -129,6 +129,14 @@ def test_requests_of_a_minute_come_back_evenly() -> None:
     assert quota.refusal(1, 1e6) is not None
 
 
+def test_streams_that_are_taken_over_are_no_new_requests() -> None:
+    quota = Quota(Allowance(requests_per_minute=1, tokens_per_minute=1, max_concurrent_requests=2), 0.0, retry_after=1)
+    quota.begin(100)
+    assert quota.refusal(1, 0.0) is not None and quota.crowded(2) is None
+    quota.in_flight = 1
+    assert quota.crowded(2) is not None
+
+
 def test_tokens_of_a_minute_are_those_of_prompts_and_answers() -> None:
     quota = Quota(Allowance(tokens_per_minute=60), 0.0, retry_after=1.0)
     quota.begin(50)

@@ -298,6 +298,11 @@ GOOD: dict[str, Callable[[], list[Anything]]] = {
     ],
     "a prefill worker stands still for a moment": lambda: [*clean(), Frozen(10.4, P0), Thawed(10.5, P0)],
     "a decode worker stands still": lambda: resumed(Frozen(10.25, D0), 13.5, detected_at=13.2),
+    "nobody serves it, and its gateway stands still": lambda: [
+        Started(0.0, GATEWAY_1, "gateway"), *up_to(10.24), Killed(10.25, D0), Killed(10.25, D1),
+        Frozen(10.26, GATEWAY), DeclaredLost(10.5, D0), DeclaredLost(10.5, D1), Thawed(20.0, GATEWAY),
+        Failed(20.1, R, 503, "unavailable", 1.0),
+    ],
     "a zombie's tokens come late": lambda: [
         *resumed(Frozen(10.25, D0), 13.5, 13.2), Thawed(13.55, D0), Offered(13.56, R, Attempt(1), D0, 2, 3, False),
     ],
