@@ -54,7 +54,7 @@ class GatewayConfig:
     keep_alive: int = 75
     """Seconds that a connection may be idle between an answer and the next request."""
     body_timeout: float = 10.0
-    """Seconds that a client may take to send its request's body."""
+    """Seconds that a client may take to send its request's body; in gRPC the message of a call that has one."""
     client_stall: float = 60.0
     """Seconds that a client may take to read nothing before it is dropped."""
     resume_grace: float = 10.0

@@ -1,4 +1,4 @@
-"""What all gRPC calls have in common: who may make them, what an error's status is, how long a client may not read.
+"""What all gRPC calls have in common: who may make them, what an error's status is, how long a client is waited for.
 
 Each is counted by its method and status.
 """
@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc.aio import ServicerContext
 
 from gateway.auth import Tenant
-from gateway.core.errors import GatewayError
+from gateway.core.errors import BodyTimeout, GatewayError, InvalidRequest
 from gateway.grpc_guard import CALLER, Guard
 from gateway.metrics import Metrics
 from gateway.rendering import retry_after
@@ -31,6 +31,7 @@ STATUS = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     501: grpc.StatusCode.UNIMPLEMENTED,
@@ -72,10 +73,12 @@ def metadata_of(error: GatewayError) -> Metadata:
 class Calls(grpc.aio.ServerInterceptor):
     """Around every call of the server."""
 
-    def __init__(self, guard: Guard, metrics: Metrics, stall: float) -> None:
-        """``stall``: seconds that one message may wait for its client to read."""
+    def __init__(self, guard: Guard, metrics: Metrics, *, body_timeout: float, stall: float) -> None:
+        """``body_timeout``: seconds that the message of a unary request may take to come; ``stall``: that a message of
+        ours may wait for its client to read."""
         self._guard = guard
         self._metrics = metrics
+        self._body_timeout = body_timeout
         self._stall = stall
 
     async def intercept_service(
@@ -105,37 +108,53 @@ class Calls(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(refused)
 
     def _wrapped(self, handler: Any, method: str, tenant: Tenant) -> Handler:
+        """Takes a stream of requests whatever the method, and itself reads the message of a unary one: gRPC would wait
+        for that for ever. A stream may rest before its first message, as before any other."""
+
+        async def taken(requests: Any, context: Context) -> Any:
+            return requests if handler.request_streaming else await self._message(context)
+
         def answer(behaviour: Any) -> Any:
-            async def answered(request: Any, context: Context) -> Any:
+            async def answered(requests: Any, context: Context) -> Any:
                 async with self._call(method, tenant, context):
-                    return await behaviour(request, context)
+                    return await behaviour(await taken(requests, context), context)
 
             return answered
 
         def stream(behaviour: Any) -> Any:
-            async def streamed(request: Any, context: Context) -> None:
+            async def streamed(requests: Any, context: Context) -> None:
                 async with (
                     self._call(method, tenant, context),
-                    contextlib.aclosing(behaviour(request, context)) as messages,
+                    contextlib.aclosing(behaviour(await taken(requests, context), context)) as messages,
                 ):
                     async for message in messages:
                         await self._write(context, message)
 
             return streamed
 
-        make, name = {
-            (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary"),
-            (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream"),
-            (True, False): (grpc.stream_unary_rpc_method_handler, "stream_unary"),
-            (True, True): (grpc.stream_stream_rpc_method_handler, "stream_stream"),
-        }[handler.request_streaming, handler.response_streaming]
-        behaviour = getattr(handler, name)
+        kinds = {True: "stream", False: "unary"}
+        behaviour = getattr(handler, f"{kinds[handler.request_streaming]}_{kinds[handler.response_streaming]}")
+        streams = handler.response_streaming
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         writes_itself = inspect.iscoroutinefunction(behaviour)  # as health does where it streams
         return make(
-            stream(behaviour) if handler.response_streaming and not writes_itself else answer(behaviour),
+            stream(behaviour) if streams and not writes_itself else answer(behaviour),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    async def _message(self, context: Context) -> Any:
+        """The one message of a unary request. Raises ``GatewayError``."""
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                message = await context.read()
+        except TimeoutError:
+            raise BodyTimeout(f"the message did not arrive within {self._body_timeout:g} s") from None
+        except DecodeError as error:
+            raise InvalidRequest("the bytes are no message of the method's type") from error
+        if message is grpc.aio.EOF:
+            raise InvalidRequest("there is no message in the call")
+        return message
 
     async def _write(self, context: Context, message: Message) -> None:
         """Waits while the client does not read. Raises ``Stalled`` after a while."""

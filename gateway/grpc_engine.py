@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.answers import Exchange
 from gateway.choice import Choice, Piece, TokenLogprob
@@ -54,6 +54,15 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 """Of the files in the archive: the same tokenizer is the same bytes."""
 
 
+class Packed(NamedTuple):
+    """A tokenizer as it is sent."""
+
+    archive: bytes
+    """Zip."""
+    digest: str
+    """The archive's SHA-256, in hexadecimal."""
+
+
 @dataclass(eq=False, slots=True)
 class Running:
     """One ``Generate``."""
@@ -70,6 +79,8 @@ class VllmEngine(VllmEngineServicer):
         self._api = generator.api
         self._started = time.monotonic()
         self._running: defaultdict[tuple[str, str], list[Running]] = defaultdict(list)
+        self._packing = asyncio.Lock()
+        self._packed: Packed | None = None
         config = self._api.config
         self._model_info = _model_info(self._api.tokenizer, Path(config.model), config.served_model_name)
         self._model_info.max_context_length = self._model_info.max_req_input_len = self._api.max_model_len
@@ -160,12 +171,18 @@ class VllmEngine(VllmEngineServicer):
         self, request: common.GetTokenizerRequest, context: Context
     ) -> AsyncIterator[common.GetTokenizerChunk]:
         """A zip archive of the model folder's files that make the tokenizer."""
-        loop = asyncio.get_running_loop()
-        archive = await loop.run_in_executor(self._api.executor, tokenizer_archive, Path(self._api.config.model))
-        digest = hashlib.sha256(archive).hexdigest()
+        archive, digest = await self._tokenizer()
         for start in range(0, len(archive), CHUNK_BYTES):
             end = start + CHUNK_BYTES
             yield common.GetTokenizerChunk(data=archive[start:end], sha256=digest if end >= len(archive) else "")
+
+    async def _tokenizer(self) -> Packed:
+        """Made once."""
+        async with self._packing:
+            if self._packed is None:
+                loop = asyncio.get_running_loop()
+                self._packed = await loop.run_in_executor(self._api.executor, packed, Path(self._api.config.model))
+            return self._packed
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         raise NotOffered("embeddings are not served")
@@ -290,11 +307,12 @@ def _ids(written: int | list[int] | None) -> list[int]:
     return written if isinstance(written, list) else [written]
 
 
-def tokenizer_archive(folder: Path) -> bytes:
-    """Of the files of ``TOKENIZER_FILES`` that there are."""
+def packed(folder: Path) -> Packed:
+    """The files of ``TOKENIZER_FILES`` that there are."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 files.writestr(zipfile.ZipInfo(name, EPOCH), (folder / name).read_bytes(), zipfile.ZIP_DEFLATED)
-    return archive.getvalue()
+    written = archive.getvalue()
+    return Packed(written, hashlib.sha256(written).hexdigest())

@@ -4,6 +4,7 @@ A parameter may stand in the request's ``parameters``, in the JSON object of the
 tensor of its own name; what comes later in this list counts. What we do not know is refused by its name.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ SCALARS = {
 """Parameters of one element, with the data type that the metadata names; any that can be converted is taken."""
 LISTS = {"stop": "BYTES", "stop_token_ids": "INT32"}
 SAMPLING = (*SCALARS, *LISTS, "logit_bias")
+INPUTS = frozenset({TEXT_INPUT, SAMPLING_PARAMETERS, *SCALARS, *LISTS, *SWITCHES})
 FINAL_WANTED = "triton_enable_empty_final_response"
 """Whether the last response may say nothing else; ours says with the last tokens that it is the last."""
 OUTPUTS = {
@@ -72,6 +74,8 @@ def wanted_of(request: pb.ModelInferRequest, limits: Limits) -> Wanted:
     """Raises ``InvalidRequest``."""
     if len(request.id) > limits.max_label_chars:
         raise InvalidRequest("id is too long", param="id")
+    for tensor in request.inputs:  # before anything is made of their contents
+        _check_name(tensor.name, INPUTS)
     tensors = tensors_of(request)
     fields = _parameters(request) | _sampling_parameters(tensors) | _own_tensors(tensors)
     switches = {name: _switch(name, fields.pop(name, False if name != "exclude_input_in_output" else None))
@@ -120,7 +124,6 @@ def _own_tensors(tensors: Tensors) -> dict[str, Any]:
     for name, values in tensors.items():
         if name in (TEXT_INPUT, SAMPLING_PARAMETERS):
             continue
-        _check_name(name, (*SCALARS, *LISTS, *SWITCHES))
         texts = [_text(name, value) if isinstance(value, bytes) else value for value in values]
         fields[name] = texts if name in LISTS else _only(name, {name: texts})
     return fields
@@ -136,7 +139,7 @@ def _outputs(request: pb.ModelInferRequest, switches: dict[str, bool | None]) ->
     return tuple(name for name in OUTPUTS if name in named or switches.get(f"return_{name}"))
 
 
-def _check_name(name: str, known: tuple[str, ...]) -> None:
+def _check_name(name: str, known: Collection[str]) -> None:
     if name not in known:
         raise InvalidRequest(f"{name[:100]!r} is not supported", param=name[:100], code="unsupported_parameter")
 

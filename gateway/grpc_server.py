@@ -52,7 +52,9 @@ class GrpcServer:
         keyring = None if config.tenants is None else Keyring(config.tenants)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Calls(Guard(keyring), api.metrics, config.client_stall)],
+            interceptors=[
+                Calls(Guard(keyring), api.metrics, body_timeout=config.body_timeout, stall=config.client_stall)
+            ],
             maximum_concurrent_rpcs=config.max_connections,
             options=[
                 ("grpc.max_allowed_incoming_connections", affordable(config.max_connections, "gRPC", 4)),

@@ -34,6 +34,8 @@ KINDS = {
     "FP64": Kind("fp64_contents", "d"),
     BYTES: Kind("bytes_contents", ""),
 }
+MOST_DIMENSIONS = 8
+"""Of any tensor; the product of very many would be a number that takes minutes to make."""
 Tensors = dict[str, list[Any]]
 
 
@@ -47,6 +49,8 @@ def tensors_of(request: pb.ModelInferRequest) -> Tensors:
         name = tensor.name[:100]
         if tensor.name in tensors:
             raise InvalidRequest(f"the input {name!r} is there twice", param=name)
+        if len(tensor.shape) > MOST_DIMENSIONS:
+            raise InvalidRequest(f"{name} has more than {MOST_DIMENSIONS} dimensions", param=name)
         kind = KINDS.get(tensor.datatype)
         if kind is None:
             raise InvalidRequest(f"{name}: the data type must be one of {', '.join(KINDS)}", param=name)

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,14 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(engine: VllmEn
     assert not cluster.of(PlacementWanted)
 
 
-METHODS = [
-    f"/{service.full_name}/{method.name}"
+METHODS = {
+    f"/{service.full_name}/{method.name}": method
     for file in (pb, open_inference_pb2, health_pb2, reflection_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
-]
+}
+UNARY = [path for path, method in METHODS.items() if not method.client_streaming]
+"""Those that take one message."""
 
 
 @pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f", bytes(range(256)) * 40])
@@ -108,9 +110,55 @@ def test_bytes_that_are_no_message_harm_nobody(garbage: bytes, channel: grpc.Cha
     for path in METHODS:
         error = failed(lambda path=path: channel.stream_stream(path)(iter([garbage]), timeout=10))
         assert error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE), path
+        assert path not in UNARY or error.code() is grpc.StatusCode.INVALID_ARGUMENT, path
         assert "0x" not in error.details() and ".py" not in error.details()
     assert not cluster.of(PlacementWanted)
     assert list(VllmEngineStub(channel).Generate(generate(), timeout=10))
+
+
+def test_a_call_without_a_message_is_told_so(channel: grpc.Channel) -> None:
+    assert len(UNARY) > 20
+    for path in UNARY:
+        error = failed(lambda path=path: channel.stream_stream(path)(iter([]), timeout=10))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "no message" in error.details(), path
+
+
+def test_who_never_sends_a_message_holds_a_call_for_a_while_only(tiny_llama: Path) -> None:
+    with (
+        serving(tiny_llama, grpc_port=0, tenants=TENANTS, max_connections=2, body_timeout=0.3) as (_, server),
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+        silence() as requests,
+    ):
+        path = "/grpc.health.v1.Health/Check"
+        for call in [channel.stream_stream(path)(requests(), timeout=20) for _ in range(2)]:
+            error = failed(lambda call=call: call)
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "within 0.3 s" in error.details()
+
+        def served() -> bool:
+            try:
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            except grpc.RpcError as error:  # the last call is over for its client a moment before it is for the server
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+                return False
+            return True
+
+        until(served, "others are served")
+        assert list(VllmEngineStub(channel).Generate(generate(), timeout=10, metadata=with_key(ALICE)))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[Callable[[], Iterator[bytes]]]:
+    """Of clients: requests that do not come."""
+    over = threading.Event()
+
+    def requests() -> Iterator[bytes]:
+        over.wait()
+        yield from ()
+
+    try:
+        yield requests
+    finally:
+        over.set()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import math
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -16,11 +17,13 @@ from tokenizers import Tokenizer as Backend
 
 from gateway.protos import smg_common_pb2 as common
 from gateway.protos import vllm_engine_pb2 as pb
+from gateway.protos.vllm_engine_pb2_grpc import VllmEngineStub
 from gateway.server import GatewayServer
 from gateway.tokenization import Tokenizer
 from messages.gateway_to_router import Finished, PlacementWanted
 from messages.gateway_to_worker import Abort, Prefill
 from messages.sampling import SamplingParams
+from tests.gateway.conftest import serving
 from tests.gateway.fake_cluster import FakeCluster, counting
 from tests.gateway.raw import until
 
@@ -317,6 +320,22 @@ def test_the_tokenizer_can_be_had(engine: Any, tiny_llama: Path) -> None:
         theirs.encode("Once upon a time").ids
         == Backend.from_file(str(tiny_llama / "tokenizer.json")).encode("Once upon a time").ids
     )
+
+
+def test_the_tokenizer_is_packed_once(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    with (
+        serving(folder, grpc_port=0) as (_, server),
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        asked = common.GetTokenizerRequest()
+        several = [VllmEngineStub(channel).GetTokenizer(asked, timeout=10) for _ in range(3)]
+        first, *others = [list(chunks) for chunks in several]
+        shutil.rmtree(folder)
+        again = list(VllmEngineStub(channel).GetTokenizer(asked, timeout=10))
+    assert first[-1].sha256
+    assert [*others, again] == [first] * 3
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_raw_contents_are_answered_in_raw(inference: Any, speaking: Any, tokeniz
         ("exclude_input_in_output", "BOOL", b"\x01"),
         ("temperature", "FP64", struct.pack("<d", 0.25)),
     ):
-        request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
+        request.inputs.add(name=name, datatype=datatype, shape=[1] * 8)
         request.raw_input_contents.append(raw)
     response = inference.ModelInfer(request, timeout=10)
     said = text(tokenizer, 5).encode()
@@ -207,6 +207,7 @@ REFUSED = {
     "text_input": wrong(lambda request: request.inputs.pop()),
     "its shape": wrong(lambda request: request.inputs[0].shape.append(2)),
     "shape says otherwise": wrong(lambda request: request.inputs[0].shape.__setitem__(slice(None), [-1, -1])),
+    "more than 8 dimensions": wrong(lambda request: request.inputs[0].shape.extend([1 << 62] * 100_000)),
     "is there twice": wrong(lambda request: request.inputs.add().CopyFrom(request.inputs[0])),
     "data type": wrong(lambda request: setattr(request.inputs[0], "datatype", "FP16")),
     "beside raw_input_contents": wrong(lambda request: request.raw_input_contents.append(b"")),
@@ -216,6 +217,7 @@ REFUSED = {
     "not UTF-8": infer(text_input=[b"\xff\xfe"]),
     "of type BYTES": infer(text_input=[1]),
     "'image'": infer(image=[b"file:///etc/passwd"]),
+    "'audio'": wrong(lambda request: request.inputs.add(name="audio", datatype="FP16")),  # before it is looked at
     "'lora_name'": infer(parameters={"lora_name": "x"}),
     "'sequence_id'": infer(parameters={"sequence_id": 1}),
     "'min_tokens'": infer(sampling_parameters=b'{"min_tokens": 1}'),
