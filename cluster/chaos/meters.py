@@ -20,8 +20,8 @@ GRPC_POOLS = {
 kernel does, and how many a pool may have at rest. They come with the calls that are under way at a time, and some go
 again, so a process that has just made fewer calls than another has fewer; more than this many are a leak."""
 LATE = Counter({"threads": 1})
-"""What Ray's core starts once in a process, at some need of its own: the thread of a ``boost::asio::thread_pool``, told
-by its stack. It has no name, so one thread more is none of ours."""
+"""What Ray's core has been seen to start in the launcher, once, at some need of its own: the thread of a
+``boost::asio::thread_pool``, told by its stack. It has no name, so there one thread more is not told from ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Uses:
     counts: Counter[str]
     """Threads, mappings of shared memory, and open files: sockets and other unnamed ones by their kind."""
 
-    def beyond(self, other: "Uses") -> dict[str, int]:
-        """What is more here than in ``other``."""
+    def beyond(self, other: "Uses", late: Counter[str] | None = None) -> dict[str, int]:
+        """What is more here than in ``other``, and than may come ``late``."""
         at_rest = Counter({_threads_of(pool): most for pool, most in GRPC_POOLS.items()})
-        return dict(self.counts - (other.counts | at_rest) - LATE)
+        return dict(self.counts - (other.counts | at_rest) - (late or Counter()))
 
 
 @dataclass(slots=True)

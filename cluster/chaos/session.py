@@ -22,7 +22,7 @@ from cluster.chaos.core.answers import Verdict
 from cluster.chaos.core.faults import HEAD_SECONDS, Kind, Planner, Victim
 from cluster.chaos.core.report import Memory, Report, Strike, Tally, held, resumes_of
 from cluster.chaos.load import NO_TLS, Load, Stream
-from cluster.chaos.meters import Meters, Uses, shared_memory, uses
+from cluster.chaos.meters import LATE, Meters, Uses, shared_memory, uses
 from cluster.chaos.processes import Gone, Life, Processes, kill, set_links, stop
 from cluster.chaos.recorder import Recorder, incarnation, lost
 from cluster.client import credentials, only_model
@@ -406,6 +406,7 @@ class Session:
     def _leaked(self, before: dict[str, Uses], shared: set[str]) -> list[str]:
         left = self._held_now()
         for name, each in self._uses().items():
-            beyond: dict[str, Any] = each.beyond(before[name]) if name in before else {}
+            late = LATE if name == LAUNCHER.name else None
+            beyond: dict[str, Any] = each.beyond(before[name], late) if name in before else {}
             left += [f"{name}: {count} more {what} than before" for what, count in beyond.items()]
         return [*left, *(f"/dev/shm/{name}" for name in sorted(shared_memory() - shared))]

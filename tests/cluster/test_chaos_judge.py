@@ -14,7 +14,7 @@ from cluster.chaos.core.answers import Answer, Comparison, Verdict
 from cluster.chaos.core.faults import Fault, Kind
 from cluster.chaos.core.figures import percentile, slope
 from cluster.chaos.core.report import Memory, Report, Resume, Strike, Tally, held, resumes_of
-from cluster.chaos.meters import GRPC_POOLS, Uses, uses
+from cluster.chaos.meters import GRPC_POOLS, LATE, Uses, uses
 from cluster.chaos.page import page
 from cluster.chaos.recorder import Recorder
 
@@ -169,10 +169,12 @@ def test_memory_that_grows_fails_a_run(mb_per_minute: float, fine: bool) -> None
 def test_a_thread_beyond_those_that_a_pool_keeps_is_left_over() -> None:
     before = Uses(Counter({"threads": 30, "threads of event_engine": 2, "sockets": 20}))
     assert before.beyond(before) == {}
-    busy = Uses(Counter({"threads": 31, "threads of event_engine": GRPC_POOLS["event_engine"], "sockets": 19}))
+    busy = Uses(Counter({"threads": 30, "threads of event_engine": GRPC_POOLS["event_engine"], "sockets": 19}))
     assert busy.beyond(before) == {}
-    leaking = Uses(Counter({"threads": 32, "threads of event_engine": 99, "sockets": 21}))
+    leaking = Uses(Counter({"threads": 31, "threads of event_engine": 99, "sockets": 21}))
     assert leaking.beyond(before).keys() == {"threads", "threads of event_engine", "sockets"}
+    assert "threads" not in leaking.beyond(before, LATE), "Ray's own, in the launcher"
+    assert Uses(Counter({"threads": 32})).beyond(before, LATE) == {"threads": 1}
     assert "threads of event_engine" not in uses(os.getpid()).counts, "this process speaks no gRPC"  # type: ignore[union-attr]
 
 
