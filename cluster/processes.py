@@ -494,7 +494,7 @@ class Processes:
             return self._session.ray.get(ref)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            raise LaunchError(f"{name}: {cause}") from error
+            raise LaunchError(f"{name}: {str(cause) or type(cause).__name__}") from error
         except RayActorError as error:
             raise LaunchError(f"{name}: its process ended while it started: {_first_line(error)}") from error
 

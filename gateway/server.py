@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent import futures
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,9 @@ class GatewayServer:
             target=self._run, args=(tokenizer, listener, started), name="gateway", daemon=True
         )
         self._thread.start()
-        started.result(timeout)
+        if not futures.wait([started], timeout).done:
+            raise TimeoutError(f"the gateway did not start within {timeout:g} s")
+        started.result()
         return self._port
 
     def drain(self, grace: float) -> bool:
@@ -132,11 +135,12 @@ class GatewayServer:
     def _run(self, tokenizer: Tokenizer, listener: socket.socket, started: "Future[None]") -> None:
         try:
             asyncio.run(self._serve(tokenizer, listener, started))
-        except BaseException as error:
+        except BaseException as failure:
+            error = _only(failure)
             if not started.done():
                 started.set_exception(error)
                 return
-            log.exception("the gateway has failed")
+            log.error("the gateway has failed", exc_info=error)
             if self.on_failure is not None:
                 self.on_failure(error)
         finally:
@@ -160,7 +164,10 @@ class GatewayServer:
                 async with self._serving_grpc(api), asyncio.TaskGroup() as tasks:
                     messages = tasks.create_task(hub.run())
                     serving = tasks.create_task(http.serve(sockets=[listener]))
-                    while not http.started and not serving.done():
+                    while not http.started:
+                        if serving.done():
+                            await serving  # raises why
+                            raise RuntimeError("HTTP has ended before it began")
                         await asyncio.sleep(0.005)
                     started.set_result(None)
                     await self._stop.wait()
@@ -235,6 +242,13 @@ class GatewayServer:
             timeout_graceful_shutdown=round(CLOSE_AFTER),
         )
         return uvicorn.Server(settings)
+
+
+def _only(error: BaseException) -> BaseException:
+    """What a group of one stands for."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _listen(host: str, port: int, stall: float, *, reuse_port: bool) -> socket.socket:

@@ -87,11 +87,14 @@ class Rank:
         self.hashing: deque[DigestLane] = deque()
         self.copies: dict[Any, LaneCopy] = {}
 
+    def _clock(self) -> float:
+        return self.world.now
+
     def perform(self, action: Any) -> None:
         match action:
             case PushLane(key, to, heads, first, source, target, live):
                 step = {Live.NO: None, Live.NEXT: self.upcoming, Live.RUNNING: self.running}[live]
-                self.jobs.append(Job(key, to, heads, first, source, target, step))
+                self.jobs.append(Job(key, to, heads, first, source, target, step, self._clock))
             case CancelPushes(key, _):
                 self.cancels.append(key)
             case OpenLanes(key, _, first, blocks, lanes):

@@ -58,8 +58,10 @@ class Job:
     first: int
     source: Blocks
     target: Blocks
-    live: StepLayers | None = None
+    live: StepLayers | None
     """Tells how many layers are there; else all are."""
+    clock: Callable[[], float]
+    """That the sender's session has too."""
     layers: Layers | None = None
     """That the blocks go with now."""
     begun: int = 0
@@ -95,7 +97,7 @@ class Job:
     def next_layers(self, num_layers: int) -> Layers:
         """Of the model's ``num_layers`` those that the next blocks go with; not while it ``waits``."""
         if self.layers is None:
-            self.piece_begun = time.monotonic()
+            self.piece_begun = self.clock()
             self.layers = Layers(self.done, num_layers if self.live is None else self.live.num_ready)
         return self.layers
 
@@ -106,7 +108,7 @@ class Job:
         self.begun = end
         if end == len(self.source):
             if self.live is not None:
-                self.pieces.append((self.layers.end, self.piece_begun, time.monotonic()))
+                self.pieces.append((self.layers.end, self.piece_begun, self.clock()))
             self.done, self.layers, self.begun = self.layers.end, None, 0
 
     def taken(self, num_bytes: int) -> None:
@@ -116,7 +118,7 @@ class Job:
 
     @property
     def pushed(self) -> Pushed:
-        at = time.monotonic()
+        at = self.clock()
         return Pushed(self.key, self.first, len(self.source), self.num_bytes, self.early_bytes, at, tuple(self.pieces))
 
 
@@ -196,7 +198,7 @@ class BackgroundSender(ABC, Generic[LaneT]):
     ) -> None:
         if layers is not None:
             layers.listen(self._look)
-        self._post(Job(key, to, heads, first, source, target, layers))
+        self._post(Job(key, to, heads, first, source, target, layers, time.monotonic))
 
     def cancel(self, key: TransferKey) -> None:
         self._post(Cancel(key))

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import hub
@@ -291,6 +292,25 @@ def test_a_gateway_is_replaced_on_its_port_while_its_streams_finish(tiny_llama: 
                 assert "data: [DONE]" in list(lines) and drained.result()
             finally:
                 new.stop()
+
+
+async def _fails(self: uvicorn.Server, sockets: object) -> None:
+    raise LookupError("no HTTP today")
+
+
+async def _ends(self: uvicorn.Server, sockets: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("serve", "error", "text"), [(_fails, LookupError, "no HTTP today"), (_ends, RuntimeError, "before it began")]
+)
+def test_a_gateway_without_http_does_not_start_and_says_why(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, serve: Any, error: type[Exception], text: str
+) -> None:
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    with pytest.raises(error, match=text), serving(tiny_llama):
+        pass
 
 
 def listens(server: GatewayServer) -> bool:

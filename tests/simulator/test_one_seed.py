@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def test_a_seed_is_the_same_run_in_every_process() -> None:
         env={**os.environ, "PYTHONHASHSEED": "1"},
     ).stdout.split()  # fmt: skip
     assert other == digests() and len(set(other)) == 5
+
+
+def test_no_run_looks_at_a_clock_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that did broke, but only in the first hours after the machine had started."""
+
+    def looked() -> float:
+        raise AssertionError("a clock of the machine was read")
+
+    plan = draw(1172, faults=True)
+    for clock in ("monotonic", "monotonic_ns", "time", "time_ns"):
+        monkeypatch.setattr(time, clock, looked)
+    run, verdict = judged(plan)
+    monkeypatch.undo()
+    assert verdict.clean and len(run.plan.wishes) == 3
 
 
 def test_what_is_left_out_of_a_plan_leaves_the_rest_as_it_was() -> None:
