@@ -35,6 +35,8 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # malloc_trim gives back all that is free only in the first arena of glibc's: of others it keeps the top.
+    "MALLOC_ARENA_MAX": "1",
     "HF_HUB_OFFLINE": "1",  # the launcher has fetched what is needed
     # Seconds without Ray's head after which Ray ends its processes, ours among them. They need none, so: never.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000",

@@ -19,6 +19,9 @@ def settle() -> None:
 
 
 def trim() -> None:
-    """Give memory that nobody uses back to the system: the C library keeps it where anything behind it is in use."""
+    """Give memory that nobody uses back to the system: the C library keeps it where anything behind it is in use.
+
+    All of it only where ``MALLOC_ARENA_MAX`` is 1: of other arenas than the first glibc keeps the top, 10 MB and more.
+    """
     gc.collect()
     _libc.malloc_trim(0)

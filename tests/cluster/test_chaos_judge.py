@@ -137,6 +137,17 @@ def test_memory_is_judged_after_its_warm_up_and_by_its_own_pace() -> None:
     assert late.growth == 0, "a process that is started later warms up too"
 
 
+def test_memory_that_comes_and_goes_is_no_growth_and_hides_none() -> None:
+    """As that of a prefill worker does, whose steps are of one long prompt or of none."""
+    rng, times = Random(0), [float(at) for at in range(600)]
+    for kept in (0.0, 0.4, 0.6, 2.0):
+        sizes, works = [], 0.0
+        for at in times:
+            works = rng.choice([0.0, 4e6, 8e6, 16e6]) if at % 10 == 0 else works
+            sizes.append(int(3e8 + works + kept * 1e6 * at / 60))
+        assert Memory("prefill-0", 1, times, sizes).growth == pytest.approx(kept, abs=0.1)
+
+
 def report(*verdicts: Verdict, leaked: tuple[str, ...] = ()) -> Report:
     tally = Tally()
     for verdict in verdicts:

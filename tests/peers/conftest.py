@@ -70,11 +70,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     file.write_text(yaml.safe_dump(topology))
     environment = os.environ | {"XDG_RUNTIME_DIR": str(folder)}
     command = [BATON, "up", "--detach", str(file)]
-    up = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert up.returncode == 0, up.stdout + up.stderr
-    found = re.search(r"http://127\.0\.0\.1:\d+", up.stdout)
-    assert found is not None, up.stdout
     try:
+        up = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert up.returncode == 0, up.stdout + up.stderr
+        found = re.search(r"http://127\.0\.0\.1:\d+", up.stdout)
+        assert found is not None, up.stdout
         yield Served(found[0], f"127.0.0.1:{port}")
     finally:
         subprocess.run([BATON, "down"], check=True, capture_output=True, timeout=120, env=environment)

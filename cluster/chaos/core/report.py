@@ -1,6 +1,7 @@
 """What a chaos run found: figures and a verdict, from what was noted while it ran."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ WARM_UP = 120.0
 LEAST_SPAN = 300.0
 """Seconds that memory must have been watched for after that, to be judged: over less, a cache that still fills and the
 grain of what allocators take are as steep as a leak."""
+FLOOR_OF = 60.0
+"""Seconds of which the least counts: what steps work with comes and goes, some 10 MB in a prefill worker, and a process
+gives back what it does not use twice in that time."""
 MOST_GROWTH = 0.5
 """MB a minute: a process whose memory grows faster leaks."""
 EXAMPLES = 20
@@ -98,16 +102,27 @@ class Memory:
     @property
     def growth(self) -> float:
         """MB a minute after the warm-up; NaN where it was not watched for long enough."""
-        points = self._warm()
         if self.watched < LEAST_SPAN:
             return math.nan
-        return slope([at for at, _ in points], [size for _, size in points]) * 60 / 1e6
+        floors = self._floors()
+        return slope([at for at, _ in floors], [size for _, size in floors]) * 60 / 1e6
 
     @property
     def watched(self) -> float:
         """Seconds after the warm-up."""
         points = self._warm()
         return points[-1][0] - points[0][0] if points else 0.0
+
+    def _floors(self) -> list[tuple[float, int]]:
+        """The least of each whole minute after the warm-up, and when that was."""
+        warm = self._warm()
+        minutes = int(self.watched // FLOOR_OF)
+        least: list[tuple[float, int]] = [(0.0, sys.maxsize)] * minutes
+        for at, size in warm:
+            minute = int((at - warm[0][0]) // FLOOR_OF)
+            if minute < minutes and size < least[minute][1]:
+                least[minute] = (at, size)
+        return [floor for floor in least if floor[1] < sys.maxsize]
 
     def _warm(self) -> list[tuple[float, int]]:
         begin = WARM_UP + max(0.0, self.times[0] if self.times else 0.0)
