@@ -12,14 +12,14 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	$(BIN)/baton demo
 
-# Two at a time, but for clusters, which take the whole machine, and for the gateway, whose answers are timed. Those wait
+# Three at a time, for many wait; but for clusters, which take the whole machine, and for the gateway, whose answers are timed. Those wait
 # much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
 ALONE := tests/e2e tests/gateway tests/chaos
 BESIDE := tests/kernels tests/ownership tests/simulator
 # With targets of their own: what needs other programs, or other hosts.
 APART := tests/peers tests/hosts
 test: .venv/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) $(APART))
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) $(APART))
 	@$(MAKE) --no-print-directory --jobs 2 alone beside
 
 alone: .venv/installed
