@@ -218,9 +218,9 @@ class Load:
                 self.tokens += got.num_tokens - before
         except (httpx.TransportError, Broken) as error:
             broken = error if isinstance(error, Broken) else Broken(_told(error))
-            if not stream.request and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+            if not stream.event_id and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
                 recorder.leave(time.monotonic(), number, case)
-                # Nothing has come, not even the request's id: whoever asks anew repeats nothing.
+                # Nothing of the answer has come, though its headers may have: whoever asks anew repeats nothing.
                 return Refused(str(broken), after=ATTACH_AGAIN)
             recorder.fail(time.monotonic(), number, case, broken.status, broken.code, broken.after, str(broken))
             return broken
