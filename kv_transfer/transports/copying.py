@@ -237,6 +237,10 @@ class BackgroundSender(ABC, Generic[LaneT]):
 class Target(Protocol[LaneArgument]):
     """A peer's pool as ``CopyingSender`` sees it."""
 
+    @property
+    def gone(self) -> bool:
+        """Whether the peer's process has ended."""
+
     def write(
         self, key: TransferKey, first: int, target: Blocks, lane: LaneArgument, source: Blocks, layers: Layers
     ) -> None:
@@ -343,6 +347,9 @@ class CopyingSender(BackgroundSender[LaneT]):
 
     def _target(self, to: KVEndpoint) -> Target[LaneT]:
         if to not in self._targets:
+            # Who was cut off, or stood still, when a peer died is not told of it; what takes its place comes to here.
+            for known in [known for known, target in self._targets.items() if target.gone]:
+                self._let_go(known)
             self._targets[to] = self._attach(to)
         return self._targets[to]
 

@@ -142,10 +142,14 @@ class _Peer:
         self._process = select.poll()
         self._process.register(self._memory.process, select.POLLIN)
 
+    @property
+    def gone(self) -> bool:
+        return bool(self._process.poll(0))
+
     def write(
         self, key: TransferKey, first: int, target: Blocks, lane: DeviceLane, source: Blocks, layers: Layers
     ) -> None:
-        if self._process.poll(0):
+        if self.gone:
             raise TransportError("the process of the KV pool has died")
         if not len(source):
             return

@@ -59,6 +59,9 @@ class InprocReceiver:
 
 
 class _Peer:
+    gone = False
+    """Its process is this one."""
+
     def __init__(self, address: str) -> None:
         self._address = address
 

@@ -41,10 +41,14 @@ class _Peer:
         self._process = select.poll()
         self._process.register(self._memory.process, select.POLLIN)
 
+    @property
+    def gone(self) -> bool:
+        return bool(self._process.poll(0))
+
     def write(
         self, key: TransferKey, first: int, target: Blocks, lane: LaneCopy, source: Blocks, layers: Layers
     ) -> None:
-        if self._process.poll(0):
+        if self.gone:
             raise TransportError("the process of the KV pool has died")
         check_blocks(target, len(self._memory.pool), "the receiver's")
         lane.write(self._memory.pool, target, source, layers)

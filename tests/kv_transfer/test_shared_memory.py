@@ -107,6 +107,20 @@ def test_a_push_into_the_pool_of_a_dead_process_fails() -> None:
         each.shutdown()
 
 
+def test_a_dead_peer_that_nobody_told_of_is_let_go_when_another_comes() -> None:
+    """Who stood still when a peer died, and was itself taken for lost, is never told."""
+    first, second = start(OWNER), start(OWNER)
+    pool, events, blocks = np.ones((8, BLOCK), np.uint8), Events(), np.arange(8, dtype=np.int32)
+    sender = ShmSender(pool, SHARD, events.put)
+    for owner in (first, second):
+        sender.push(key(), KVEndpoint("shm", line_of(owner), SHARD, 8), ALL, 0, blocks, blocks)
+        assert events.next() == Pushed(key(), 0, 8)
+        assert num_pidfds() == 1
+        kill(owner)
+    sender.shutdown()
+    assert not num_pidfds()
+
+
 def num_pidfds() -> int:
     """Processes that this one has mapped a pool of."""
     found = 0
