@@ -18,7 +18,8 @@ from cluster.errors import LaunchError
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.2
+LOOK_EVERY = 1
+"""Seconds, and whole ones: of fractions Ray makes 0, and takes a group that is there for one that is not."""
 TELL_AFTER = 2.0
 """Seconds in which Ray answers where there is room."""
 SWEEP_WITHIN = 30.0
@@ -39,7 +40,7 @@ class Hosts:
         self._groups: dict[str, Any] = {}
         """Of Ray's placement groups: that of each worker."""
         self._at: dict[str, str] = {}
-        """Worker -> host."""
+        """Worker -> host, or the one that was wished for."""
         self._pools: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -75,21 +76,35 @@ class Hosts:
         waits: Callable[[], None],
         cancelled: Callable[[], bool],
     ) -> tuple[Any, Node]:
-        """Room for a worker's ranks, one bundle each, and its host: the one that it had, as long as that lives, else
-        another one that has ``labels``. ``waits`` is called where there is no room at once; ``LaunchError`` where there
-        is none ``within`` seconds, or when it is ``cancelled``."""
-        from ray.util.placement_group import placement_group, remove_placement_group
+        """Room for a worker's ranks, one bundle each, and its host. It stays the worker's: Ray itself finds other room
+        where that host is lost, on any that has ``labels``, so what was asked for once is never asked for again.
+        ``waits`` is called where there is no room at once; ``LaunchError`` where there is none ``within`` seconds, or
+        when it is ``cancelled``: then it is waited for still, and there at the next call perhaps."""
+        group = self._group(worker, pool, bundles, labels)
+        began, told = time.monotonic(), False
+        while (node := self._host_of(group)) is None:
+            if cancelled():
+                raise LaunchError(f"{worker}: it was stopped while it waited for room")
+            waited = time.monotonic() - began
+            if waited > within:
+                raise LaunchError(self._no_room(worker, bundles, labels))
+            if waited > TELL_AFTER and not told:
+                told = True
+                waits()
+            group.wait(LOOK_EVERY)
+        with self._lock:
+            self._at[worker] = node.id
+        return group, node
+
+    def _group(self, worker: str, pool: str, bundles: Sequence[Needs], labels: Mapping[str, str]) -> Any:
+        """The worker's own, from its first start to the end of the cluster."""
+        from ray.util.placement_group import placement_group
 
         with self._lock:
-            nodes = self._look()
-            former, at = self._groups.pop(worker, None), self._at.pop(worker, "")
-            if former is not None and at in {node.id for node in nodes}:
-                self._groups[worker], self._at[worker] = former, at
-                return former, self.known[at]
-            if former is not None:
-                remove_placement_group(former)
+            if worker in self._groups:
+                return self._groups[worker]
             neighbours = Counter(self._at[each] for each in self._at if self._pools[each] == pool)
-            wish = choose(nodes, total(bundles), labels, neighbours)
+            wish = choose(self._look(), total(bundles), labels, neighbours)
             group = self._groups[worker] = placement_group(
                 [dict(bundle) for bundle in bundles],
                 strategy="STRICT_PACK",
@@ -100,24 +115,7 @@ class Hosts:
             self._pools[worker] = pool
             if wish is not None:
                 self._at[worker] = wish.id
-        began, told = time.monotonic(), False
-        try:
-            while not group.wait(LOOK_EVERY):
-                if cancelled():
-                    raise LaunchError(f"{worker}: it was stopped while it waited for room")
-                waited = time.monotonic() - began
-                if waited > within:
-                    raise LaunchError(self._no_room(worker, bundles, labels))
-                if waited > TELL_AFTER and not told:
-                    told = True
-                    waits()
-            return group, self._host_of(worker, group)
-        except BaseException:
-            with self._lock:
-                self._groups.pop(worker, None)
-                self._at.pop(worker, None)
-            remove_placement_group(group)
-            raise
+            return group
 
     def remove_groups(self) -> None:
         """Give all room back."""
@@ -156,17 +154,15 @@ class Hosts:
             left += [f"process {pid} on {node}" for pid in stay]
         return left
 
-    def _host_of(self, worker: str, group: Any) -> Node:
+    def _host_of(self, group: Any) -> Node | None:
+        """None while Ray has no room for it, or only on a host that is gone."""
         from ray.util.placement_group import placement_group_table
 
-        (found,) = set(placement_group_table(group)["bundles_to_node_id"].values())
-        with self._lock:
-            if found not in self.known:
-                self._look()
-            if found not in self.known:
-                raise LaunchError(f"{worker}: its host was lost while it was placed")
-            self._at[worker] = found
-            return self.known[found]
+        table = placement_group_table(group)
+        if table.get("state") != "CREATED":
+            return None
+        (found,) = set(table["bundles_to_node_id"].values())
+        return next((node for node in self.alive() if node.id == found), None)
 
     def _no_room(self, worker: str, bundles: Sequence[Needs], labels: Mapping[str, str]) -> str:
         wanted = total(bundles)
