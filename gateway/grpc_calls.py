@@ -16,7 +16,7 @@ from grpc.aio import ServicerContext
 
 from gateway.auth import Tenant
 from gateway.core.errors import BodyTimeout, GatewayError, InvalidRequest
-from gateway.grpc_guard import CALLER, Guard
+from gateway.grpc_guard import CALLER, OPEN, OPEN_WITHIN, Guard
 from gateway.metrics import Metrics
 from gateway.rendering import retry_after
 
@@ -38,6 +38,8 @@ STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 """By the HTTP status of an error; any other is INTERNAL."""
+LEAVES_WITHIN = 0.1
+"""Seconds from the end of a client's messages to the news that it has left, if that is why they end."""
 OTHER = "other"
 """The method as which calls are counted that come to none."""
 
@@ -74,8 +76,8 @@ class Calls(grpc.aio.ServerInterceptor):
     """Around every call of the server."""
 
     def __init__(self, guard: Guard, metrics: Metrics, *, body_timeout: float, stall: float) -> None:
-        """``body_timeout``: seconds that the message of a unary request may take to come; ``stall``: that a message of
-        ours may wait for its client to read."""
+        """``body_timeout``: seconds that the message of a unary request may take to come, with a key; ``stall``: that a
+        message of ours may wait for its client to read."""
         self._guard = guard
         self._metrics = metrics
         self._body_timeout = body_timeout
@@ -111,8 +113,10 @@ class Calls(grpc.aio.ServerInterceptor):
         """Takes a stream of requests whatever the method, and itself reads the message of a unary one: gRPC would wait
         for that for ever. A stream may rest before its first message, as before any other."""
 
+        within = min(self._body_timeout, OPEN_WITHIN) if method in OPEN else self._body_timeout
+
         async def taken(requests: Any, context: Context) -> Any:
-            return requests if handler.request_streaming else await self._message(context)
+            return requests if handler.request_streaming else await _message(context, within)
 
         def answer(behaviour: Any) -> Any:
             async def answered(requests: Any, context: Context) -> Any:
@@ -142,19 +146,6 @@ class Calls(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
-
-    async def _message(self, context: Context) -> Any:
-        """The one message of a unary request. Raises ``GatewayError``."""
-        try:
-            async with asyncio.timeout(self._body_timeout):
-                message = await context.read()
-        except TimeoutError:
-            raise BodyTimeout(f"the message did not arrive within {self._body_timeout:g} s") from None
-        except DecodeError as error:
-            raise InvalidRequest("the bytes are no message of the method's type") from error
-        if message is grpc.aio.EOF:
-            raise InvalidRequest("there is no message in the call")
-        return message
 
     async def _write(self, context: Context, message: Message) -> None:
         """Waits while the client does not read. Raises ``Stalled`` after a while."""
@@ -198,3 +189,18 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _count(self, method: str, code: grpc.StatusCode) -> None:
         self._metrics.grpc_responses.labels(method, code.name).inc()
+
+
+async def _message(context: Context, within: float) -> Any:
+    """The one message of a unary request, which may take ``within`` seconds. Raises ``GatewayError``."""
+    try:
+        async with asyncio.timeout(within):
+            message = await context.read()
+    except TimeoutError:
+        raise BodyTimeout(f"the message did not arrive within {within:g} s") from None
+    except DecodeError as error:
+        raise InvalidRequest("the bytes are no message of the method's type") from error
+    if message is grpc.aio.EOF:
+        await asyncio.sleep(LEAVES_WITHIN)  # the same comes where the client has left: this is cancelled then
+        raise InvalidRequest("there is no message in the call")
+    return message

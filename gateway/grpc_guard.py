@@ -8,8 +8,9 @@ from gateway.auth import EVERYONE, Keyring, Tenant
 from gateway.core.errors import AdminOnly, Unauthorized
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check"})
-"""For load balancers, which have no key. Not ``Watch``, which lasts for as long as its client likes; a ``Check`` is
-soon over, even if its message never comes."""
+"""For load balancers, which have no key. Not ``Watch``, which lasts for as long as its client likes."""
+OPEN_WITHIN = 1.0
+"""Seconds that their messages may take to come: who shows no key shall not hold for long what all calls share."""
 FOR_ADMINS = frozenset({"/vllm.grpc.engine.VllmEngine/GetLoads"})
 """What shows the load that others make, as ``/status`` of HTTP does."""
 CALLER: ContextVar[Tenant] = ContextVar("caller")

@@ -1,6 +1,7 @@
 """Promise: gRPC is as well guarded and bounded as HTTP: keys, sizes, overload, clients that do not read, and an end."""
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -123,16 +124,18 @@ def test_a_call_without_a_message_is_told_so(channel: grpc.Channel) -> None:
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "no message" in error.details(), path
 
 
-def test_who_never_sends_a_message_holds_a_call_for_a_while_only(tiny_llama: Path) -> None:
+@pytest.mark.parametrize(("timeout", "within"), [(0.3, "0.3 s"), (30.0, "1 s")])
+def test_who_never_sends_a_message_holds_a_call_for_a_while_only(timeout: float, within: str, tiny_llama: Path) -> None:
+    """Without a key not for longer than a second."""
     with (
-        serving(tiny_llama, grpc_port=0, tenants=TENANTS, max_connections=2, body_timeout=0.3) as (_, server),
+        serving(tiny_llama, grpc_port=0, tenants=TENANTS, max_connections=2, body_timeout=timeout) as (_, server),
         grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
         silence() as requests,
     ):
         path = "/grpc.health.v1.Health/Check"
         for call in [channel.stream_stream(path)(requests(), timeout=20) for _ in range(2)]:
             error = failed(lambda call=call: call)
-            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "within 0.3 s" in error.details()
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and f"within {within}" in error.details()
 
         def served() -> bool:
             try:
@@ -189,6 +192,27 @@ def test_calls_are_counted_by_method_and_status(
         'code="UNIMPLEMENTED",method="other"',
     ):
         assert f"baton_grpc_responses_total{{{labels}}}" in page
+
+
+def test_who_leaves_or_sends_too_much_is_not_counted_as_who_sends_nothing(
+    engine: VllmEngineStub, channel: grpc.Channel, http: httpx.Client
+) -> None:
+    method = "/vllm.grpc.engine.VllmEngine/Generate"
+
+    def counted(code: str) -> float:
+        found = re.search(
+            rf'baton_grpc_responses_total{{code="{code}",method="{method}"}} (\S+)', http.get("/metrics").text
+        )
+        return float(found[1]) if found else 0
+
+    wrong, left = counted("INVALID_ARGUMENT"), counted("CANCELLED")
+    with silence() as requests:
+        assert failed(lambda: channel.stream_stream(method)(requests(), timeout=0.3)).code() is (
+            grpc.StatusCode.DEADLINE_EXCEEDED
+        )
+    failed(lambda: engine.Generate(pb.GenerateRequest(text="x" * (9 << 20)), timeout=10))
+    until(lambda: counted("CANCELLED") == left + 2, "both have left")
+    assert counted("INVALID_ARGUMENT") == wrong
 
 
 @pytest.fixture(scope="module")
