@@ -67,7 +67,11 @@ class Stream:
     last: float = 0.0
     attempts: int = 1
     refusals: int = 0
-    """How often it was told to come back later."""
+    """How often it was told to come back later, or had to ask again for nothing had come."""
+    gateway: str = ""
+    """The URL of the one whose headers came last."""
+    cuts: list[tuple[float, str]] = field(default_factory=list)
+    """Connections that broke between headers and first event: when, and of which gateway."""
     verdict: Verdict = Verdict.LOST
     detail: str = ""
     longest_pause: float = 0.0
@@ -219,8 +223,11 @@ class Load:
         except (httpx.TransportError, Broken) as error:
             broken = error if isinstance(error, Broken) else Broken(_told(error))
             if not stream.event_id and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
-                recorder.leave(time.monotonic(), number, case)
+                now = time.monotonic()
+                recorder.leave(now, number, case)
                 # Nothing of the answer has come, though its headers may have: whoever asks anew repeats nothing.
+                if stream.gateway:
+                    stream.cuts.append((now, stream.gateway))
                 return Refused(str(broken), after=ATTACH_AGAIN)
             recorder.fail(time.monotonic(), number, case, broken.status, broken.code, broken.after, str(broken))
             return broken
@@ -232,11 +239,12 @@ class Load:
     ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of one answer, up to its end; notes in ``stream`` when they came. Where the connection breaks
         after ``got`` it goes on with the rest at whichever gateway has it first."""
-        stream.event_id = stream.request = ""
+        stream.event_id = stream.request = stream.gateway = ""
         body = case.wants_everything | ({"cache_salt": salt} if salt else {})
         try:
             async with self._asked(client, case.path, body) as response:
                 stream.request = response.headers.get("x-request-id", "")
+                stream.gateway = str(response.url).removesuffix(case.path)
                 async for event in self._read(response, stream):
                     yield event
                 return

@@ -30,8 +30,8 @@ class Life(NamedTuple):
 class Processes(Protocol):
     """Of a running cluster. All may be called from any thread."""
 
-    urls: list[str]
-    """Of its gateways."""
+    urls: dict[str, str]
+    """Of its gateways, by name."""
 
     def lives(self) -> dict[str, Life]:
         """By name, all that serve now."""
@@ -60,7 +60,7 @@ class OwnCluster:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self.urls = cluster.urls
+        self.urls = dict(zip(cluster.plan.gateways, cluster.urls, strict=True))
         self._configs = {each.config.process: each.config for each in cluster.plan.workers(router="")}
 
     def lives(self) -> dict[str, Life]:

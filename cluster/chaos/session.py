@@ -20,7 +20,7 @@ import httpx
 from cluster.chaos.catalogue import catalogue
 from cluster.chaos.core.answers import Verdict
 from cluster.chaos.core.faults import HEAD_SECONDS, Kind, Planner, Victim
-from cluster.chaos.core.report import Memory, Report, Strike, Tally, held, resumes_of
+from cluster.chaos.core.report import Memory, Report, Strike, Tally, held, resumes_of, unexplained
 from cluster.chaos.load import NO_TLS, Load, Stream
 from cluster.chaos.meters import LATE, Meters, Uses, shared_memory, uses
 from cluster.chaos.processes import Gone, Life, Processes, kill, set_links, stop
@@ -104,13 +104,14 @@ class Session:
         self._planner = Planner(settings.kinds, lambda number: Random(f"{settings.seed}/faults/{number}"))
         self._held: set[str] = set()  # victims that a fault holds
         self._undo: set[asyncio.Task[None]] = set()
-        self._unhealed: list[str] = []  # what did not come back after its fault
+        self._unhealed: list[str] = []  # what did not come back after its fault, or broke without one
         self._skipped = 0
         self._rates: list[tuple[float, float]] = []
         self._began = 0.0
         self._known: set[h.Incarnation] = set()
-        cases = catalogue(only_model(processes.urls[0]), settings.seed, settings.num_cases, settings.longest)
-        self._load = Load(processes.urls, cases, settings.concurrency, settings.seed, recorder, self._ended)
+        urls = list(processes.urls.values())
+        cases = catalogue(only_model(urls[0]), settings.seed, settings.num_cases, settings.longest)
+        self._load = Load(urls, cases, settings.concurrency, settings.seed, recorder, self._ended)
 
     async def run(self) -> Report:
         """``ClusterError`` where the cluster does not do what it should even without faults."""
@@ -203,6 +204,10 @@ class Session:
         )
         if stream.verdict is not Verdict.SAME:
             self._note(f"{stream.verdict.value}: {story}")
+        gateways = {url: name for name, url in self._processes.urls.items()}
+        for name in unexplained([(at, gateways[url]) for at, url in stream.cuts], self.now.strikes):
+            self._unhealed.append(f"{name} broke off {story} after its headers, and was not killed")
+            self._note(self._unhealed[-1])
 
     async def _sample(self) -> None:
         """Tokens a second and memory."""
@@ -343,11 +348,12 @@ class Session:
         if role in ("router", "gateway"):
             return
         await asyncio.sleep(1.0)  # longer than the gateway's view of the cluster is old
+        url = next(iter(self._processes.urls.values()))
         async with httpx.AsyncClient(trust_env=False, timeout=5.0, verify=NO_TLS, headers=credentials()) as client:
 
             async def alive() -> bool:
                 try:
-                    status = (await client.get(self._processes.urls[0] + "/status")).json()
+                    status = (await client.get(url + "/status")).json()
                 except httpx.TransportError:
                     return False
                 workers = (status["cluster"] or {"workers": []})["workers"]

@@ -13,7 +13,7 @@ from cluster.chaos.catalogue import Case
 from cluster.chaos.core.answers import Answer, Comparison, Verdict
 from cluster.chaos.core.faults import Fault, Kind
 from cluster.chaos.core.figures import percentile, slope
-from cluster.chaos.core.report import Memory, Report, Resume, Strike, Tally, held, resumes_of
+from cluster.chaos.core.report import REACTION, Memory, Report, Resume, Strike, Tally, held, resumes_of, unexplained
 from cluster.chaos.meters import GRPC_POOLS, LATE, Uses, uses
 from cluster.chaos.page import page
 from cluster.chaos.recorder import Recorder
@@ -110,6 +110,16 @@ def test_a_pause_belongs_to_the_death_that_falls_into_it() -> None:
     assert resumes_of([(10.0, 0.7), (30.0, 1.0)], 1, strikes) == []
     assert resumes_of([(10.0, 0.7), (14.0, 0.3)], 2, strikes) == [Resume(10.7, pytest.approx(0.6), Kind.KILL, "decode")]
     assert len(resumes_of([(10.0, 0.7), (19.9, 2.3)], 3, strikes)) == 2
+
+
+def test_a_connection_that_broke_early_is_excused_by_a_kill_of_its_gateway_only() -> None:
+    strikes = [strike(Kind.KILL, 10.0, "gateway-0"), strike(Kind.STOP, 30.0, "gateway-1")]
+    assert unexplained([(10.1, "gateway-0"), (14.0, "gateway-0")], strikes) == []
+    strikes[0].restarted = 13.0
+    assert unexplained([(13.0, "gateway-0"), (13.0 + 2 * REACTION, "gateway-0")], strikes) == ["gateway-0"]
+    assert unexplained([(9.9, "gateway-0"), (10.1, "gateway-1"), (30.1, "gateway-1")], strikes) == [
+        "gateway-0", "gateway-1", "gateway-1",
+    ]  # fmt: skip
 
 
 def test_what_is_held_at_idle_is_leaked() -> None:

@@ -57,6 +57,7 @@ def test_a_stream_that_broke_before_its_first_event_is_asked_for_again() -> None
         stream, paths = asyncio.run(asked(nothing, WHOLE))
         assert (stream.verdict, stream.refusals, stream.detail) == (Verdict.SAME, 1, "")
         assert paths == ["/v1/completions"] * 2
+        assert [url for _, url in stream.cuts] == ([stream.gateway] if nothing else [])
 
 
 def test_a_stream_that_broke_after_an_event_goes_on_after_it() -> None:

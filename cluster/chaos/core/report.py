@@ -19,8 +19,8 @@ LEAST_SPAN = 300.0
 """Seconds that memory must have been watched for after that, to be judged: over less, a cache that still fills and the
 grain of what allocators take are as steep as a leak."""
 FLOOR_OF = 60.0
-"""Seconds of which the least counts: what steps work with comes and goes, some 10 MB in a prefill worker, and a process
-gives back what it does not use twice in that time."""
+"""Seconds of which the least counts: what steps work with comes and goes, some 10 MB in a prefill worker, and twice in
+that time a process gives back what it does not use."""
 MOST_GROWTH = 0.5
 """MB a minute: a process whose memory grows faster leaks."""
 EXAMPLES = 20
@@ -260,6 +260,20 @@ def resumes_of(pauses: Sequence[tuple[float, float]], attempts: int, strikes: Se
                 resumed.append(Resume(begin + length, begin + length - strike.began, strike.fault.kind, strike.role))
                 break
     return resumed
+
+
+def unexplained(cuts: Sequence[tuple[float, str]], strikes: Sequence[Strike]) -> list[str]:
+    """The processes of those ``cuts`` (when, and whose connection broke) that had not just been killed."""
+    return [
+        name
+        for at, name in cuts
+        if not any(
+            strike.fault.kind is Kind.KILL
+            and strike.fault.victim == name
+            and strike.began <= at <= (at if strike.restarted is None else strike.restarted + REACTION)
+            for strike in strikes
+        )
+    ]
 
 
 HOLDINGS = ("held", "legs", "handoffs", "deliveries", "runs", "reservations", "placed", "waiting")
