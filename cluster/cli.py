@@ -118,14 +118,19 @@ def up(
 
 
 @app.command()
-def down(name: Name = None) -> None:
+def down(
+    name: Name = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Forget it even if the Ray that it had joined is gone for good.")
+    ] = False,
+) -> None:
     """Stop a cluster, and clean up after one whose launcher was killed.
 
     For example: `baton down`, or, where several run, `baton down local`
     """
     from cluster import updown
 
-    updown.down(_console(), name)
+    updown.down(_console(), name, forget=forget)
 
 
 @app.command()

@@ -225,8 +225,10 @@ class Cluster:
         processes, self._processes = self._processes, None
         try:
             left = [] if processes is None else processes.close()
-        except BaseException:
-            self._session.stop()
+        except BaseException as error:
+            self._keep_logs()
+            for each in self._session.stop():
+                error.add_note(f"{each} is still there")
             raise
         died = any(status.cause for status in self.status())
         logs = self._keep_logs() if self._failed or died else None

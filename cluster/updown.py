@@ -67,8 +67,9 @@ def up_detached(console: Console, source: Path, port: int | None, address: str |
     console.print(f"log: {log}; `baton down {name}` stops it", style="dim", soft_wrap=True, highlight=False)
 
 
-def down(console: Console, name: str | None) -> None:
-    """Stop a cluster, and clean up after one whose launcher was killed."""
+def down(console: Console, name: str | None, *, forget: bool = False) -> None:
+    """Stop a cluster, and clean up after one whose launcher was killed; ``forget`` it also where the hosts of a Ray
+    that it had joined cannot be looked through."""
     files = [file for file in state.every() if name is None or file.name == name]
     if not files:
         raise ClusterError("no cluster runs" if name is None else f"no cluster named {name!r} runs; see `baton status`")
@@ -93,9 +94,11 @@ def down(console: Console, name: str | None) -> None:
         with console.status("looking through the hosts"):
             try:
                 left = _sweep(file.name, file.ray_address)
-            except (
-                LaunchError
-            ) as error:  # its Ray is gone too, and what was on its hosts with it, as far as one can tell
+            except LaunchError as error:
+                if not forget:
+                    again = f"run `baton down {file.name}` again when that Ray can be joined"
+                    gone = f"`baton down {file.name} --forget` where it is gone for good"
+                    raise ClusterError(f"its hosts were not looked through: {error}; {again}, or {gone}") from error
                 left = [f"what may be left on the hosts of the Ray at {file.ray_address}: {error}"]
     state.remove(file)
     if left:

@@ -323,7 +323,7 @@ def test_down_takes_the_note_of_a_dead_launcher_away(baton: Baton) -> None:
     assert state.every() == []
 
 
-def test_down_takes_it_away_where_its_ray_is_gone_too_and_says_what_it_could_not_look_at(
+def test_down_forgets_hosts_that_it_could_not_look_through_only_when_told_to(
     baton: Baton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(self: RaySession) -> None:
@@ -332,6 +332,9 @@ def test_down_takes_it_away_where_its_ray_is_gone_too_and_says_what_it_could_not
     monkeypatch.setattr(RaySession, "start", gone)
     runs("dead", None, started=1, ray_address="10.0.0.1:6379")
     code, _, said = baton("down")
+    assert code == 1 and "not looked through: there is no Ray to join" in said and "down dead --forget" in said
+    assert [file.name for file in state.every()] == ["dead"]
+    code, _, said = baton("down", "dead", "--forget")
     assert code == 1 and "10.0.0.1:6379: there is no Ray to join" in said
     assert state.every() == []
 
