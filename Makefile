@@ -12,8 +12,8 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	$(BIN)/baton demo
 
-# Three at a time, for many wait; but for clusters, which take the whole machine, and for the gateway, whose answers are
-# timed. Those wait much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
+# Three at a time, since many wait. Clusters, which take the whole machine, and the gateway, whose answers are timed, run
+# alone. They wait much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
 ALONE := tests/e2e tests/gateway tests/chaos
 BESIDE := tests/kernels tests/ownership tests/simulator
 # With targets of their own: what needs other programs, or other hosts.

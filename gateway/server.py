@@ -165,8 +165,7 @@ class GatewayServer:
                     messages = tasks.create_task(hub.run())
                     serving = tasks.create_task(http.serve(sockets=[listener]))
                     while not http.started:
-                        if serving.done():
-                            await serving  # raises why
+                        if serving.done() and serving.exception() is None:  # else the group tells why
                             raise RuntimeError("HTTP has ended before it began")
                         await asyncio.sleep(0.005)
                     started.set_result(None)

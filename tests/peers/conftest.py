@@ -76,8 +76,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         found = re.search(r"http://127\.0\.0\.1:\d+", up.stdout)
         assert found is not None, up.stdout
         yield Served(found[0], f"127.0.0.1:{port}")
-    finally:
-        subprocess.run([BATON, "down"], check=True, capture_output=True, timeout=120, env=environment)
+    except BaseException:  # what `down` says then would hide why
+        subprocess.run([BATON, "down"], capture_output=True, timeout=120, env=environment)
+        raise
+    subprocess.run([BATON, "down"], check=True, capture_output=True, timeout=120, env=environment)
 
 
 @pytest.fixture(scope="package")

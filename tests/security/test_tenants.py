@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from messages.common import Role
 from messages.gateway_to_router import AdoptionWanted, PlacementWanted
 from messages.gateway_to_worker import Abort, Prefill
 from messages.sampling import SamplingParams
-from tests.gateway.conftest import MODEL
+from tests.gateway.conftest import MODEL, serving
 from tests.gateway.fake_cluster import FakeCluster
 from tests.gateway.raw import until
 from tests.gateway.test_resume import events_of, reading, text
@@ -135,6 +136,29 @@ def test_streams_that_are_taken_over_are_no_new_requests() -> None:
     assert quota.refusal(1, 0.0) is not None and quota.crowded(2) is None
     quota.in_flight = 1
     assert quota.crowded(2) is not None
+
+
+def test_a_stream_is_taken_over_though_its_tenant_has_had_all_of_this_minute(tiny_llama: Path) -> None:
+    tenants = (replace(TENANTS[0], allowance=Allowance(requests_per_minute=1)),)
+    with serving(tiny_llama, tenants=tenants) as (cluster, one), ExitStack() as stack:
+        cluster.hold_after, cluster.chunk_size = 2, 1
+        other = GatewayServer(replace(one._config, router=cluster.address, port=0, tenants=tenants))
+        stack.callback(other.stop)
+        other.start()
+        here, there = (
+            stack.enter_context(httpx.Client(base_url=server.url, timeout=10, headers=bearer(ALICE)))
+            for server in (one, other)
+        )
+        with here.stream("POST", COMPLETIONS, json=BODY | {"stream": True}) as stream:
+            id, events = stream.headers["x-request-id"], events_of(stream.iter_lines())
+            seen = [next(events)]
+            with there.stream("POST", COMPLETIONS, json=BODY | {"stream": True}) as all_of_it:
+                assert all_of_it.status_code == 200
+                assert there.post(COMPLETIONS, json=BODY).status_code == 429
+                with there.stream("GET", f"/v1/streams/{id}", params={"after": seen[0].id}) as rest:
+                    assert rest.status_code == 200
+                    cluster.release()
+                    assert list(events_of(rest.iter_lines()))[-1].data == "[DONE]"
 
 
 def test_tokens_of_a_minute_are_those_of_prompts_and_answers() -> None:
