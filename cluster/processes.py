@@ -36,6 +36,7 @@ from cluster.core.events import (
     Undrain,
 )
 from cluster.core.placing import Node
+from cluster.core.pulse import Pulse
 from cluster.core.units import BackOff, Kind, Unit
 from cluster.deaths import Deaths, Pid
 from cluster.errors import LaunchError
@@ -62,6 +63,8 @@ RETIRE_WITHIN = 600.0
 STOP_WITHIN = 20.0
 """Seconds that actors get to end in good order before they are killed."""
 POLL = 0.2
+LOOK_EVERY = 0.1
+"""Seconds between two looks for the router's answer."""
 GONE_WITHIN = 10.0
 """Seconds from SIGKILL to a process's end, after which people are told that it is stuck."""
 
@@ -147,6 +150,8 @@ class Processes:
         """Gateways that are replaced, and not gone yet."""
         self._router: Future[str] = Future()
         """Its address, the same for every router to come."""
+        self._headless = False
+        """Whether our own Ray has no head, so that nothing could be started."""
         self._threads: set[threading.Thread] = set()
         ray = session.ray
         self._host: Any = ray.remote(Host)
@@ -325,6 +330,31 @@ class Processes:
         started = self._configure(incarnation, {process: config}, "starting")[ROUTER_NAME]
         if not self._router.done():
             self._router.set_result(started["address"])
+        self._in_background("the router's pulse", lambda: self._feel(process))
+
+    def _feel(self, process: Process) -> None:
+        """Kill the router when it stands still: a new one is there soon, and learns what it has to know. Not while
+        there can be no new one."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        within = self._plan.topology.router.liveness_timeout
+        pulse, asked = Pulse(within, time.monotonic()), None
+        beat = process.handle.call.options(enable_task_events=False)
+        while not process.gone.wait(LOOK_EVERY):
+            asked = beat.remote("beat") if asked is None else asked
+            if self._session.ray.wait([asked], timeout=0)[0]:
+                try:
+                    self._session.ray.get(asked)
+                except RayTaskError:  # it stops: an answer too
+                    pass
+                except RayActorError:  # its end is heard of in another way
+                    return
+                asked = None
+                pulse.beat(time.monotonic())
+            if pulse.still(time.monotonic()) and not self._headless:
+                process.cause = f"it stood still for {within:g} s"
+                self._end(process)
+                return
 
     def _start_gateway(self, incarnation: Incarnation) -> None:
         name, cpus = incarnation.unit, self._plan.topology.gateway.cpus
@@ -596,7 +626,12 @@ class Processes:
         """Where Ray is our own."""
         pid = self._session.head_pid
         if pid is not None:
-            died = partial(self._post, Died(HEAD, number, HEAD, f"its process (GCS, pid {pid}) ended"))
+
+            def died() -> None:
+                self._headless = True
+                self._post(Died(HEAD, number, HEAD, f"its process (GCS, pid {pid}) ended"))
+
+            self._headless = False
             if self._deaths.watch(pid, started_at(pid), died) is None:
                 died()
 

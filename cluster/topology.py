@@ -190,7 +190,8 @@ class Gateway(Section):
 
 class RouterSection(Section):
     liveness_timeout: Annotated[float, Field(ge=0.5, le=600)] = 1.95
-    """Seconds without a report after which a worker is taken for lost."""
+    """Seconds without a report after which a worker is taken for lost; and without an answer after which the router
+    itself is replaced."""
     max_waiting: Positive = 1024
     wait_timeout: Annotated[float, Field(gt=0, le=3600)] = 30.0
     retry_after: Annotated[float, Field(gt=0, le=3600)] = 1.0

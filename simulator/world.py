@@ -45,6 +45,8 @@ from simulator.rank import Rank
 from simulator.worker import KEY, WorkerShape
 from worker.core import machine as worker_machine
 
+ROUTER_MISSED, ROUTER_STARTS = 2.1, 1.2
+"""Seconds for which a router stands still before it is killed, and until there is another one."""
 CONNECT_AGAIN = 0.2
 """Seconds after which a client tries again whose connection was refused."""
 LOOK_EVERY = 0.25
@@ -291,6 +293,8 @@ class World:
                 self.tell(Frozen(now, process.incarnation))
                 process.freeze()
                 self.clock.at(now + what.seconds, partial(self._thaw, process))
+                if process.name == ROUTER and what.seconds > ROUTER_MISSED:
+                    self.clock.at(now + ROUTER_MISSED, partial(self._replace, what, process))
             case Kind.FAIL if isinstance(process, WorkerProcess):
                 until = now + what.seconds
                 self.tell(Injected(now, what.kind, process.name, until))
@@ -301,6 +305,13 @@ class World:
                 self._hits[what.number] += 1
                 self.tell(Injected(now, what.kind, process.name, now + what.seconds))
                 self.clock.at(now + what.seconds, partial(self._empty, process))
+
+    def _replace(self, what: Misfortune, router: Process) -> None:
+        """As the launcher does with a router that stands still, unless it could start no other."""
+        if router.alive and not self._headless():
+            self.tell(Killed(self.clock.now, router.incarnation))
+            router.die(comes_back=True)
+            self._gone(replace(what, seconds=ROUTER_STARTS), router)
 
     def _gone(self, what: Misfortune, process: Process) -> None:
         now, name = self.clock.now, process.name

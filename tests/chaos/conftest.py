@@ -41,11 +41,11 @@ class Running:
         self._launcher.start()
         theirs.close()
         self._one_at_a_time = threading.Lock()
-        self.urls: list[str] = self._ours.recv()
+        self.urls: dict[str, str] = self._ours.recv()
         self.compute = 0.0
         """Seconds that all prompts together take when nothing fails, on this machine: what bounds do not count in."""
         self._recorder = Recorder(None)
-        self.load = Load(self.urls, catalogue(MODEL, 1, 16, longest=160), AT_ONCE, 1, self._recorder)
+        self.load = Load(list(self.urls.values()), catalogue(MODEL, 1, 16, longest=160), AT_ONCE, 1, self._recorder)
 
     def lives(self) -> dict[str, Life]:
         return self._ask("lives")

@@ -7,7 +7,7 @@ import pytest
 
 from messages.common import Role
 from simulator.faults import Kind
-from simulator.history import DeclaredLost, Frozen, Idle, Left, Started, Thawed
+from simulator.history import DeclaredLost, Frozen, Idle, Killed, Left, Started, Thawed
 from simulator.plan import NEVER
 from tests.simulator.rows import LONG, Story, colocated, first_pair, freeze, kill, topology, wish
 
@@ -139,11 +139,22 @@ def test_h_a_worker_that_hangs_is_left_and_after_it_goes_on_its_late_tokens_coun
     assert story.verdict.repeated == 0 and story.ended() == 1
 
 
-@pytest.mark.parametrize("seconds", [2.0, 10.0])
-def test_h_a_router_that_hangs_takes_nobody_for_lost_when_it_goes_on(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [1.0, 2.0])
+def test_h_a_router_that_hangs_shortly_takes_nobody_for_lost_when_it_goes_on(seconds: float) -> None:
     story = Story([wish(0, tokens=14), wish(1, at=2.0 + seconds)], [freeze("router", seconds, "TokenBatch", 2)])
-    assert not story.clean().all(DeclaredLost)
+    assert not story.clean().all(DeclaredLost) and not story.all(Killed)
     assert story.ended() == 2
+
+
+@pytest.mark.parametrize("seconds", [2.5, 10.0, 60.0])
+def test_h_a_router_that_hangs_for_longer_is_replaced_and_nobody_waits_for_it_for_four_seconds(seconds: float) -> None:
+    late = [wish(number, at=2.0 + number / 10) for number in range(1, 30)]
+    story = Story([wish(0, tokens=14), *late], [freeze("router", seconds, "TokenBatch", 2)]).clean()
+    (frozen,), (killed,) = story.all(Frozen), story.all(Killed)
+    assert killed.process == frozen.process and not story.all(DeclaredLost)
+    assert story.ended() == 30
+    assert max(story.next_token_after(frozen.at, each.request) - (each.at - frozen.at) for each in late) < 4.0
+    assert max(story.pauses()) < 1.0, "who had a place did not need it"
 
 
 def test_j_every_worker_is_restarted_under_load_and_no_client_sees_an_error() -> None:
