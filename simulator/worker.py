@@ -194,7 +194,7 @@ class Worker:
     def write(self, seq: Sequence, begin: int, known: tuple[int, ...]) -> None:
         places = np.arange(begin, len(known))
         blocks = seq.block_table[places // BLOCK]
-        states = {*self.blocks.states(blocks).tolist()}
+        states = {*self.blocks.states(seq.block_table[begin // BLOCK : -(-len(known) // BLOCK)]).tolist()}
         assert states <= OWN, f"{seq} writes into {states}"
         true = self.world.truth.kv(known)[begin:]
         for rank in self.ranks:

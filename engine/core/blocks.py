@@ -145,9 +145,9 @@ class BlockPool:
         incoming = self._incoming[blocks]
         if incoming.all():
             return incoming
-        idle = np.where(self._registered[blocks], BlockState.CACHED, BlockState.FREE)
-        claimed = np.where(self._pins[blocks] > 0, BlockState.PINNED, BlockState.HELD)
-        states = np.where(self._refs[blocks] > 0, claimed, idle).astype(np.int8)
+        claimed = self._refs[blocks] > 0
+        further = np.where(claimed, self._pins[blocks] > 0, self._registered[blocks])
+        states: NDArray[np.int8] = 2 * claimed.view(np.int8) + further.view(np.int8)  # FREE, CACHED, HELD, PINNED
         return np.where(incoming > 0, incoming, states)
 
     def register(self, block: int, digest: bytes) -> None:
