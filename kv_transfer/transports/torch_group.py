@@ -86,6 +86,11 @@ class _Meeting(dist.Store):  # type: ignore[name-defined,misc]
     def check(self, keys: list[str]) -> bool:
         return all(key in self._values for key in keys)
 
+    @property
+    def left(self) -> float:
+        """Seconds of the meeting."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def end(self) -> None:
         """Set no more, and leave nothing on the connection that the other has set."""
         self.set("", b"")
@@ -123,7 +128,7 @@ class Group:
             self._make(rank, store, host)
             # The first message is what makes NCCL connect.
             first = torch.zeros(1, dtype=torch.uint8, device=device)
-            self.finish(self.send(first) if rank == 0 else self.receive(first), within / CONNECT_TRIES)
+            self.finish(self.send(first) if rank == 0 else self.receive(first), store.left)
             store.end()
         except BaseException as error:
             self.abort()

@@ -52,6 +52,7 @@ def answers(relay: Relay, prompts: Prompts, prefill: str, decode: str) -> tuple[
     """All at once; the tokens that prefill did not compute, and the bytes that it sent."""
     requests = [relay.send(tokens, GREEDY, prefill=prefill, decode=decode) for tokens in prompts]
     streams = relay.finish(*requests)
+    assert not [stream.failed for stream in streams if stream.failed is not None]
     chunks = [chunk for stream in streams for chunk in stream.chunks]
     saved, sent = sum(chunk.cached_tokens for chunk in chunks), sum(chunk.kv_bytes for chunk in chunks)
     return [stream.token_ids() for stream in streams], saved, sent
