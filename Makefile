@@ -7,35 +7,29 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test most alone beside meanwhile chaos hosts peers check format bench protos clean
+.PHONY: demo test alone beside chaos hosts peers check format bench protos clean
 
 demo: .venv/installed
 	$(BIN)/baton demo
 
-# Most tests three at a time, since many wait; meanwhile several hosts, where they can be made. Clusters on this host,
-# which take the whole machine, and the gateway, whose answers are timed, run alone. They wait much: what only computes,
-# and looks at no clock, takes beside them what they leave of the processors.
+# Three at a time, since many wait. Clusters, which take the whole machine, and the gateway, whose answers are timed, run
+# alone. They wait much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
 ALONE := tests/e2e tests/gateway tests/chaos
 BESIDE := tests/kernels tests/ownership tests/simulator
-# What needs programs of others has a target of its own.
-MOST := $(addprefix --ignore=,$(ALONE) $(BESIDE) tests/hosts tests/peers)
+# With targets of their own: what needs other programs, or other hosts.
+APART := tests/peers tests/hosts
 test: .venv/installed
-	@$(MAKE) --no-print-directory --jobs 2 most meanwhile
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE) $(BESIDE) $(APART))
 	@$(MAKE) --no-print-directory --jobs 2 alone beside
-
-most: .venv/installed
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(MOST)
 
 alone: .venv/installed
 	$(BIN)/pytest $(ALONE)
 
-# What a test says beside others comes when it is through.
-quietly = @echo "$(1)"; mkdir -p .pytest_cache; $(1) >.pytest_cache/$@.log 2>&1; ended=$$?; echo; cat .pytest_cache/$@.log; exit $$ended
-meanwhile: .venv/installed
-	$(call quietly,$(BIN)/pytest tests/hosts)
-
 beside: .venv/installed
-	$(call quietly,nice -n 19 $(BIN)/pytest --timeout 1200 $(BESIDE))
+	@echo "nice -n 19 $(BIN)/pytest $(BESIDE): what it says comes when it is through"
+	@mkdir -p .pytest_cache
+	@nice -n 19 $(BIN)/pytest --timeout 1200 $(BESIDE) >.pytest_cache/beside.log 2>&1; \
+		ended=$$?; echo; cat .pytest_cache/beside.log; exit $$ended
 
 chaos hosts: .venv/installed
 	$(BIN)/pytest tests/$@
