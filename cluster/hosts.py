@@ -1,8 +1,8 @@
 """The hosts of the Ray that a cluster runs on: which there are, a place on one of them, and what was left there.
 
-Ray keeps the room: a placement group for each worker. On which host it is to be is ours to say (``core/placing.py``),
-and no more than a wish: a host that is full by then, or lost, is replaced by any other that is meant, one that an
-autoscaler makes for it included.
+Ray keeps the room: a placement group for each worker. On which host it is to be is ours to say once, at the worker's
+first start (``core/placing.py``), and no more than a wish: a host that is full by then, or lost later, Ray replaces by
+any other that is meant, one that an autoscaler makes for it included.
 """
 
 import logging
@@ -82,7 +82,7 @@ class Hosts:
         when it is ``cancelled``: then it is waited for still, and there at the next call perhaps."""
         group = self._group(worker, pool, bundles, labels)
         began, told = time.monotonic(), False
-        while (node := self._host_of(group)) is None:
+        while (node := self._host_of(worker, group)) is None:
             if cancelled():
                 raise LaunchError(f"{worker}: it was stopped while it waited for room")
             waited = time.monotonic() - began
@@ -121,9 +121,11 @@ class Hosts:
         """Give all room back."""
         from ray.util.placement_group import remove_placement_group
 
-        for group in self._groups.values():
+        with self._lock:
+            groups = [*self._groups.values()]
+            self._groups.clear()
+        for group in groups:
             remove_placement_group(group)
-        self._groups.clear()
 
     def lost(self) -> list[Node]:
         """Hosts that were there, and have not come back."""
@@ -154,12 +156,16 @@ class Hosts:
             left += [f"process {pid} on {node}" for pid in stay]
         return left
 
-    def _host_of(self, group: Any) -> Node | None:
+    def _host_of(self, worker: str, group: Any) -> Node | None:
         """None while Ray has no room for it, or only on a host that is gone."""
         from ray.util.placement_group import placement_group_table
 
         table = placement_group_table(group)
-        if table.get("state") != "CREATED":
+        if table.get("state", "REMOVED") == "REMOVED":
+            with self._lock:
+                self._groups.pop(worker, None)
+            raise LaunchError(f"{worker}: somebody has removed the placement group that kept room for it")
+        if table["state"] != "CREATED":
             return None
         (found,) = set(table["bundles_to_node_id"].values())
         return next((node for node in self.alive() if node.id == found), None)

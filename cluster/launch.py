@@ -176,6 +176,7 @@ class Cluster:
         self._wait_until_ready()
         heap.settle()
         self._events.put(Up())
+        self._processes.up = True
 
     def supervise(self, seconds: float) -> None:
         """Wait as long; raises what has ended the controller, if anything has."""
@@ -226,7 +227,7 @@ class Cluster:
         try:
             left = [] if processes is None else processes.close()
         except BaseException as error:
-            self._keep_logs()
+            error.add_note(f"the processes' logs are in {self._keep_logs()}")
             for each in self._session.stop():
                 error.add_note(f"{each} is still there")
             raise

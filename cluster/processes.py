@@ -150,6 +150,8 @@ class Processes:
         """Gateways that are replaced, and not gone yet."""
         self._router: Future[str] = Future()
         """Its address, the same for every router to come."""
+        self.up = False
+        """Whether all have started, so that who dies is started again."""
         self._headless = False
         """Whether our own Ray has no head, so that nothing could be started."""
         self._threads: set[threading.Thread] = set()
@@ -332,29 +334,34 @@ class Processes:
             self._router.set_result(started["address"])
         self._in_background("the router's pulse", lambda: self._feel(process))
 
-    def _feel(self, process: Process) -> None:
-        """Kill the router when it stands still: a new one is there soon, and learns what it has to know. Not while
-        there can be no new one."""
-        from ray.exceptions import RayActorError, RayTaskError
-
+    def _feel(self, router: Process) -> None:
+        """Kill the router when it stands still: a new one is there soon, and learns what it has to know. Not before all
+        is up, when nothing is started again; nor while our own Ray has no head, and nothing can be."""
         within = self._plan.topology.router.liveness_timeout
-        pulse, asked = Pulse(within, time.monotonic()), None
-        beat = process.handle.call.options(enable_task_events=False)
-        while not process.gone.wait(LOOK_EVERY):
-            asked = beat.remote("beat") if asked is None else asked
+        pulse, asked = Pulse(within), None
+        beat = router.handle.call.options(enable_task_events=False)  # Ray's head need not hear of each
+        while not router.gone.wait(LOOK_EVERY):
+            if asked is None:
+                asked = beat.remote("beat")
+                pulse.ask(time.monotonic())
             if self._session.ray.wait([asked], timeout=0)[0]:
-                try:
-                    self._session.ray.get(asked)
-                except RayTaskError:  # it stops: an answer too
-                    pass
-                except RayActorError:  # its end is heard of in another way
-                    return
+                if self._answered(asked):
+                    pulse.beat()
                 asked = None
-                pulse.beat(time.monotonic())
-            if pulse.still(time.monotonic()) and not self._headless:
-                process.cause = f"it stood still for {within:g} s"
-                self._end(process)
+            if pulse.still(time.monotonic()) and self.up and not self._headless:
+                router.cause = f"it stood still for {within:g} s"
+                self._end(router)
                 return
+
+    def _answered(self, asked: Any) -> bool:
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return bool(self._session.ray.get(asked))
+        except RayTaskError:  # it stops, and says so
+            return True
+        except RayError:  # it cannot be reached; of its end we hear in another way
+            return False
 
     def _start_gateway(self, incarnation: Incarnation) -> None:
         name, cpus = incarnation.unit, self._plan.topology.gateway.cpus

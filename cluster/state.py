@@ -90,6 +90,11 @@ def claim(name: str, topology: Path) -> ClusterFile:
             from cluster.ray_session import remove_remains
 
             remove_remains(Path(other.ray_folder))  # its launcher was killed, and could not
+        if other is not None and other.ray_address is not None:
+            clean = f"`baton down {name}` cleans up after it"
+            raise ClusterError(
+                f"the last launcher of {name!r} was killed, and has left what it ran on other hosts; {clean}"
+            )
         _write(mine)
     return mine
 

@@ -76,8 +76,8 @@ class Calls(grpc.aio.ServerInterceptor):
     """Around every call of the server."""
 
     def __init__(self, guard: Guard, metrics: Metrics, *, body_timeout: float, stall: float) -> None:
-        """``body_timeout``: seconds that the message of a unary request may take to come, with a key; ``stall``: that a
-        message of ours may wait for its client to read."""
+        """``body_timeout``: seconds that the message of a unary request may take to come, if its method
+        wants a key; ``stall``: that a message of ours may wait for its client to read."""
         self._guard = guard
         self._metrics = metrics
         self._body_timeout = body_timeout

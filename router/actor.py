@@ -126,11 +126,15 @@ class RouterActor:
         assert self._loop is not None, "not started"
         self._loop.ask(event)
 
-    def beat(self) -> None:
-        """Returns when the loop has come round."""
+    def beat(self) -> bool:
+        """Whether the loop has come round."""
         answers: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._post(lambda _router: answers.put(None))
-        answers.get(timeout=STOP_WITHIN)
+        try:
+            answers.get(timeout=STOP_WITHIN)
+        except queue.Empty:
+            return False
+        return True
 
     def inspect(self) -> dict[str, int]:
         """Figures of the router between two events, after ``check_integrity``; for tests."""

@@ -308,7 +308,11 @@ class World:
 
     def _replace(self, what: Misfortune, router: Process) -> None:
         """As the launcher does with a router that stands still, unless it could start no other."""
-        if router.alive and not self._headless():
+        if not router.alive or not router.frozen:
+            return
+        if self._headless():
+            self.clock.at(self._headless_until, partial(self._replace, what, router))
+        else:
             self.tell(Killed(self.clock.now, router.incarnation))
             router.die(comes_back=True)
             self._gone(replace(what, seconds=ROUTER_STARTS), router)

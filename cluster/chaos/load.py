@@ -242,9 +242,8 @@ class Load:
         stream.event_id = stream.request = stream.gateway = ""
         body = case.wants_everything | ({"cache_salt": salt} if salt else {})
         try:
-            async with self._asked(client, case.path, body) as response:
-                stream.request = response.headers.get("x-request-id", "")
-                stream.gateway = str(response.url).removesuffix(case.path)
+            async with self._asked(client, case.path, body) as (gateway, response):
+                stream.request, stream.gateway = response.headers.get("x-request-id", ""), gateway
                 async for event in self._read(response, stream):
                     yield event
                 return
@@ -255,20 +254,23 @@ class Load:
             yield event
 
     @asynccontextmanager
-    async def _asked(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
-        """The response of the gateway whose turn it is, or of the next that takes a connection: one that takes none has
-        heard of nothing."""
+    async def _asked(
+        self, client: httpx.AsyncClient, path: str, body: dict[str, Any]
+    ) -> AsyncIterator[tuple[str, httpx.Response]]:
+        """The URL and response of the gateway whose turn it is, or of the next that takes a connection: one that takes
+        none has heard of nothing."""
         turn, count = next(self._turns), len(self.urls)
         for further in range(count):
-            url = self.urls[(turn + further) % count] + path
+            gateway = self.urls[(turn + further) % count]
+            request = client.build_request("POST", gateway + path, json=body, headers=TRACE)
             try:
-                response = await client.send(client.build_request("POST", url, json=body, headers=TRACE), stream=True)
+                response = await client.send(request, stream=True)
                 break
             except httpx.ConnectError:
                 if further == count - 1:
                     raise
         try:
-            yield response
+            yield gateway, response
         finally:
             await response.aclose()
 

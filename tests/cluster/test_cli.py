@@ -334,6 +334,8 @@ def test_down_forgets_hosts_that_it_could_not_look_through_only_when_told_to(
     code, _, said = baton("down")
     assert code == 1 and "not looked through: there is no Ray to join" in said and "down dead --forget" in said
     assert [file.name for file in state.every()] == ["dead"]
+    with pytest.raises(ClusterError, match="baton down dead"):
+        state.claim("dead", Path("x.yaml"))
     code, _, said = baton("down", "dead", "--forget")
     assert code == 1 and "10.0.0.1:6379: there is no Ray to join" in said
     assert state.every() == []

@@ -92,7 +92,7 @@ class Site:
         started = time.monotonic()
         while not done():
             assert time.monotonic() - started < within, f"{what}: not within {within} s: {self.baton('status')}"
-            time.sleep(0.5)  # each look is a process that starts
+            time.sleep(2)  # each look is a process that starts
 
     def all_run(self) -> bool:
         """Every worker serves, and nothing waits to be started."""
