@@ -52,8 +52,11 @@ def test_every_port_of_rays_is_declared(name: str) -> None:
     ports = ["node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-agent-grpc-port",
              "dashboard-agent-listen-port", "min-worker-port", "max-worker-port"]  # fmt: skip
     assert int(options(starts(name)[0])["ray-client-server-port"]) > 0
-    for command in starts(name):
-        assert all(int(options(command)[port]) > 0 for port in ports)
+    head, worker = (options(command) for command in starts(name))
+    anew = worker.pop("node-manager-port")
+    assert anew == "$((11000+RANDOM%1000))", "a host that comes back at the port that it had is taken for lost again"
+    assert all(int(head[port]) > 0 for port in ports)
+    assert all(int(worker[port]) > 0 for port in ports[1:])
 
 
 @pytest.mark.parametrize("name", FILES)

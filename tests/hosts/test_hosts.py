@@ -170,7 +170,7 @@ def test_each_worker_runs_where_its_pool_is_placed_and_kv_goes_over_zmq(site: Si
 
 
 def test_a_stranger_finds_only_the_declared_ports_and_is_refused_at_each(site: Site) -> None:
-    sshd, gateway, rays, workers = {22}, {PORT}, set(range(6379, 6386)), set(range(10002, 11000))
+    sshd, gateway, rays, workers = {22}, {PORT}, set(range(6379, 6386)), set(range(10002, 12000))
     targets = []
     for host in site.hosts.names:
         found = site.hosts.listening(host)
