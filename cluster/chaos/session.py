@@ -175,6 +175,8 @@ class Session:
             await asyncio.sleep(REHEARSAL_SECONDS)
             wake()
             await self._serves(workers[0], "decode")
+            # The router has closed its way to that one, told the others of it, and may not have spoken to it since.
+            await asyncio.to_thread(self._processes.call, "router", "undrain", workers[0])
         await asyncio.to_thread(self._set_links, senders, NEARLY_SOUND)
         await self._load.confirm(self._learned)
         few = self._load.cases[: self._settings.concurrency]
