@@ -227,7 +227,9 @@ class Cluster:
         try:
             left = [] if processes is None else processes.close()
         except BaseException as error:
-            error.add_note(f"the processes' logs are in {self._keep_logs()}")
+            logs = self._keep_logs()
+            if logs is not None:
+                error.add_note(f"the processes' logs are in {logs}")
             for each in self._session.stop():
                 error.add_note(f"{each} is still there")
             raise
