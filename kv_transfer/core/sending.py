@@ -21,6 +21,9 @@ from messages.decode_to_prefill import (
 )
 from messages.prefill_to_decode import EndTransfer, FirstToken, OpenTransfer, TransferClosed, TransferProgress
 
+GRACE = 0.25
+"""Of its patience a session has so much more to look again where it could not look in time."""
+
 
 class SendState(Enum):
     IDLE = auto()
@@ -91,6 +94,7 @@ class SendSession:
         self._answer_by = float("inf")  # when the peer is beyond reach, unless it answers something
         self._patience = self._look_at = float("inf")
         self._watched_at, self._left = 0.0, 0  # since when only pushes are missing; blocks left then
+        self._was_late = False
         self._tell_at = float("inf")
         self._detail = ""
         self._outcome = Outcome.CLOSED
@@ -174,8 +178,15 @@ class SendSession:
 
     def drags(self, now: float) -> bool:
         """Whether what has not left yet, at the pace of what has since only pushes were missing, takes longer than
-        there is patience for."""
+        there is patience for.
+
+        Asked late, it answers a little later still, once: what held up who asks may have held up the pushes too.
+        """
         if self.state is not SendState.PUSHING or now < self._look_at:
+            return False
+        grace = GRACE * self._patience
+        if now - self._look_at > grace and not self._was_late:
+            self._was_late, self._look_at = True, now + grace
             return False
         self._look_at = now + self._patience
         gone = self._left - self._unpushed
@@ -191,6 +202,7 @@ class SendSession:
         """See from now on how fast pushes leave, if there is room for them and the prompt is computed."""
         if self.state is SendState.PUSHING and self._first is not None:
             self._watched_at, self._left, self._look_at = now, self._unpushed, now + self._patience
+            self._was_late = False
 
     def tick(self, now: float) -> list[Action]:
         """Send again what is unanswered, or give up."""

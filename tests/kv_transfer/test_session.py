@@ -344,6 +344,21 @@ def test_a_hand_over_drags_where_the_rest_would_take_longer_than_there_is_patien
     assert sender.wake_at <= 3.0 and sender.drags(3.0) is drags
 
 
+def test_who_looks_late_looks_again_before_a_hand_over_is_said_to_drag() -> None:
+    """The process may have stood still, and the pushes with it."""
+    blocks = np.arange(6, dtype=np.int32)
+    for gone, drags in ((0, True), (6, False)):
+        sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
+        sender.open(0.0)
+        sender.handle(TransferAccepted(KEY.request, KEY.attempt, pack_tokens(blocks), 0), 0.0)
+        sender.computed(blocks, 6, 0.5)
+        sender.end(FirstToken(42), 1.0, patience=2.0)
+        assert not sender.drags(4.0) and sender.wake_at == 4.5
+        if gone:
+            sender.handle(Pushed(KEY, 0, gone), 4.1)
+        assert sender.drags(4.5) is drags
+
+
 def test_a_hand_over_that_waits_for_room_does_not_drag() -> None:
     sender = SendSession(KEY, open_message(), ROUTE, TIMEOUTS)
     blocks = np.arange(6, dtype=np.int32)

@@ -33,6 +33,8 @@ PATIENCE = 60.0
 class Stream:
     """What the gateway has of a request."""
 
+    attempt: Attempt = field(default=Attempt(1))
+    """The one that counts."""
     tokens: dict[int, int] = field(default_factory=dict)
     chunks: list[TokenChunk] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -93,7 +95,8 @@ class Relay:
         self, request: RequestId, attempt: Attempt, prompt: list[int], params: SamplingParams,
         generated: list[int], *, salt: bytes = b"", **pair: str,
     ) -> None:  # fmt: skip
-        self.streams.setdefault(request, Stream()).failed = None
+        stream = self.streams.setdefault(request, Stream())
+        stream.attempt, stream.failed = attempt, None
         generation = Generation(pack_tokens(prompt), params, pack_tokens(generated), salt)
         if "colocated" in pair:
             order: Any = Generate(request, attempt, self.gateway.address, generation)
@@ -156,7 +159,9 @@ class Relay:
 
     def _take(self, message: TokenBatch | AttemptFailed) -> None:
         if isinstance(message, AttemptFailed):
-            self.streams[message.request].failed = message
+            stream = self.streams[message.request]
+            if message.attempt == stream.attempt:
+                stream.failed = message
             return
         for chunk in message.chunks:
             stream = self.streams[chunk.request]
