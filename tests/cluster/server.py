@@ -8,6 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any], int], tuple[int, dict[str, str], Any]]
+Page = tuple[int, Any]
+
+
+class Broken(bytes):
+    """As far as the answer comes before the connection breaks."""
 
 
 class Server:
@@ -17,7 +22,7 @@ class Server:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Message] = []
-        self.pages: dict[str, tuple[int, Any]] = {}
+        self.pages: dict[str, Page | Callable[[], Page]] = {}
         self.answer: Answer = lambda body, times: (200, {}, {"id": "x", "usage": {"completion_tokens": 2}})
         lock = threading.Lock()
         outer = self
@@ -35,7 +40,8 @@ class Server:
                 self._send(*outer.answer(body, times))
 
             def do_GET(self) -> None:
-                status, content = outer.pages.get(self.path, (404, {"error": {"message": "no such page"}}))
+                page = outer.pages.get(self.path, (404, {"error": {"message": "no such page"}}))
+                status, content = page() if callable(page) else page
                 self._send(status, {}, content)
 
             def _send(self, status: int, headers: dict[str, str], content: Any) -> None:
@@ -44,10 +50,12 @@ class Server:
                     return
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(data))}.items():
+                broken = isinstance(content, Broken)
+                for name, value in {**headers, "content-length": str(len(data) + broken)}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
+                self.close_connection = self.close_connection or broken
 
             def log_message(self, format: str, *args: Any) -> None: ...
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster import job_commands
+from cluster import job_commands, jobs
 from cluster.errors import ClusterError
 from cluster.jobs import ATTEMPT, JOB, LINES, OPTIONS, SOURCE, Copy, Dashboard, Follower, Input, new_job, next_attempt
 from cluster.submit import Summary
-from tests.cluster.server import Server
+from tests.cluster.server import Broken, Page, Server
 
 RESULTS = b"".join(b'{"id": "line-%d"}\n' % number for number in range(50))
 
@@ -76,6 +76,7 @@ def test_a_job_is_resumed_on_its_own_files_when_it_has_ended(tmp_path: Path) -> 
 
 ID = "baton-0123456789ab"
 ANSWERED = b'{"id": "line-%d", "custom_id": "x", "response": {"status_code": 200, "body": {}}, "error": null}\n'
+RESULTS_AT = f"/api/v0/logs/{{}}?node_id=node&filename={ID}.jsonl&lines=-1&interval=0.5"
 
 
 class Ray:
@@ -98,7 +99,7 @@ class Ray:
         self.server.pages[f"/api/jobs/{ID}/logs"] = (200, {"logs": log})
 
     def results(self, content: bytes) -> None:
-        self.server.pages[f"/api/v0/logs/file?node_id=node&filename={ID}.jsonl&lines=-1&interval=0.5"] = (200, content)
+        self.server.pages[RESULTS_AT.format("file")] = (200, content)
 
     def follow(self, target: Path) -> Summary:
         dashboard = Dashboard(self.server.url)
@@ -117,6 +118,28 @@ def test_results_of_a_job_that_has_ended_are_brought_and_counted(ray: Ray, tmp_p
     assert (summary.total, summary.succeeded, summary.before, summary.failed) == (3, 3, 0, 0)
     assert target.read_bytes() == b"".join(ANSWERED % number for number in (2, 1, 3))
     assert ray.follow(target).before == 3
+
+
+def test_where_the_connection_breaks_another_one_goes_on(
+    ray: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOOK_EVERY", 0.01)
+    whole = b"".join(ANSWERED % number for number in (3, 1, 2))
+    breaks = [len(whole) // 2, 0, len(whole) // 3, len(whole) - 1]
+
+    def stream() -> Page:
+        if breaks:
+            return 200, Broken(whole[: breaks.pop(0)])
+        ray.job("SUCCEEDED", lines=3)
+        return 200, whole
+
+    ray.job("RUNNING", lines=3)
+    ray.server.pages[RESULTS_AT.format("stream")] = stream
+    target = tmp_path / "results.jsonl"
+    summary = ray.follow(target)
+    assert not breaks
+    assert (summary.total, summary.succeeded, summary.failed) == (3, 3, 0)
+    assert target.read_bytes() == whole
 
 
 def test_errors_among_the_results_are_named_by_line(ray: Ray, tmp_path: Path) -> None:

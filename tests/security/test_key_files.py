@@ -1,12 +1,16 @@
 """Promise: the keys of a cluster are in a file that only its owner can read; nothing overwrites or shows it."""
 
+import contextlib
+import resource
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster import cli
+from cluster.api_keys import add_key
 from cluster.errors import TopologyError
 from cluster.keys import KeyFileError, make_keys, read_keys
 from cluster.plan import make_plan
@@ -36,6 +40,34 @@ def test_keys_are_made_once(
     assert file.read_bytes() == content
     assert baton(monkeypatch, "keys", "--out", "other.key") == 0
     assert read_keys(tmp_path / "other.key") != keys
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_keys_for_which_there_is_no_room_leave_no_file(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(KeyFileError, match=r"cluster\.key cannot be written: File too large"):
+        make_keys(tmp_path / "cluster.key")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyFileError, match=r"cluster\.key cannot be written: No such file or directory"):
+        make_keys(tmp_path / "nowhere" / "cluster.key")
+
+
+def test_an_api_key_for_which_there_is_no_room_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "api-keys.json"
+    add_key(file, "alice")
+    content = file.read_bytes()
+    with full_disk(), pytest.raises(KeyFileError, match=r"api-keys\.json cannot be written: File too large"):
+        add_key(file, "bob")
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == content
 
 
 def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
