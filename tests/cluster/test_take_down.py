@@ -1,4 +1,4 @@
-"""Promise: whatever goes wrong while a cluster is taken down, its Ray goes too, and what the processes wrote is kept."""
+"""Promise: whatever goes wrong while a cluster is taken down, its Ray goes too, and the processes' logs are kept."""
 
 from pathlib import Path
 
