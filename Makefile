@@ -15,7 +15,7 @@ demo: .venv/installed
 # Three at a time, since many wait. Clusters, which take the whole machine, and the gateway, whose answers are timed, run
 # alone. They wait much: what only computes, and looks at no clock, takes beside them what they leave of the processors.
 ALONE := tests/e2e tests/gateway tests/chaos
-BESIDE := tests/kernels tests/ownership tests/simulator
+BESIDE := tests/kernels tests/ownership tests/simulator tests/engine/test_equality.py
 # With targets of their own: what needs other programs, or other hosts.
 APART := tests/peers tests/hosts
 test: .venv/installed
@@ -28,7 +28,7 @@ alone: .venv/installed
 beside: .venv/installed
 	@echo "nice -n 19 $(BIN)/pytest $(BESIDE): what it says comes when it is through"
 	@mkdir -p .pytest_cache
-	@nice -n 19 $(BIN)/pytest --timeout 1200 $(BESIDE) >.pytest_cache/beside.log 2>&1; \
+	@nice -n 19 $(BIN)/pytest --numprocesses 2 --dist loadfile --timeout 1200 $(BESIDE) >.pytest_cache/beside.log 2>&1; \
 		ended=$$?; echo; cat .pytest_cache/beside.log; exit $$ended
 
 chaos hosts: .venv/installed
