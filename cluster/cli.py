@@ -4,21 +4,20 @@ trace | doctor | replay | simulate | chaos | demo`.
 Commands import what they need when they run, so that `baton --help` answers at once.
 """
 
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.cli_parts import ApiKey, CaFile, Url, gateway, tell, url_of
 from cluster.errors import ClusterError
 from cluster.job_cli import app as job_app
+from cluster.keys_cli import app as keys_app
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.submit import Summary
 
 HELP = """
 Serve a language model with prefill and decode in separate workers, from one YAML file.
@@ -37,43 +36,12 @@ app = typer.Typer(
 )
 
 app.add_typer(job_app, name="job")
+app.add_typer(keys_app, name="keys")
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The YAML file that says what runs.")]
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Which cluster, where several run.")]
 Worker = Annotated[str, typer.Argument(metavar="WORKER", help="As `baton status` names it.")]
 ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
-Url = Annotated[str | None, typer.Option(metavar="URL", help="A gateway, such as http://127.0.0.1:8000.")]
-
-
-def _for_this_process(variable: str) -> Callable[[str | None], None]:
-    """An option that says what ``variable`` of the environment would; what is started here shall know it too."""
-
-    def note(value: str | None) -> None:
-        if value is not None:
-            os.environ[variable] = value
-
-    return note
-
-
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY",
-        callback=_for_this_process("BATON_API_KEY"),
-        expose_value=False,
-        help="Of a gateway that wants one; better in BATON_API_KEY, where `ps` does not show it.",
-    ),
-]
-CaFile = Annotated[
-    str | None,
-    typer.Option(
-        "--cafile",
-        metavar="FILE",
-        callback=_for_this_process("SSL_CERT_FILE"),
-        expose_value=False,
-        help="Certificates to trust instead of the system's; or SSL_CERT_FILE.",
-    ),
-]
 
 
 def _show_version(wanted: bool) -> None:
@@ -285,7 +253,7 @@ def submit(
         tell(run.on_topology(topology))
         return
     job_commands.warn_of_a_passing_folder(output)
-    tell(run.on_url(_url(url, cluster)))
+    tell(run.onurl_of(url_of(url, cluster)))
 
 
 @app.command()
@@ -306,7 +274,7 @@ def chat(
 
     if url is not None and name is not None:
         raise typer.BadParameter("name a cluster or a --url, not both")
-    run_chat(_console(), _url(url, name), system=system, temperature=temperature, max_tokens=max_tokens)
+    run_chat(_console(), url_of(url, name), system=system, temperature=temperature, max_tokens=max_tokens)
 
 
 @app.command()
@@ -335,7 +303,7 @@ def trace(
         raise typer.BadParameter("name a REQUEST, or give a --prompt to run")
     if url is not None and cluster is not None:
         raise typer.BadParameter("name one of --url and --cluster")
-    show_trace(_console(), _url(url, cluster), request, prompt, max_tokens, output)
+    show_trace(_console(), url_of(url, cluster), request, prompt, max_tokens, output)
 
 
 @app.command()
@@ -449,114 +417,6 @@ def simulate(
     else:
         clean = simulate_seeds(_console(), begin, seeds or 0, faults=faults, jobs=jobs)
     if not clean:
-        raise typer.Exit(1)
-
-
-keys_app = typer.Typer(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-app.add_typer(keys_app, name="keys")
-
-
-@keys_app.callback()
-def keys(
-    context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to; nothing is overwritten.")] = Path(
-        "cluster.key"
-    ),
-) -> None:
-    """Make the keys of a cluster.
-
-    For example: `baton keys`, which writes the key pair with which the cluster's processes speak to each other.
-    """
-    from cluster.keys import make_keys
-
-    if context.invoked_subcommand is None:
-        make_keys(out)
-        print(f"{out}: the key pair of a cluster, which only you can read. Name it in the topology:\n")
-        print(f"security:\n  keys: {out.name}\n")
-        print("It stays on the host of `baton up`, which hands it to the processes. Who has it can join the cluster.")
-
-
-@keys_app.command("api")
-def api_key_for(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose requests share KV, limits and streams.")],
-    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="Made, or added to.")] = Path(
-        "api-keys.json"
-    ),
-    admin: Annotated[
-        bool | None, typer.Option("--admin/--no-admin", help="May see status, metrics and traces of everybody.")
-    ] = None,
-    concurrent: Annotated[
-        int | None, typer.Option("--max-concurrent-requests", min=1, help="Sequences in flight, in each gateway.")
-    ] = None,
-    requests: Annotated[int | None, typer.Option("--requests-per-minute", min=1, help="Of each gateway.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens-per-minute", min=1, help="Of prompts and answers, of each gateway.")
-    ] = None,
-) -> None:
-    """Make a key for a tenant of the gateways, and show it once.
-
-    For example: `baton keys api alice --requests-per-minute 600`
-
-    The file keeps a digest of it, beside the tenant's limits, which can be changed there or here. Another run makes a
-    further key; to take one back, remove its digest. Gateways read the file when they start: `baton restart gateway`.
-    """
-    from cluster.api_keys import add_key
-
-    key = add_key(
-        file,
-        tenant,
-        admin=admin,
-        max_concurrent_requests=concurrent,
-        requests_per_minute=requests,
-        tokens_per_minute=tokens,
-    )
-    print(key)
-    print(f"This is {tenant}'s key, shown only now. {file} has its digest; name it in the topology:\n", file=sys.stderr)
-    print(f"security:\n  api_keys: {file.name}", file=sys.stderr)
-
-
-def _url(url: str | None, name: str | None) -> str:
-    from cluster import discovery, state
-
-    if url is not None:
-        return gateway(url, "--url")
-    if discovery.in_a_job():
-        return discovery.url_on_this_ray(name)
-    found = state.find(name)
-    if found.url is None:
-        raise ClusterError(f"{found.name} is still starting; `baton status` says when it is ready")
-    return found.url
-
-
-def gateway(url: str, option: str) -> str:
-    """``url`` as it is used; ``BadParameter`` if it cannot be."""
-    from urllib.parse import urlsplit
-
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # no port that there could be
-        usable = False
-    if not usable:
-        raise typer.BadParameter(f"{option} must look like http://127.0.0.1:8000, got {url!r}")
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def tell(summary: "Summary") -> None:
-    """How it went, with exit code 1 where lines have failed."""
-    speed = summary.completion_tokens / summary.seconds if summary.seconds else 0.0
-    parts = [
-        f"{summary.finished} of {summary.total} lines have their results",
-        f"{summary.succeeded} answered now" + (f", {summary.before} before" if summary.before else ""),
-        *([f"{summary.failed} with an error"] if summary.failed else []),
-        *([f"{summary.retries} retries"] if summary.retries else []),
-        f"{summary.seconds:.1f} s, {speed:.0f} tokens/s",
-    ]
-    print("; ".join(parts))
-    if summary.failed:
-        more = summary.failed - len(summary.problems)
-        for line in [*summary.problems, *([f"... and {more} more, all in the results"] if more else [])]:
-            print(line, file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli_parts import tell
+
 app = typer.Typer(
     help="The batches that `baton submit --address` has made jobs of a Ray; for example: `baton job list`.",
     no_args_is_help=True,
@@ -44,7 +46,6 @@ def results(id: Id, output: Output, address: Address = HERE) -> None:
     For example: `baton job results baton-0123456789ab -o results.jsonl`; a file that has their begin is gone on with.
     """
     from cluster import job_commands
-    from cluster.cli import tell
 
     tell(job_commands.fetch(address, id, output))
 
@@ -79,7 +80,6 @@ def resume(
 ) -> None:
     """Go on with a batch that has ended early; lines that have results are not asked again."""
     from cluster import job_commands
-    from cluster.cli import tell
 
     summary = job_commands.resume(address, id, output)
     if summary is not None:
@@ -99,6 +99,5 @@ def run(
 ) -> None:
     """What Ray runs."""
     from cluster import job_run
-    from cluster.cli import tell
 
     tell(job_run.run(id, size, digest, concurrency, patience, cluster, keyed=keyed, resumed=resumed))
