@@ -253,7 +253,7 @@ def submit(
         tell(run.on_topology(topology))
         return
     job_commands.warn_of_a_passing_folder(output)
-    tell(run.onurl_of(url_of(url, cluster)))
+    tell(run.on_url(url_of(url, cluster)))
 
 
 @app.command()

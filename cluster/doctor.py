@@ -264,7 +264,7 @@ def examine_started(cluster: Cluster, note: Progress = lambda who, what: None) -
 def _examine_running(file: state.ClusterFile, note: Progress) -> Examination:
     """Of a cluster that another process has started."""
     private = None if file.ray_folder is None else Path(file.ray_folder)
-    session = RaySession(file.ray_address or "local", f"baton-{file.name}", private)
+    session = RaySession(file.ray_address or "local", f"baton-{file.name}", private, allow_open=True)
     session.start()
     try:
         ray = session.ray

@@ -89,7 +89,8 @@ class Cluster:
         self._progress = progress
         self._keep_logs_in = keep_logs_in
         self._check = check
-        self._session = RaySession(plan.topology.cluster.address, f"baton-{plan.topology.name}")
+        joined = plan.topology.cluster
+        self._session = RaySession(joined.address, f"baton-{plan.topology.name}", allow_open=joined.allow_open_ray)
         self._controller = Controller(units_of(plan, back_off, head_back_off))
         self._processes: Processes | None = None
         self._events: queue.SimpleQueue[Event | Asked | None] = queue.SimpleQueue()
@@ -162,6 +163,7 @@ class Cluster:
         self._note("ray", "ready")
         if self.plan.spread:
             self._wait_for_hosts(Hosts(self._session.ray))
+            self._check_room([])  # workers wait for theirs
         else:
             self._check_room(self.plan.workers(router=""))
         self._processes = Processes(self.plan, self._session, self._events.put, self._note)
@@ -271,6 +273,11 @@ class Cluster:
             if amount > free.get(name, 0.0) + 1e-9
         ]
         if missing:
+            if self.plan.spread:
+                advice = "give this host more, as with `ray start --num-cpus`, or lower router.cpus and gateway.cpus"
+                raise topology.error(
+                    ("router", "cpus"), f"this host has no room for router and gateways: {'; '.join(missing)}; {advice}"
+                )
             advice = "lower replicas or resources of the pools"
             raise topology.error(("pools",), f"this machine has no room for the pools: {'; '.join(missing)}; {advice}")
 

@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, str], None]
 """Called with who ("prefill-0") and what ("loading the model")."""
 HEAD, ROUTER_NAME = "ray", "router"
+STARTS_WITHIN = 60.0
+"""Seconds from a place to a process that can say who it is."""
 PLACE_WITHIN = 10.0
 """Seconds in which Ray finds a place on this host."""
 NAME_WITHIN = 10.0
@@ -502,7 +504,9 @@ class Processes:
 
     def _identify(self, incarnation: Incarnation, process: Process) -> int:
         """Its pid. From now on its death is heard of, on this host without Ray."""
-        pid, began = self._result(process.handle.identity.remote(), process.name)
+        checked = process.worker or not self._plan.spread  # else others may have taken its room since
+        within = None if checked else STARTS_WITHIN + self._plan.topology.cluster.wait_for_room
+        pid, began = self._result(process.handle.identity.remote(), process.name, within)
         if process.node.id != self._here.id:
             process.held = True
             held = process.handle.hold.remote().future()
@@ -523,12 +527,15 @@ class Processes:
                 if incarnation.cancelled:
                     raise LaunchError(f"{incarnation.unit}: it was stopped while it started") from None
 
-    def _result(self, ref: Any, name: str) -> Any:
-        """What the call returned; what it raised, in one line."""
-        from ray.exceptions import RayActorError, RayTaskError
+    def _result(self, ref: Any, name: str, within: float | None = None) -> Any:
+        """What the call returned; what it raised, in one line. ``within``: seconds that Ray has to find room."""
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
-            return self._session.ray.get(ref)
+            return self._session.ray.get(ref, timeout=within)
+        except GetTimeoutError as error:
+            why = f"{self._here} had no room for it within {within:g} s"
+            raise LaunchError(f"{name}: {why}; `ray status` says what takes it") from error
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise LaunchError(f"{name}: {str(cause) or type(cause).__name__}") from error

@@ -22,11 +22,14 @@ from typing import Any
 import psutil
 
 from cluster.errors import LaunchError
+from kv_transfer.curve import is_loopback
 
 OBJECT_STORE_BYTES = 80 << 20
 """The least that Ray takes; nothing of ours goes through the object store."""
 TOKEN, ADDRESS, STORAGE = "token", "address", "gcs"
 """In the private folder."""
+OPEN_WITHIN = 5.0
+"""Seconds in which a head that asks for no token answers."""
 GONE_WITHIN = 5.0
 """Seconds that Ray's processes get to end by themselves."""
 _ENVIRONMENT = {
@@ -47,9 +50,11 @@ _ENVIRONMENT = {
 class RaySession:
     """``start``, use ``ray``, ``stop``."""
 
-    def __init__(self, address: str, namespace: str, private: Path | None = None) -> None:
-        """``private``: the folder of a Ray that another process has started for itself alone; that one is joined."""
+    def __init__(self, address: str, namespace: str, private: Path | None = None, *, allow_open: bool = False) -> None:
+        """``private``: the folder of a Ray that another process has started for itself alone; that one is joined.
+        ``allow_open``: join also a Ray that is beyond loopback and asks for no token."""
         self._address = address
+        self._allow_open = allow_open
         self._private = private
         self._namespace = namespace
         self._environment: dict[str, str | None] = {}
@@ -93,6 +98,14 @@ class RaySession:
             (self.folder / ADDRESS).write_text(address)
         elif self._private is None:
             self.joined = address
+            if not self._allow_open and not is_loopback(address.rpartition(":")[0]) and _is_open(address):
+                ray.shutdown()
+                self.joined = None
+                raise LaunchError(
+                    f"the Ray at {address} asks for no token: whoever reaches it runs code on its hosts, and reads the"
+                    " cluster's keys; start it with RAY_AUTH_MODE=token, as the files in configs/ray do, or say that"
+                    " nobody else can reach it: cluster.allow_open_ray: true"
+                )
 
     @property
     def head_pid(self) -> int | None:
@@ -174,6 +187,19 @@ class RaySession:
             advice = "this machine may be too busy or short of memory: look at `uptime` and `free`, and try again"
             return f"Ray did not start: {first}; {advice}"
         return f"there is no Ray to join at {self._address!r}: {first}; start one, or write `address: local`"
+
+
+def _is_open(address: str) -> bool:
+    """Whether Ray's head there tells somebody without a token what there is. One that speaks TLS does not."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        ask: Any = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+        try:
+            ask(b"", timeout=OPEN_WITHIN)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def remove_remains(folder: Path) -> None:

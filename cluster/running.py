@@ -100,9 +100,11 @@ def running(
             signals.only_note()
             signals.seen.set()
             remains = cluster.stop()
-            state.remove(file)
+            if not remains.items:  # else `baton down` looks once more
+                state.remove(file)
             if remains.logs is not None:
                 console.print(f"the processes' logs are in {remains.logs}", highlight=False)
             on_end(remains)
             if remains.items:
-                raise ClusterError(f"could not remove: {', '.join(remains.items)}")
+                again = f"`baton down {topology.name}` looks once more"
+                raise ClusterError(f"could not remove: {', '.join(remains.items)}; {again}")

@@ -101,6 +101,8 @@ class ClusterSection(Section):
     name: Name | None = None
     """For `baton status NAME`; the file's name if it is not given."""
     address: Annotated[str, AfterValidator(_ray_address)] = "local"
+    allow_open_ray: bool = False
+    """Join a Ray of several hosts that asks for no token too: where nobody else can reach it."""
     chaos: bool = False
     """Whether `baton chaos` may put faults into the links between its workers."""
     min_hosts: Annotated[int, Field(ge=1, le=10_000)] = 1

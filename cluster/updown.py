@@ -83,7 +83,7 @@ def down(console: Console, name: str | None, *, forget: bool = False) -> None:
             launcher.send_signal(signal.SIGTERM)
             try:
                 launcher.wait(STOP_WITHIN)
-                in_good_order = state.read(file.name) is None  # it removes that last
+                in_good_order = state.read(file.name) is None  # it removes that last, unless it left something
             except psutil.TimeoutExpired:
                 launcher.kill()
                 launcher.wait(5)
@@ -108,7 +108,7 @@ def down(console: Console, name: str | None, *, forget: bool = False) -> None:
 
 def _sweep(name: str, ray_address: str) -> list[str]:
     """End what a launcher that was killed has left on the hosts of a Ray that it had joined; what is left of that."""
-    session = RaySession(ray_address, f"baton-{name}")
+    session = RaySession(ray_address, f"baton-{name}", allow_open=True)
     session.start()
     try:
         return Hosts(session.ray).sweep(name_of(name, ray_address))

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from cluster import launch
-from cluster.launch import Cluster
+from cluster import launch, running, state
+from cluster.errors import ClusterError
+from cluster.launch import Cluster, Remains
 from cluster.plan import make_plan
 from cluster.topology import Topology
 
@@ -15,7 +17,7 @@ class Ray:
 
     folder = head_pid = joined = None
 
-    def __init__(self, address: str, namespace: str) -> None:
+    def __init__(self, address: str, namespace: str, *, allow_open: bool) -> None:
         self.logs: Path | None = None
         self.stopped = 0
 
@@ -52,3 +54,33 @@ def test_what_keeps_processes_from_ending_is_told_when_ray_is_down(
         "raylet (pid 7) is still there",
     ]
     assert cluster.stop().items == ["raylet (pid 7)"], "harmless twice"
+
+
+class Leaving:
+    """A cluster that cannot end something."""
+
+    ray_folder = ray_address = None
+    url, grpc_ports = "http://127.0.0.1:9", ()
+
+    def __init__(self, *_: object, **options: object) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> Remains:
+        return Remains(["what may be left on h2, which does not answer"])
+
+
+def test_what_is_left_stays_known_to_down(
+    tiny_llama: Path, tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "Cluster", Leaving)
+    topology = Topology.parse({"model": str(tiny_llama), "pools": [{"name": "a", "role": "colocated"}]})
+    source = tmp_path / "topology.yaml"
+    with (
+        pytest.raises(
+            ClusterError, match=r"could not remove: .* h2, which does not answer; `baton down .*` looks once"
+        ),
+        running.running(topology, Console(), source=source),
+    ):
+        pass
+    assert [file.name for file in state.every()] == [topology.name]

@@ -14,12 +14,17 @@ import zmq
 WITHIN = 2.0
 PATHS = ("/", "/v1/models", "/status", "/metrics", "/api/version", "/api/jobs/", "/api/job_agent/jobs/", "/logs")
 """Of HTTP: the gateway's, and those of Ray's dashboard and agents. Whether somebody lives may be asked by all."""
+POSTS = ("/get_runtime_envs_info",)
+"""To Ray's agent for environments, which takes nothing else."""
 METHODS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "/ray.rpc.InternalKVGcsService/InternalKVKeys",
     "/ray.rpc.NodeManagerService/GetNodeStats",
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.ObjectManagerService/Pull",
     "/ray.rpc.RayletDriver/ListNamedActors",
+    "/vllm.grpc.engine.VllmEngine/GetModelInfo",
+    "/inference.GRPCInferenceService/ServerMetadata",
 )
 
 
@@ -35,7 +40,10 @@ def http(target: str) -> list[str]:
                 if (answer := client.get(path)).is_success:
                     found.append(f"HTTP {path}: {answer.text[:60]}")
             except httpx.HTTPError:
-                break  # it speaks something else
+                return found  # it speaks something else
+        for path in POSTS:
+            if (answer := client.post(path)).is_success:
+                found.append(f"HTTP {path}: {answer.text[:60]}")
     return found
 
 
@@ -44,7 +52,7 @@ def rpc(target: str) -> list[str]:
     with grpc.insecure_channel(target) as channel:
         for method in METHODS:
             try:
-                channel.unary_unary(method)(b"", timeout=WITHIN)
+                channel.unary_unary(method)(b"", timeout=WITHIN, metadata=[("client_id", "stranger")])
                 found.append(f"gRPC {method}")
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -53,13 +61,18 @@ def rpc(target: str) -> list[str]:
 
 
 def handshake(target: str) -> list[str]:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+    return [f"ZeroMQ {name}" for name in ("PUSH", "DEALER") if greeted(target, getattr(zmq, name))]
+
+
+def greeted(target: str, kind: int) -> bool:
+    """A mailbox takes PUSH alone, the KV of others DEALER."""
+    with zmq.Context() as context, context.socket(kind) as socket:
         socket.linger = 0
         with socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as monitor:
             socket.connect(f"tcp://{target}")
             came = monitor.poll(WITHIN * 1000)
             socket.disable_monitor()
-    return ["ZeroMQ"] if came else []
+    return bool(came)
 
 
 if __name__ == "__main__":

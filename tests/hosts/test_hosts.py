@@ -24,7 +24,8 @@ from tests.hosts.namespaces import FREE_PORTS, LAUNCHER, STRANGER, Hosts, missin
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-llama"
 HEAD, FIRST, SECOND = "h0", "h1", "h2"
-PORT = 8000
+PORT, GRPC_PORT = 8000, 9000
+DASHBOARD = "http://127.0.0.1:8265"
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROFILE = f"""
@@ -49,7 +50,7 @@ TOPOLOGY: dict[str, Any] = {
     ],
     "kv": {"memory": "96MiB", "transport": "auto"},
     "disaggregation": {"policy": "always"},
-    "gateway": {"host": "10.77.0.10", "port": PORT},
+    "gateway": {"host": "10.77.0.10", "port": PORT, "grpc_port": GRPC_PORT},
     "cluster": {"name": "hosts", "min_hosts": 3, "wait_for_room": 120},
     "security": {"keys": "cluster.key", "api_keys": "api-keys.json"},
 }
@@ -170,12 +171,12 @@ def test_each_worker_runs_where_its_pool_is_placed_and_kv_goes_over_zmq(site: Si
 
 
 def test_a_stranger_finds_only_the_declared_ports_and_is_refused_at_each(site: Site) -> None:
-    sshd, gateway, rays, workers = {22}, {PORT}, set(range(6379, 6386)), set(range(10002, 12000))
+    sshd, gateway, rays, workers = {22}, {PORT, GRPC_PORT}, set(range(6379, 6386)), set(range(10002, 12000))
     targets = []
     for host in site.hosts.names:
         found = site.hosts.listening(host)
         assert found <= sshd | gateway | rays | workers | set(FREE_PORTS), host
-        assert (PORT in found) is (host == HEAD)
+        assert found & gateway == (gateway if host == HEAD else set())
         assert len(found & set(FREE_PORTS)) == {HEAD: 4, FIRST: 2, SECOND: 2}[host], "a mailbox each, KV for workers"
         targets += [f"{site.hosts.address(host)}:{port}" for port in sorted(found - sshd)]
     answered = json.loads(site.hosts.run(STRANGER, "python", "-m", "tests.hosts.stranger", *targets))
@@ -216,7 +217,9 @@ def test_a_job_gets_every_line_once_although_a_host_crashes(site: Site) -> None:
         for number, body in enumerate(requests(1000, 8)):
             line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
-    command = site.on_head("baton", "submit", str(prompts), "-o", str(results), "--cluster", "hosts")
+    command = site.on_head(
+        "baton", "submit", str(prompts), "-o", str(results), "--cluster", "hosts", "--address", DASHBOARD
+    )
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         while not results.exists() or results.read_bytes().count(b"\n") < 200:
             assert job.poll() is None
