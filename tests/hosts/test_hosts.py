@@ -230,6 +230,7 @@ def test_a_job_gets_every_line_once_although_a_host_crashes(site: Site) -> None:
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert sorted(int(line["custom_id"]) for line in lines) == list(range(1000))
     assert {line["response"]["status_code"] for line in lines} == {200}
+    assert not site.hosts.run(HEAD, "sh", "-c", f"grep -rl {site.key} /tmp/ray ~/.local/state || true"), "the API key"
     site.hosts.boot(FIRST)
     site.wait_until(site.all_run, within=150, what="both decode workers serve")
     assert sorted(site.nodes().values()) == [HEAD, FIRST, SECOND]
@@ -240,7 +241,7 @@ def test_down_leaves_nothing_on_any_host(site: Site) -> None:
     for host in site.hosts.names:
         assert not [line for line in site.hosts.processes(host) if "Host" in line], "actors of ours"
         assert "memfd:baton" not in site.hosts.run(host, "sh", "-c", "ls -l /proc/[0-9]*/fd 2>/dev/null || true")
-    assert site.hosts.run(HEAD, "sh", "-c", "ls ~/.local/state/baton").split() == ["hosts.log"]
+    assert site.hosts.run(HEAD, "sh", "-c", "ls ~/.local/state/baton").split() == ["hosts.log", "jobs"], "and results"
     site.hosts.run(LAUNCHER, "ray", "down", "-y", site.yaml, within=120)
     for host in site.hosts.names:
         emptied = time.monotonic() + 120  # Ray's agents look for their raylet now and then
