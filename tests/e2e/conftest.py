@@ -112,7 +112,7 @@ def launch(kind: str, tests: Connection) -> None:
     """The launcher's life; a start that fails is an ``EOFError`` for the tests, and its traceback on stderr."""
     file, overrides = CLUSTERS[kind]
     topology = Topology.load(CONFIGS / file).with_overrides({**overrides, "cluster.name": f"test-{kind}"})
-    cluster = Cluster(check(topology))
+    cluster = Cluster(check(topology), lambda who, what: print(f"{who}: {what}", flush=True))
     cluster.start()
     answers: dict[str, Callable[..., Any]] = {
         "inspect": cluster.inspect,

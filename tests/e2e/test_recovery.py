@@ -59,6 +59,7 @@ def kill(cluster: Running, name: str) -> float:
 def wait_until_back(cluster: Running, name: str, restarts: int, within: float) -> None:
     def back() -> bool:
         status = cluster.status()[name]
+        assert status.restarts <= restarts, f"it had to be started more often: {status}"
         return status.phase is Phase.RUNNING and status.restarts == restarts
 
     wait_until(back, within, f"{name} is back")

@@ -8,6 +8,9 @@ import numpy as np
 import psutil
 import pytest
 
+from cluster import ray_session
+from cluster.errors import LaunchError
+from cluster.ray_session import RaySession
 from kv_transfer.transports.zmq import ZmqReceiver
 from messages.codec import decoder_for
 from messages.gateway_to_worker import Abort
@@ -72,3 +75,16 @@ def test_a_ray_without_a_token_is_found(open_ray: Any) -> None:
         "gRPC /ray.rpc.ObjectManagerService/Pull",
         "HTTP /get_runtime_envs_info",
     }
+
+
+@pytest.mark.ray
+def test_a_ray_beyond_loopback_without_a_token_is_joined_only_where_that_is_wanted(
+    open_ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_session, "is_loopback", lambda host: False)
+    with pytest.raises(LaunchError, match=r"asks for no token: .*cluster\.allow_open_ray: true"):
+        RaySession(open_ray.address, "stranger").start()
+    wanted = RaySession(open_ray.address, "stranger", allow_open=True)
+    wanted.start()
+    assert wanted.joined == open_ray.address
+    wanted.stop()
